@@ -248,7 +248,7 @@ def transfer(
 ) -> None: # the file's size is right when it returns; its hash has not been looked at
     "One attempt to fetch what is missing of a file; the library's errors."
     url = hf_hub_url(source.repo, entry["path"], repo_type=source.kind, revision=source.commit, endpoint=source.endpoint)
-    found = get_hf_file_metadata(url, token=source.token, endpoint=source.endpoint, timeout=30, retry_on_errors=True)
+    found = get_hf_file_metadata(url, token=source.token, endpoint=source.endpoint, timeout=30)
     headers = {**build_hf_headers(token=source.token), "Accept-Encoding": "identity"}
     if not same_origin(url, found.location): headers.pop("authorization", None)
     with open(part, "ab") as stream:

@@ -1,0 +1,491 @@
+"`00_download` against a hub on the loopback interface: pinned, cut, killed, corrupted, refused, full, offline, bounded."
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hub_server import Fault, HubServer, Repo
+from safetensors.numpy import save
+
+from proxy_sft import download as room
+from proxy_sft.download import DownloadError, check_disk, check_weights, download, download_dataset, download_model, read_manifest, write_rows
+from proxy_sft.settings import load_settings
+
+TOKEN = "hf_ThisTokenMustNotBeSeen1234567890"
+SHARD = "model-00001-of-00002.safetensors"
+BIG = 24 << 20  # bytes; the library hands data over in pieces of 10 MiB
+
+
+def model_files(big: int = 4096) -> dict:
+    "A model's files as the hub has them, its first shard of about `big` bytes."
+    rng = np.random.default_rng(0)
+    first = {"embed": rng.integers(0, 255, big, dtype="uint8"), "norm": np.ones(8, "float32")}
+    second = {"head": np.ones((8, 4), "float32")}
+    size = sum(a.nbytes for part in (first, second) for a in part.values())
+    where = {**dict.fromkeys(first, SHARD), **dict.fromkeys(second, "model-00002-of-00002.safetensors")}
+    return {SHARD: save(first), "model-00002-of-00002.safetensors": save(second), "config.json": b'{"model_type": "qwen3"}',
+            "model.safetensors.index.json": json.dumps({"metadata": {"total_size": size}, "weight_map": where}).encode(),
+            "tokenizer.json": b'{"version": "1.0"}', "tokenizer_config.json": b"{}", "generation_config.json": b"{}", "merges.txt": b"a b\n",
+            "README.md": b"---\nlicense: apache-2.0\n---\n", "pytorch_model.bin": b"pickle", "modeling_qwen3.py": b"raise SystemExit",
+            "original/consolidated.pt": b"pickle", "training_args.bin": b"pickle"}
+
+
+def rows(n: int, source: str = "source_dataset", domain: bool = True, text: str = "Hello") -> list:
+    "Rows with a tool call and the ugly things: nulls, a NUL character, text beyond ASCII."
+    def message(role, content=None, calls=None, functions=None):
+        return {"content": content, "function_calls": calls, "functions": functions, "role": role}
+    return [{"id": f"row-{i}", source: "Dolci Instruct Tool Use", **({"domain": "Tool Use"} if domain else {}), "messages": [
+        message("system", "Call.", None, '[{"name": "now"}]'), message("user", f"{text} \0 {i} ☃"),
+        message("assistant", None, f"now(i={i})"), message("environment", "1"), message("assistant", "One.")]} for i in range(n)]
+
+
+def parquet(rows: list, group: int = 4) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=group)
+    return sink.getvalue().to_pybytes()
+
+
+def data_files(all_rows: list, files: int = 3) -> dict:
+    step = -(-len(all_rows) // files)
+    parts = [all_rows[i:i + step] for i in range(0, len(all_rows), step)]
+    return {**{f"data/train-{i:05}-of-{files:05}.parquet": parquet(part) for i, part in enumerate(parts)}, "README.md": b"# Rows",
+            "data/test-00000-of-00001.parquet": parquet(all_rows[:1])}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path):
+    "No address, token or log-in of this machine reaches a test; no bars in the logs."
+    for name in ("HF_ENDPOINT", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(room, "get_token", lambda: os.environ.get("HF_TOKEN"))
+    monkeypatch.setattr(room, "MARGIN", 0)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@pytest.fixture
+def hub():
+    with HubServer({"ex/model": Repo(model_files(), card={"license": "apache-2.0"}),
+                    "ex/data": Repo(data_files(rows(10)), kind="dataset", card={"license": "odc-by"})}, page_size=3) as server: yield server
+
+
+@pytest.fixture
+def big_hub():
+    with HubServer({"ex/model": Repo(model_files(BIG))}) as server: yield server
+
+
+def fetch(hub, folder, **more): return download_model("ex/model", folder, endpoint=hub.url, token=False, margin=0, **more)
+def fetch_rows(hub, folder, **more): return download_dataset("ex/data", folder, endpoint=hub.url, token=False, margin=0, **more)
+def read_rows(folder): return [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+def files_in(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".download"))
+
+
+# ---- the whole thing
+
+def test_model_is_pinned_verified_and_free_of_code(hub, tmp_path):
+    report = fetch(hub, tmp_path)
+    wanted = sorted(n for n in model_files() if not n.endswith((".bin", ".py", ".pt")))
+    assert files_in(tmp_path) == sorted([*wanted, "download.json"])
+    assert all((tmp_path / name).read_bytes() == model_files()[name] for name in wanted)
+    record = json.loads((tmp_path / "download.json").read_text())
+    commit = hub.repos["model", "ex/model"].branches["main"]
+    assert (record["repo"], record["revision"], record["commit"], record["license"]) == ("ex/model", "main", commit, "apache-2.0")
+    assert {f["path"] for f in record["files"]} == set(wanted) and all(("sha256" in f) != ("git_sha1" in f) for f in record["files"])
+    assert report["weights"]["tensors"] == 3
+    assert all(commit in r["path"] for r in hub.requests if "/resolve/" in r["path"])  # the commit is asked for, never the branch
+
+
+def test_second_run_makes_no_request_and_a_moved_branch_waits_for_refresh(hub, tmp_path):
+    fetch(hub, tmp_path)
+    hub.repos["model", "ex/model"].commit({**model_files(), "config.json": b'{"model_type": "qwen3", "new": 1}', "merges.txt": b"b c\n"})
+    hub.requests.clear()
+    assert fetch(hub, tmp_path)["fetched"] == [] and hub.requests == []
+    assert fetch(hub, tmp_path, verify=True)["fetched"] == [] and hub.requests == []
+    assert sorted(fetch(hub, tmp_path, refresh=True)["fetched"]) == ["config.json", "merges.txt"]
+    assert len(hub.bodies()) == 2
+
+
+def test_offline_second_run(hub, tmp_path):
+    fetch(hub, tmp_path / "m"); fetch_rows(hub, tmp_path / "d")
+    nowhere = {"endpoint": "http://127.0.0.1:9", "token": False}
+    assert download_model("ex/model", tmp_path / "m", **nowhere)["fetched"] == []
+    assert download_dataset("ex/data", tmp_path / "d", **nowhere)["train"]["rows"] == 10
+    (tmp_path / "m" / "config.json").unlink()
+    with pytest.raises(DownloadError, match="config.json.*127.0.0.1:9.*\n.*no connection"): download_model("ex/model", tmp_path / "m", **nowhere)
+
+
+def test_another_revision_replaces_and_removes(hub, tmp_path):
+    fetch(hub, tmp_path)
+    files = {k: v for k, v in model_files().items() if k != "merges.txt"}
+    hub.repos["model", "ex/model"].commit({**files, "config.json": b'{"model_type": "other"}'}, branch="v2")
+    report = fetch(hub, tmp_path, revision="v2")
+    assert report["fetched"] == ["config.json"] and not (tmp_path / "merges.txt").exists()
+    with pytest.raises(DownloadError, match="holds model ex/model"): download_model("ex/other", tmp_path, endpoint=hub.url, token=False)
+
+
+# ---- cut, killed, corrupted
+
+def test_cut_at_half_is_resumed_with_a_range(big_hub, tmp_path):
+    body = model_files(BIG)[SHARD]
+    big_hub.faults[SHARD] = Fault(cut_at=len(body) // 2)
+    fetch(big_hub, tmp_path)
+    ranges = [r["range"] for r in big_hub.requests if r["cdn"] and r["method"] == "GET" and r["path"].endswith(record_of(tmp_path, SHARD)["sha256"])]
+    assert ranges[0] is None and len(ranges) == 2 and int(ranges[1].split("=")[1].strip("-")) >= 10 << 20, ranges
+    assert (tmp_path / SHARD).read_bytes() == body
+
+
+def record_of(folder, name): return next(f for f in read_manifest(folder)["files"] if f["path"] == name)
+
+
+def test_line_that_stays_cut_gives_up_and_the_next_run_goes_on(big_hub, tmp_path, monkeypatch):
+    body = model_files(BIG)[SHARD]
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    big_hub.faults[SHARD] = Fault(cut_at=11 << 20, times=1000)
+    with pytest.raises(DownloadError, match="no connection|cut|not a hub"): fetch(big_hub, tmp_path)
+    part = next((tmp_path / ".parts").iterdir())
+    assert part.stat().st_size >= 10 << 20 and not (tmp_path / SHARD).exists()
+    big_hub.faults.clear(); big_hub.requests.clear()
+    resumed = part.stat().st_size
+    fetch(big_hub, tmp_path)
+    assert f"bytes={resumed}-" in [r["range"] for r in big_hub.bodies()]
+    assert (tmp_path / SHARD).read_bytes() == body and not (tmp_path / ".parts").exists()
+
+
+def run_python(code: str, *arguments, **env):
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **env})
+
+
+CLIENT = """
+import sys
+from proxy_sft.download import download_model
+print(download_model("ex/model", sys.argv[1], margin=0)["fetched"])
+"""
+
+
+def test_killed_process_leaves_a_part_that_the_next_one_continues(big_hub, tmp_path):
+    body = model_files(BIG)[SHARD]
+    big_hub.faults[SHARD] = Fault(delay=0.01, times=1)
+    client = run_python(CLIENT, tmp_path, HF_ENDPOINT=big_hub.url)
+    parts = tmp_path / ".parts" / hashlib.sha256(body).hexdigest()
+    deadline = time.time() + 40
+    while time.time() < deadline and not (parts.exists() and parts.stat().st_size >= 10 << 20): time.sleep(0.02)
+    client.send_signal(signal.SIGKILL); client.wait()
+    size = parts.stat().st_size
+    assert 10 << 20 <= size < len(body) and not (tmp_path / SHARD).exists()
+    big_hub.requests.clear()
+    client = run_python(CLIENT, tmp_path, HF_ENDPOINT=big_hub.url)
+    output = client.communicate(timeout=60)[0].decode()
+    assert client.returncode == 0, output
+    assert f"bytes={size}-" in [r["range"] for r in big_hub.bodies()]
+    assert not [r for r in big_hub.requests if r["path"].startswith("/api/models")]  # the commit is the first run's
+    assert (tmp_path / SHARD).read_bytes() == body
+
+
+def test_flipped_bit_on_disk_is_found_and_fetched_again(hub, tmp_path):
+    fetch(hub, tmp_path)
+    path, good = tmp_path / SHARD, (tmp_path / SHARD).read_bytes()
+    stamp = path.stat().st_mtime_ns
+    bad = bytearray(good); bad[-1] ^= 1
+    path.write_bytes(bad); os.utime(path, ns=(stamp, stamp))
+    hub.requests.clear()
+    assert fetch(hub, tmp_path)["fetched"] == []  # size and time stamp are trusted
+    assert fetch(hub, tmp_path, verify=True)["fetched"] == [SHARD] and path.read_bytes() == good
+    path.write_bytes(bad)  # a new time stamp: seen without verify
+    assert fetch(hub, tmp_path)["fetched"] == [SHARD] and path.read_bytes() == good
+    (tmp_path / "config.json").write_text("{}")
+    assert fetch(hub, tmp_path)["fetched"] == ["config.json"]
+
+
+def test_wrong_bytes_once_are_fetched_again(hub, tmp_path):
+    hub.faults[SHARD] = Fault(flip_at=3000)
+    hub.faults["config.json"] = Fault(flip_at=3)
+    fetch(hub, tmp_path)
+    assert (tmp_path / SHARD).read_bytes() == model_files()[SHARD] and (tmp_path / "config.json").read_bytes() == model_files()["config.json"]
+
+
+def test_wrong_bytes_twice_are_an_error_and_leave_nothing(hub, tmp_path):
+    hub.faults[SHARD] = Fault(flip_at=3000, times=2)
+    with pytest.raises(DownloadError, match="twice a file whose hash is not the one") as error: fetch(hub, tmp_path)
+    assert SHARD in str(error.value) and not (tmp_path / SHARD).exists()
+    assert record_of(tmp_path, SHARD).get("mtime_ns") is None
+    fetch(hub, tmp_path)
+    assert (tmp_path / SHARD).read_bytes() == model_files()[SHARD]
+
+
+def test_busy_server_is_asked_again(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    hub.faults[SHARD] = Fault(status=503, times=2)
+    fetch(hub, tmp_path)
+    assert (tmp_path / SHARD).read_bytes() == model_files()[SHARD]
+
+
+# ---- refused
+
+@pytest.mark.parametrize("repo, revision, words", [
+    ("ex/modle", "main", "401, no such repository is visible.*\n.*spelling"),
+    ("ex/model", "v9", "404, the repository has no such revision.*\n.*commit"),
+    ("ex/gated", "main", "401, the repository is gated.*\n.*accept its conditions.*HF_TOKEN"),
+    ("ex/hidden", "main", "no such repository is visible.*\n.*private one set HF_TOKEN"),
+    ("a b/c", "main", "no name of a repository.*\n.*owner/name")])
+def test_refusals_are_explained(hub, tmp_path, repo, revision, words):
+    hub.repos["model", "ex/gated"] = Repo(model_files(), gated=True, readers=(TOKEN,))
+    hub.repos["model", "ex/hidden"] = Repo(model_files(), private=True, readers=(TOKEN,))
+    with pytest.raises(DownloadError, match="(?s)" + words) as error: download_model(repo, tmp_path, revision, endpoint=hub.url, token=False)
+    assert repo in str(error.value) and hub.url in str(error.value) and "HF_ENDPOINT" in str(error.value)
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("token, repo, words", [
+    (TOKEN, "ex/modle", "404, no such repository"),
+    ("hf_expired", "ex/model", "401, the token was refused"),
+    ("hf_stranger", "ex/gated", "403, the repository is gated")])
+def test_refusals_with_a_token(hub, tmp_path, monkeypatch, token, repo, words):
+    hub.tokens |= {TOKEN, "hf_stranger"}
+    hub.repos["model", "ex/gated"] = Repo(model_files(), gated=True, readers=(TOKEN,))
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(DownloadError, match=words) as error: download_model(repo, tmp_path, endpoint=hub.url)
+    assert token not in str(error.value)
+
+
+def test_token_opens_a_gated_repository_and_is_seen_nowhere(hub, tmp_path):
+    hub.tokens.add(TOKEN)
+    hub.repos["model", "ex/model"] = Repo(model_files(), gated=True, readers=(TOKEN,))
+    hub.faults[SHARD] = Fault(flip_at=9, times=9)
+    home = tmp_path / "home"
+    env = {"HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_VERBOSITY": "debug"}
+    failed = run_python(CLIENT, tmp_path / "m", **env)
+    output = failed.communicate(timeout=60)[0]
+    assert failed.returncode == 1 and b"twice a file" in output
+    hub.faults.clear()
+    done = run_python(CLIENT, tmp_path / "m", **env)
+    output += done.communicate(timeout=60)[0]
+    assert done.returncode == 0, output.decode()
+    assert TOKEN.encode() not in output
+    assert all(TOKEN.encode() not in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    assert {r["token"] for r in hub.requests if "ex/model" in r["path"]} == {f"Bearer {TOKEN}"}
+    assert {r["token"] for r in hub.requests if r["cdn"]} == {None}
+
+
+def test_no_connection_and_pages_that_are_no_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(DownloadError, match="(?s)127.0.0.1:9 .from HF_ENDPOINT.*no connection.*HF_ENDPOINT"): download_model("ex/model", tmp_path, token=False)
+    monkeypatch.setenv("HF_ENDPOINT", "mirror.example")
+    with pytest.raises(DownloadError, match="HF_ENDPOINT"): download_model("ex/model", tmp_path, token=False)
+    hub.not_a_hub = True
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    with pytest.raises(DownloadError, match="not a hub's"): download_model("ex/model", tmp_path, token=False)
+    hub.not_a_hub = False
+    assert download_model("ex/model", tmp_path, token=False, margin=0)["weights"]["shards"] == 2  # the environment is read at each call
+
+
+def test_path_that_leaves_the_folder_is_refused(hub, tmp_path):
+    hub.repos["model", "ex/model"] = Repo({**model_files(), "../evil.json": b"{}"})
+    with pytest.raises(DownloadError, match="leaves the folder"): fetch(hub, tmp_path / "m")
+    assert not (tmp_path / "evil.json").exists()
+
+
+# ---- disk
+
+def test_full_disk_is_seen_before_the_first_byte(hub, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 0, 1000))
+    with pytest.raises(DownloadError, match="(?s)GB of disk below.*only 0.00 GB are free.*workspace"): fetch(hub, tmp_path)
+    with pytest.raises(DownloadError, match="only 0.00 GB are free"): fetch_rows(hub, tmp_path / "d")
+    assert hub.bodies() == [] and not (tmp_path / SHARD).exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    if os.geteuid() or not shutil.which("mount"): pytest.skip("mounting a small tmpfs needs root")
+    place = tmp_path / "small"; place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_really_small_disk(big_hub, small_disk, monkeypatch):
+    with pytest.raises(DownloadError, match="only 0.01 GB are free"): fetch(big_hub, small_disk / "m")
+    assert big_hub.bodies() == []
+    monkeypatch.setattr(room, "check_disk", lambda *a, **k: None)  # another process fills the disk after the check
+    with pytest.raises(DownloadError, match="the disk is full"): fetch(big_hub, small_disk / "m")
+    assert not (small_disk / "m" / SHARD).exists()
+
+
+def test_disk_that_fills_while_lines_are_written(small_disk, tmp_path):
+    (tmp_path / "rows.parquet").write_bytes(parquet(rows(40, text="x" * 300_000), group=10))
+    with pytest.raises(DownloadError, match="the disk is full"): write_rows([tmp_path / "rows.parquet"], small_disk / "train.jsonl")
+    assert list(small_disk.iterdir()) == []
+
+
+def test_needs_on_one_file_system_are_summed(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    check_disk([(tmp_path / "a", free // 3)], margin=0)
+    with pytest.raises(DownloadError): check_disk([(tmp_path / "a", free // 3 * 2), (tmp_path / "b", free // 3 * 2)], margin=0)
+
+
+# ---- rows
+
+@pytest.mark.parametrize("source, domain", [("source_dataset", True), ("source", False), ("dataset_source", False)])
+def test_three_releases_keep_their_columns(tmp_path, source, domain):
+    data = rows(10, source, domain)
+    with HubServer({"ex/data": Repo(data_files(data), kind="dataset")}) as hub:
+        report = fetch_rows(hub, tmp_path)
+    assert read_rows(tmp_path) == data and report["train"]["rows"] == 10
+    assert report["train"]["columns"] == list(data[0])
+    assert not (tmp_path / "raw" / "data" / "test-00000-of-00001.parquet").exists()
+
+
+def test_taste_fetches_only_what_it_needs_and_the_rest_comes_later(hub, tmp_path):
+    report = fetch_rows(hub, tmp_path, max_rows=5)
+    assert report["fetched"] == ["README.md", "data/train-00000-of-00003.parquet", "data/train-00001-of-00003.parquet"]
+    assert read_rows(tmp_path) == rows(5)
+    hub.requests.clear()
+    assert not fetch_rows(hub, tmp_path, max_rows=5)["train"]["written"] and hub.requests == []
+    assert fetch_rows(hub, tmp_path, max_rows=3)["train"]["rows"] == 3 and hub.requests == []
+    assert fetch_rows(hub, tmp_path)["fetched"] == ["data/train-00002-of-00003.parquet"] and read_rows(tmp_path) == rows(10)
+
+
+def test_lines_are_written_again_when_they_were_touched(hub, tmp_path):
+    fetch_rows(hub, tmp_path)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    assert fetch_rows(hub, tmp_path)["train"]["written"] and read_rows(tmp_path) == rows(10)
+
+
+def test_wrong_columns_and_damaged_parquet(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(parquet([{"prompt": "x"}]))
+    with pytest.raises(DownloadError, match="the columns prompt, no messages"): write_rows(tmp_path, tmp_path / "train.jsonl")
+    (tmp_path / "a.parquet").write_bytes(parquet([{"messages": "x"}]))
+    with pytest.raises(DownloadError, match="messages of type string"): write_rows(tmp_path, tmp_path / "train.jsonl")
+    (tmp_path / "a.parquet").write_bytes(parquet(rows(3))[:-30])
+    with pytest.raises(DownloadError, match="rows of a.parquet"): write_rows(tmp_path, tmp_path / "train.jsonl")
+    assert not [p for p in tmp_path.iterdir() if p.name != "a.parquet"]
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from proxy_sft.download import write_rows
+write_rows([Path(sys.argv[1])], Path(sys.argv[2]), max_rows=10)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_rows([Path(sys.argv[1])], Path(sys.argv[2]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    with pq.ParquetWriter(tmp_path / "rows.parquet", pa.Table.from_pylist(rows(1)).schema) as writer:
+        text = np.random.default_rng(0).integers(65, 90, 1 << 22, dtype="uint8").tobytes().decode()
+        for group in range(10):
+            writer.write_table(pa.Table.from_pylist([row for i, row in enumerate(rows(2000)) if row["messages"][1].update(content=text[i:i + 10_000]) is None]))
+    client = run_python(MEMORY, tmp_path / "rows.parquet", tmp_path / "train.jsonl")
+    output = client.communicate(timeout=80)[0].decode()
+    assert client.returncode == 0, output
+    assert (tmp_path / "train.jsonl").stat().st_size > 200 << 20
+    assert int(output.split()[-1]) < 100 << 10, f"{int(output.split()[-1]) >> 10} MiB more than a taste needs"
+
+
+# ---- weights
+
+def break_weights(folder, how):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    if how == "a shard is missing": (folder / SHARD).unlink()
+    if how == "a shard is short": (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-1])
+    if how == "a header is damaged": (folder / SHARD).write_bytes(b"\xff" * 8 + (folder / SHARD).read_bytes()[8:])
+    if how == "a tensor is elsewhere": index["weight_map"]["norm"] = "model-00002-of-00002.safetensors"
+    if how == "a tensor is nowhere": index["weight_map"]["ghost"] = SHARD
+    if how == "a tensor is extra": index["weight_map"].pop("norm")
+    if how == "the sum is wrong": index["metadata"]["total_size"] += 1
+    if how == "a shard is outside": index["weight_map"]["norm"] = "../x.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("how, words", [
+    ("a shard is missing", f"names {SHARD}, which is not there"), ("a shard is short", "no readable safetensors file"),
+    ("a header is damaged", "no readable safetensors file"), ("a tensor is elsewhere", "the tensor norm is in"),
+    ("a tensor is nowhere", "the tensor ghost is not in"), ("a tensor is extra", "the tensor norm is in"),
+    ("the sum is wrong", "promises 4161 bytes of tensors|promises"), ("a shard is outside", "leaves the folder")])
+def test_weights_that_do_not_fit_together(tmp_path, how, words):
+    for name, body in model_files().items():
+        if "/" not in name: (tmp_path / name).write_bytes(body)
+    assert check_weights(tmp_path)["tensors"] == 3
+    break_weights(tmp_path, how)
+    with pytest.raises(DownloadError, match=words): check_weights(tmp_path)
+
+
+def test_repository_without_safetensors(hub, tmp_path):
+    hub.repos["model", "ex/model"] = Repo({"config.json": b"{}", "pytorch_model.bin": b"pickle"})
+    with pytest.raises(DownloadError, match="none of them model"): fetch(hub, tmp_path)
+
+
+# ---- settings: hub, local, demo
+
+def test_download_by_settings(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    settings = load_settings("qwen3_8b", model="ex/model", dataset="ex/data", workspace=str(tmp_path), max_rows=7)
+    report = download(settings, margin=0)
+    assert report["dataset"]["train"]["rows"] == 7 and len(settings.train_file.read_text().splitlines()) == 7
+    assert (settings.model_dir / "config.json").is_file() and list((settings.data_dir / "raw").rglob("*.parquet"))
+    hub.requests.clear()
+    started = time.time()
+    again = download(settings, margin=0)
+    assert time.time() - started < 3 and hub.requests == [] and again["model"]["fetched"] == again["dataset"]["fetched"] == []
+
+
+def test_misspelt_dataset_is_seen_before_the_model_is_fetched(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    with pytest.raises(DownloadError, match="dataset ex/dta"): download(load_settings("qwen3_8b", model="ex/model", dataset="ex/dta", workspace=str(tmp_path)))
+    assert hub.bodies() == []
+
+
+def test_local_folders_are_used_in_place(tmp_path):
+    model, data = tmp_path / "model", tmp_path / "data"
+    model.mkdir(); data.mkdir()
+    for name, body in model_files().items():
+        if "/" not in name: (model / name).write_bytes(body)
+    (data / "b.parquet").write_bytes(parquet(rows(4)))
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    settings = load_settings("qwen3_8b", model=str(model), dataset=str(data), workspace=str(tmp_path / "w"))
+    assert download(settings, margin=0)["dataset"]["train"]["rows"] == 4 and read_rows(data) == rows(4)
+    stamp = settings.train_file.stat().st_mtime_ns
+    download(settings, margin=0)
+    assert settings.train_file.stat().st_mtime_ns == stamp and not settings.workspace_dir.exists()
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    (model / SHARD).unlink()
+    with pytest.raises(DownloadError, match="which is not there"): download(settings)
+
+
+@pytest.mark.parametrize("content, words", [("", "the file is empty"), ("not json\n", "not JSON"), ('{"a": 1}\n', "without a list"), (None, "no such file")])
+def test_bad_local_lines(tmp_path, content, words):
+    path = tmp_path / "rows.jsonl"
+    if content is not None: path.write_text(content)
+    with pytest.raises(DownloadError, match=words): room.local_dataset(path)
+    assert not [p for p in tmp_path.iterdir() if p != path]
+
+
+def test_demo_has_the_same_layout_and_is_made_once(tmp_path):
+    settings = load_settings("demo", workspace=str(tmp_path), demo_rows=160)
+    first = download(settings, margin=0)
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    again = download(settings, margin=0)
+    assert first["model"]["fetched"] and not again["model"]["fetched"] and not again["dataset"]["fetched"]
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == stamps
+    assert len(settings.train_file.read_text().splitlines()) == 160 and read_manifest(settings.model_dir)["repo"] == "demo"
+    (settings.model_dir / "config.json").unlink()
+    assert download(settings, margin=0)["model"]["fetched"]
+
+
+def test_unwritable_workspace(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DownloadError, match="(?s)Not a directory|File exists.*workspace"):
+        download(load_settings("qwen3_8b", model="ex/model", dataset="ex/data", workspace=str(tmp_path / "file")))
