@@ -1,13 +1,16 @@
-"""A small Hugging Face Hub on the loopback interface: enough of its API that `huggingface_hub` cannot tell the difference.
+"""A small Hugging Face Hub on the loopback interface: enough of its API for `huggingface_hub` to download from it.
 
-It answers `/api/{models,datasets}/ID[/revision/REV]`, `/api/…/ID/tree/COMMIT` and `/[datasets/]ID/resolve/REV/FILE`, with ETag,
-X-Repo-Commit, X-Linked-Etag, X-Linked-Size, Range and 206, and the X-Error-Code of private, gated and missing repositories. Large
-files redirect to a second port, as the real hub redirects to its CDN, so that a token that leaks there is seen. Xet is not
-advertised. Faults are set per file: cut a body, slow it down, flip a byte, answer with a status.
+It answers `/api/{models,datasets}/ID[/revision/REV]`, `/api/…/ID/tree/COMMIT` and `/[datasets/]ID/resolve/REV/FILE`,
+with ETag, X-Repo-Commit, X-Linked-Etag, X-Linked-Size, Range and 206, and the X-Error-Code of private, gated and
+missing repositories. Large files redirect to a second port, as the real hub redirects to its CDN, so that a token that
+leaks there is seen. Xet is not advertised. Faults are set per file: cut a body, reset the connection, slow it down,
+flip a byte, answer with a status.
 """
 import hashlib
 import json
 import os
+import socket
+import struct
 import threading
 import time
 from contextlib import ExitStack
@@ -55,6 +58,7 @@ class Fault:
     cut_at: int = -1  # close the connection after so many bytes of the file
     flip_at: int = -1  # invert the byte at this position
     status: int = 0  # answer with this status instead
+    reset: bool = False  # … and rudely
     delay: float = 0.0  # seconds to wait after each 64 KiB
     times: int = 1
 
@@ -98,16 +102,15 @@ class Handler(BaseHTTPRequestHandler):
         if commit not in repo.commits: return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         files = repo.commits[commit]
         if what == "revision":
-            info = {"id": "/".join(parts[:2]), "sha": commit, "cardData": repo.card, "private": repo.private,
-                    "gated": "auto" if repo.gated else False, "tags": [f"license:{repo.card['license']}"] if "license" in repo.card else [],
-                    "siblings": [{"rfilename": name} for name in files]}
-            return self.send_json(info)
+            return self.send_json({
+                "id": "/".join(parts[:2]), "sha": commit, "cardData": repo.card, "private": repo.private, "tags": [],
+                "gated": "auto" if repo.gated else False, "siblings": [{"rfilename": name} for name in files]})
         if repo.gated and not self.may_read(repo): return
         names = sorted(files)
         start, page = int(parse_qs(url.query).get("cursor", ["0"])[0]), self.server.hub.page_size
         rows = [self.server.hub.tree_row(name, files[name]) for name in names[start:start + page]]
-        more = {"Link": f'<{self.server.hub.url}{url.path}?recursive=True&cursor={start + page}>; rel="next"'} if start + page < len(names) else {}
-        self.send_json(rows, more)
+        following = f"{self.server.hub.url}{url.path}?recursive=True&cursor={start + page}"
+        self.send_json(rows, {"Link": f'<{following}>; rel="next"'} if start + page < len(names) else {})
 
     def may_read(self, repo) -> bool:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -162,14 +165,18 @@ class Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True  # the client went away, as a killed one does
         if end < len(body): self.close_connection = True
-        self.server.hub.sent[self.path.split("name=")[-1]] = self.server.hub.sent.get(self.path.split("name=")[-1], 0) + end
+        if fault and fault.reset:  # RST instead of FIN
+            self.wfile.flush()
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
 
     def send_json(self, value, headers=None):
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
     def refuse(self, status, code, message):
-        self.send(status, json.dumps({"error": message}).encode(),
-                  {"Content-Type": "application/json", "X-Error-Message": message, **({"X-Error-Code": code} if code else {})})
+        headers = {"Content-Type": "application/json", "X-Error-Message": message}
+        if code: headers["X-Error-Code"] = code
+        self.send(status, json.dumps({"error": message}).encode(), headers)
 
 
 class HubServer:
@@ -178,7 +185,7 @@ class HubServer:
     def __init__(self, repos: dict, tokens: tuple = (), page_size: int = 1000):
         self.repos = {(repo.kind, name): repo for name, repo in repos.items()}
         self.tokens, self.page_size, self.not_a_hub = set(tokens), page_size, False
-        self.requests, self.objects, self.faults, self.sent = [], {}, {}, {}
+        self.requests, self.objects, self.faults = [], {}, {}
         self.undo = ExitStack()
 
     def tree_row(self, name: str, body: bytes) -> dict:
