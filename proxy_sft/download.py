@@ -714,10 +714,8 @@ def finish_dataset(
 ) -> dict: # the record, with `train` and `fetched`
     "Fetch what a dataset's plan misses, then write the lines."
     check_disk(dataset_needs(plan, train_file, max_rows), margin)
-    plan.fetch([f for f in plan.files if f not in plan.parquet], workers)
-    used = plan.parquet if max_rows is None else []
-    plan.fetch(used, workers)
-    rows = 0
+    rows, used = 0, plan.parquet if max_rows is None else []
+    plan.fetch(used + [f for f in plan.files if f not in plan.parquet], workers)
     while max_rows is not None and rows < max_rows and len(used) < len(plan.parquet):
         used.append(plan.parquet[len(used)])
         check_disk([(plan.folder, plan.needed(used))], margin)

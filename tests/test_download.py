@@ -520,13 +520,13 @@ def test_bad_local_lines(tmp_path, content, words):
 
 
 def test_demo_has_the_same_layout_and_is_made_once(tmp_path):
-    settings = load_settings("demo", workspace=str(tmp_path), demo_rows=160)
+    settings = load_settings("demo", workspace=str(tmp_path), demo_rows=400)
     first = download(settings, margin=0)
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     again = download(settings, margin=0)
     assert first["model"]["fetched"] and not again["model"]["fetched"] and not again["dataset"]["fetched"]
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == stamps
-    assert len(settings.train_file.read_text().splitlines()) == 160
+    assert len(settings.train_file.read_text().splitlines()) == 400
     assert read_manifest(settings.model_dir)["repo"] == "demo"
     (settings.model_dir / "config.json").unlink()
     assert download(settings, margin=0)["model"]["fetched"]
