@@ -280,6 +280,9 @@ def row_parts(
     return json.loads(row["messages_json"]), json.loads(row.get("tools_json") or "[]")
 
 # %% ../nbs/00c_chat.ipynb #renderer-export
+_giga_encoders = weakref.WeakKeyDictionary()  # tokenizer -> (its size, gigatoken's): made once, it takes a second
+
+
 class Renderer:
     "Text and ids of conversations under one Jinja source, by the fast libraries or by the reference."
     def __init__(self, tokenizer: Any, source: str, options: dict, fast: bool = True):
@@ -296,7 +299,10 @@ class Renderer:
                                             auto_escape_callback=lambda name: False)
         self._jinja.add_filter("tojson", _json_text)
         self._jinja.render_template("chat", messages=[{"role": "user", "content": ""}], **self.options)
-        self._giga = gigatoken.Tokenizer(self.tokenizer.backend_tokenizer)
+        size, self._giga = _giga_encoders.get(self.tokenizer, (0, None))
+        if size != len(self.tokenizer):
+            self._giga = gigatoken.Tokenizer(self.tokenizer.backend_tokenizer)
+            _giga_encoders[self.tokenizer] = len(self.tokenizer), self._giga
 
     def text(self, messages: list, tools: Optional[list], generate: bool = False) -> str:
         "The rendered text."
@@ -425,9 +431,10 @@ class ChatEncoder:
         size = [len(row["messages_json"]) if "messages_json" in row else len(str(row["messages"])) for row in rows]
         picked = {*sorted(range(len(rows)), key=size.__getitem__)[-longest:],
                   *random.Random(seed).sample(range(len(rows)), min(sample, len(rows)))}
-        out = self.encode([rows[i] for i in picked])
-        for at, i in enumerate(picked):
-            if out[at] == supervise(*row_parts(rows[i]), self.tokenizer, self.template, self.train_on): continue
+        for i in picked:
+            try: expected = supervise(*row_parts(rows[i]), self.tokenizer, self.template, self.train_on)
+            except (ValueError, TypeError, KeyError, jinja2.TemplateError): continue  # it has no ids, on either path
+            if self.encode([rows[i]])[0] == expected: continue
             self.renderer.fallback = f"the fast path differs from the reference on row {i}"
             return False
         return True
@@ -860,7 +867,9 @@ def _check_fast(inspection: Inspection, rows: list, sample: int, seed: int) -> s
         messages, tools = row_parts(row)
         if inspection.server.pattern.search(_json_text([messages, tools])): continue  # they take the reference path
         asked = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-        for k, prompt in zip(asked, server_prompts(inspection, [(messages, tools)])[0]):
+        try: prompts = server_prompts(inspection, [(messages, tools)])[0]
+        except (ValueError, TypeError, KeyError, jinja2.TemplateError): continue  # counted as not rendered
+        for k, prompt in zip(asked, prompts):
             ids = inspection.tokenizer.apply_chat_template(
                 messages[:k], tools=tools or None, chat_template=inspection.server.source, add_generation_prompt=True,
                 return_dict=False, **inspection.server.options)
