@@ -7,24 +7,26 @@ __all__ = ['STRING', 'INTEGER', 'BOOLEAN', 'SYMBOLS', 'CURRENCIES', 'FOODS', 'PO
            'UNSEEN_TOOLS', 'OPENERS', 'TAG_SENTENCES', 'SYSTEM_TEXTS', 'KINDS', 'NO_TOOL_ANSWER', 'THANKS', 'ANIMALS',
            'THINGS', 'PLACES', 'CAPITALS', 'CHAT_SOURCES', 'TOOL_SOURCE', 'CASES', 'STRICT', 'DEMO_ROWS', 'DEMO_SEED',
            'CHAT_SHARE', 'DUPLICATES', 'SPECIAL_TOKENS', 'MARKUP_TOKENS', 'SPLIT_PATTERN', 'DEMO_VOCABULARY',
-           'DEMO_MODEL', 'words_pool', 'numbers_pool', 'draw', 'DemoTool', 'DemoCall', 'draw_call', 'spell_value',
-           'spell_call', 'message', 'say', 'spell_result', 'call_turn', 'exchange', 'system_message', 'conversation',
-           'kind', 'draw_calls', 'single', 'other_language', 'parallel', 'two_tools', 'separate_results',
-           'several_steps', 'several_turns', 'no_tool_fits', 'small_talk', 'science', 'web_search', 'capital',
-           'word_problem', 'series', 'python_function', 'in_capitals', 'refusal', 'small_essay', 'sentiment',
+           'DEMO_MODEL', 'words_pool', 'numbers_pool', 'draw', 'DemoTool', 'tool_named', 'DemoCall', 'draw_call',
+           'spell_value', 'spell_call', 'message', 'say', 'spell_result', 'call_turn', 'exchange', 'system_message',
+           'conversation', 'kind', 'draw_calls', 'single', 'other_language', 'parallel', 'two_tools',
+           'separate_results', 'several_steps', 'several_turns', 'no_tool_fits', 'small_talk', 'science', 'web_search',
+           'capital', 'word_problem', 'series', 'python_function', 'in_capitals', 'refusal', 'small_essay', 'sentiment',
            'chat_messages', 'Case', 'plant', 'custom', 'note_tool', 'note', 'python_literals', 'json_literals',
            'nested_arguments', 'raw_newline', 'escapes', 'big_integer', 'number_spellings', 'white_space', 'renamed',
            'keyword_argument_names', 'odd_tool_names', 'non_ascii', 'positional_arguments', 'leftover_tags',
            'plain_after_call', 'null_string_calls', 'empty_string_calls', 'text_with_call', 'array_result',
            'truncated_result', 'with_functions', 'one_call', 'bare_tools', 'loose_type_names', 'no_required',
-           'wrong_default', 'repeated_tool', 'no_parameters', 'nul_character', 'control_tokens', 'closed_think',
-           'stray_think', 'long_conversation', 'unseen_tool', 'text_then_call', 'two_texts', 'empty_assistant',
-           'no_final_answer', 'no_user', 'calls_on_user', 'calls_on_environment', 'two_calls', 'fewer_results',
-           'more_results', 'unsplittable_results', 'undeclared_function', 'conflicting_tools', 'missing_required',
-           'wrong_type', 'not_in_enum', 'unknown_argument', 'malformed', 'prose_calls', 'too_many_positional',
-           'planned_kinds', 'build_messages', 'build_demo', 'demo_rows', 'demo_plan', 'write_demo_data',
-           'stock_template', 'demo_texts', 'train_bpe', 'tokenizer_files', 'write_files', 'build_demo_tokenizer',
-           'demo_config', 'build_demo_model', 'write_demo_model', 'publish_folder']
+           'wrong_default', 'repeated_tool', 'no_parameters', 'nul_character', 'control_tokens', 'call_as_text',
+           'closed_think', 'stray_think', 'leading_stray_think', 'long_conversation', 'unseen_tool', 'text_then_call',
+           'two_texts', 'empty_assistant', 'no_final_answer', 'ends_in_call', 'trailing_user', 'empty_answer',
+           'consecutive_users', 'call_turns_merged', 'no_user', 'calls_on_user', 'calls_on_environment', 'two_calls',
+           'fewer_results', 'more_results', 'unsplittable_results', 'undeclared_function', 'conflicting_tools',
+           'results_regrouped', 'tools_elsewhere', 'malformed_tools', 'missing_required', 'wrong_type', 'not_in_enum',
+           'unknown_argument', 'malformed', 'prose_calls', 'half_surrogate', 'too_many_positional', 'planned_kinds',
+           'build_messages', 'build_demo', 'demo_rows', 'demo_plan', 'write_demo_data', 'stock_template', 'demo_texts',
+           'train_bpe', 'tokenizer_files', 'write_files', 'build_demo_tokenizer', 'demo_config', 'give_head_start',
+           'build_demo_model', 'write_demo_model', 'publish_folder']
 
 # %% ../nbs/000a_demo.ipynb #demo-imports
 import itertools
@@ -61,7 +63,6 @@ FOODS = ["rice", "beans", "eggs", "milk", "tomatoes", "cheese", "apples"]
 POOLS = {  # name -> (JSON schema, spelling in a sentence -> value)
     "city": (STRING, words_pool("Paris London Berlin Madrid Rome Oslo Lima Cairo Tokyo Beijing Boston Delhi")),
     "person": (STRING, words_pool("Anna Bruno Chen Dora Emil Fatima Goran Hana Ivan Julia")),
-    "author": (STRING, words_pool("Austen Borges Chekhov Dante Eco Frisch Goethe Homer Ibsen Joyce")),
     "artist": (STRING, words_pool("Bach Mozart Chopin Vivaldi Handel Verdi Satie Ravel")),
     "room": (STRING, words_pool("kitchen bedroom garage hall office bathroom garden attic")),
     "day": (STRING, words_pool("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")),
@@ -75,7 +76,8 @@ POOLS = {  # name -> (JSON schema, spelling in a sentence -> value)
 # %% ../nbs/000a_demo.ipynb #demo-pools-more
 POOLS |= {
     "symbol": (STRING, {symbol: symbol for symbol in SYMBOLS}),
-    "currency": ({**STRING, "enum": CURRENCIES}, {currency: currency for currency in CURRENCIES}),
+    "currency": (STRING, {currency: currency for currency in CURRENCIES}),
+    "target": ({**STRING, "enum": CURRENCIES[:4]}, {currency: currency for currency in CURRENCIES[:4]}),
     "few": (INTEGER, numbers_pool(range(2, 10))),
     "hour": (INTEGER, numbers_pool(range(7, 22))),
     "amount": (INTEGER, numbers_pool(range(10, 100))),
@@ -123,42 +125,37 @@ class DemoTool:
 # %% ../nbs/000a_demo.ipynb #demo-tools-outside
 TOOLS = [
     DemoTool("weather.current", "Weather in a city now.", {"city": "city"},
-             ("tell me the weather in {city}", "check the weather in {city} right now", "look up how warm {city} is now"),
+             ("tell me the weather in {city}", "check the weather in {city} right now", "look up the weather in {city}"),
              {"city": "=city", "temperature": "degrees", "sky": "sky"}, "It is {temperature} degrees and {sky} in {city}.",
              (("¿Qué tiempo hace en {city}?", "En {city} hay {temperature} grados."),
               ("{city}现在天气怎么样？", "{city}现在{temperature}度。"))),
     DemoTool("weather.forecast", "Weather forecast for some days.", {"city": "city", "days": "few"},
-             ("get the forecast for {city} for {days} days", "predict the next {days} days of weather in {city}"),
+             ("get the forecast for {city} for {days} days", "look up the forecast of the next {days} days in {city}"),
              {"city": "=city", "sky": "sky"}, "The next {days} days in {city} will be {sky}.",
              (("Dame el pronóstico de {days} días para {city}.", "{city}: {days} días, {sky}."),
               ("请预报{city}未来{days}天的天气。", "{city}未来{days}天：{sky}。"))),
     DemoTool("flights.search", "Search flights between two cities.", {"from": "city", "to": "city", "day": "day"},
-             ("find a flight from {from} to {to}", "find flights from {from} to {to} on {day}"),
+             ("find a flight from {from} to {to}", "look for a flight from {from} to {to} on {day}"),
              {"from": "=from", "to": "=to", "price": "amount"}, "There is a flight from {from} to {to} for {price} euros.",
              (("Busca un vuelo de {from} a {to}.", "Hay un vuelo de {from} a {to} por {price} euros."),)),
     DemoTool("hotels.book", "Book a hotel room.", {"city": "city", "nights": "few"},
              ("book a hotel in {city} for {nights} nights", "reserve {nights} nights at a hotel in {city}"),
-             {"city": "=city", "price": "amount"}, "Your hotel in {city} is booked for {nights} nights at {price} euros.",
-             (("请在{city}订{nights}晚酒店。", "已在{city}订好{nights}晚。"),)),
+             {"city": "=city", "price": "amount"}, "Your hotel in {city} is booked for {nights} nights at {price} euros."),
 ]
 
 # %% ../nbs/000a_demo.ipynb #demo-tools-money
 TOOLS += [
     DemoTool("stock.quote", "Latest price of a stock.", {"symbol": "symbol"},
-             ("get the stock price of {symbol}", "quote {symbol} shares", "tell me what {symbol} shares trade at"),
+             ("get the stock price of {symbol}", "look up {symbol} stock", "tell me what {symbol} stock trades at"),
              {"symbol": "=symbol", "price": "amount"}, "{symbol} trades at {price} dollars.",
              (("{symbol}的股价是多少？", "{symbol}的股价是{price}美元。"),)),
-    DemoTool("currency.convert", "Convert money.", {"amount": "amount", "source": "currency", "target": "currency"},
-             ("convert {amount} {source} to {target}", "change {amount} {source} into {target}"),
-             {"value": "amount"}, "{amount} {source} is {value} {target}.",
-             (("Convierte {amount} {source} a {target}.", "{amount} {source} son {value} {target}."),)),
+    DemoTool("currency.convert", "Convert money.", {"amount": "amount", "source": "currency", "target": "target"},
+             ("convert {amount} {source} to {target}", "work out how to convert {amount} {source} into {target}"),
+             {"value": "amount"}, "{amount} {source} is {value} {target}."),
     DemoTool("statistics.mean", "Mean of numbers.", {"numbers": "numbers"},
-             ("compute the mean of {numbers}", "average the numbers {numbers}"), {"mean": "few"}, "The mean is {mean}."),
-    DemoTool("geometry.area", "Area of a rectangle.", {"width": "few", "height": "few"},
-             ("compute the area of a rectangle {width} wide and {height} high", "work out the area of a {width} by {height} rectangle"),
-             {"area": "amount"}, "The area is {area}."),
+             ("compute the mean of {numbers}", "tell me the mean of {numbers}"), {"mean": "few"}, "The mean is {mean}."),
     DemoTool("clock.now", "The time now.", {},
-             ("tell me what time it is", "look at the clock"), {"hour": "hour"}, "It is {hour} o'clock.",
+             ("tell me what time it is", "look up the time"), {"hour": "hour"}, "It is {hour} o'clock.",
              (("¿Qué hora es?", "Son las {hour}."), ("现在几点了？", "现在{hour}点。"))),
 ]
 
@@ -167,44 +164,37 @@ TOOLS += [
     DemoTool("lights.set", "Switch lights on or off.", {"room": "room", "on": "switch"},
              ("turn {on} the lights in the {room}", "switch the {room} lights {on}"),
              {"room": "=room", "on": "=on"}, "The lights in the {room} are {on}."),
-    DemoTool("thermostat.set", "Set the heating of a room.", {"room": "room", "degrees": "degrees"},
-             ("heat the {room} to {degrees} degrees", "set the thermostat in the {room} to {degrees}"),
-             {"room": "=room", "degrees": "=degrees"}, "The {room} is set to {degrees} degrees."),
     DemoTool("calendar.add_event", "Add an event.", {"title": "event", "day": "day", "hour": "hour"},
              ("add a {title} on {day} at {hour} to my calendar", "put the {title} in my calendar on {day} at {hour}"),
              {"title": "=title", "day": "=day"}, "I added the {title} on {day} at {hour}."),
     DemoTool("reminders.create", "Create a reminder.", {"task": "task", "day": "day"},
-             ("remind me of the {task} on {day}", "make a reminder for the {task} on {day}"),
-             {"task": "=task", "day": "=day"}, "I will remind you of the {task} on {day}.",
-             (("Recuérdame {task} el {day}.", "Te recordaré {task} el {day}."),)),
+             ("set a reminder for {task} on {day}", "put a reminder of {task} on {day} in my list"),
+             {"task": "=task", "day": "=day"}, "I will remind you of the {task} on {day}."),
     DemoTool("contacts.call", "Call a person.", {"person": "person"},
-             ("call {person}", "phone {person} for me", "ring {person} up"), {"person": "=person", "minutes": "few"},
+             ("make a phone call to {person}", "get {person} on the phone", "reach {person} by phone"), {"person": "=person", "minutes": "few"},
              "You talked to {person} for {minutes} minutes."),
 ]
 
 # %% ../nbs/000a_demo.ipynb #demo-tools-leisure
 TOOLS += [
-    DemoTool("books.find", "Find books of an author.", {"author": "author", "limit": "few"},
-             ("find books by {author}", "list {limit} books by {author}"),
-             {"author": "=author", "count": "few"}, "I found {count} books by {author}."),
     DemoTool("music.play", "Play music.", {"artist": "artist", "shuffle": "switch"},
-             ("play {artist}", "put some music by {artist} on", "play music by {artist} with shuffle {shuffle}"),
+             ("play music by {artist}", "put some music by {artist} on", "play music by {artist} with shuffle {shuffle}"),
              {"artist": "=artist", "minutes": "amount"}, "Playing {artist} for {minutes} minutes.",
              (("请播放{artist}。", "正在播放{artist}。"),)),
     DemoTool("recipes.search", "Search recipes by ingredients.", {"ingredients": "foods"},
-             ("find a recipe with {ingredients}", "suggest a dish made of {ingredients}"),
+             ("find a recipe with {ingredients}", "suggest a recipe for {ingredients}"),
              {"recipes": "few"}, "There are {recipes} recipes with {ingredients}."),
     DemoTool("translate_word", "Translate a word.", {"word": "word", "language": "language"},
-             ("translate {word} into {language}", "say {word} in {language}"),
+             ("give me the translation of {word} into {language}", "look up the translation of {word} in {language}"),
              {"word": "=word", "letters": "few"}, "In {language}, {word} has {letters} letters."),
 ]
 SCIENCE_TOOL = DemoTool(
     "search_papers_by_relevance", "Search for papers by keyword relevance.", {"keyword": "topic", "limit": "few"},
-    ("find {limit} papers about {keyword}", "search the literature on {keyword}"),
+    ("find {limit} papers about {keyword}", "search for papers on {keyword}"),
     {"title": "=keyword", "citations": "amount"}, "A paper on {keyword} has {citations} citations.")
 WEB_TOOL = DemoTool(
     "serper_google_webpage_search", "Search the web.", {"query": "topic"},
-    ("search the web for {query}", "google {query}"), {"query": "=query", "pages": "amount"}, "I found {pages} pages about {query}.")
+    ("search the web for {query}", "look on the web for {query}"), {"query": "=query", "pages": "amount"}, "I found {pages} pages about {query}.")
 UNSEEN_TOOLS = [  # only in rows planted as `unseen_tool`
     DemoTool("taxi.order", "Order a taxi.", {"city": "city", "hour": "hour"},
              ("order a taxi in {city} at {hour}", "send me a taxi at {hour} in {city}"),
@@ -213,6 +203,12 @@ UNSEEN_TOOLS = [  # only in rows planted as `unseen_tool`
              ("track parcel {parcel}", "find out where parcel {parcel} is"),
              {"parcel": "=parcel", "city": "city"}, "Parcel {parcel} is in {city}."),
 ]
+
+def tool_named(
+    name:str,  # one of the demo's tools
+) -> DemoTool:  # that tool; raises `StopIteration` for an unknown name
+    "A tool by its name."
+    return next(tool for tool in (*TOOLS, SCIENCE_TOOL, WEB_TOOL, *UNSEEN_TOOLS) if tool.name == name)
 
 # %% ../nbs/000a_demo.ipynb #demo-call
 @dataclass(frozen=True)
@@ -315,7 +311,8 @@ TAG_SENTENCES = (
 SYSTEM_TEXTS = (
     "You are a helpful function-calling AI assistant. " + TAG_SENTENCES
     + "Don't make assumptions about what values to plug into functions.",
-    "You are a helpful assistant. " + TAG_SENTENCES + "Be brief.")
+    "You are a helpful assistant. " + TAG_SENTENCES + "Be brief.",
+    "You are a helpful function-calling AI assistant. " + TAG_SENTENCES.rstrip())
 
 def system_message(
     tools:list[DemoTool],   # the tools of the conversation
@@ -330,7 +327,7 @@ def conversation(
     calls:list[DemoCall],    # every call of the conversation
     messages:list[dict],     # all messages after the system's
     rng:random.Random,       # chooses the tools that stand beside the called ones
-    extra:tuple=(1, 2),      # how many other tools to list, one of these
+    extra:tuple=(1, 1, 2),      # how many other tools to list, one of these
 ) -> list[dict]:  # a whole conversation
     "Put a system message in front that lists the called tools and a few others."
     called = {call.tool.name: call.tool for call in calls}
@@ -357,13 +354,13 @@ def draw_calls(
     "Calls of `count` different tools."
     return [draw_call(tool, rng) for tool in rng.sample(tools or TOOLS, count)]
 
-@kind(34)
+@kind(18)
 def single(rng):
     "One question, one call."
     calls = draw_calls(1, rng)
-    return conversation(calls, exchange(calls, rng), rng, (1, 2, 3))
+    return conversation(calls, exchange(calls, rng), rng)
 
-@kind(6)
+@kind(4)
 def other_language(rng):
     "One question in Spanish or Chinese, one call, an answer in that language."
     call = draw_call(rng.choice([tool for tool in TOOLS if tool.other]), rng, translate=True)
@@ -371,7 +368,7 @@ def other_language(rng):
     return conversation([call], messages, rng)
 
 # %% ../nbs/000a_demo.ipynb #demo-kinds-parallel
-@kind(12)
+@kind(10)
 def parallel(rng):
     "Two calls of one tool in one message, results in one bundle."
     tool = rng.choice([tool for tool in TOOLS if tool.parameters])
@@ -379,7 +376,7 @@ def parallel(rng):
     while calls[0].arguments == calls[1].arguments: calls[1] = draw_call(tool, rng)
     return conversation(calls, exchange(calls, rng), rng)
 
-@kind(12)
+@kind(10)
 def two_tools(rng):
     "Calls of two tools in one message, results in one bundle."
     calls = draw_calls(2, rng)
@@ -400,10 +397,11 @@ def several_steps(rng):
     turns = [turn for call in calls for turn in call_turn([call], rng)]
     return conversation(calls, [message("user", question), *turns, answer], rng)
 
-@kind(12)
+@kind(34)
 def several_turns(rng):
-    "Two questions, each with its call."
-    calls = draw_calls(2, rng)
+    "Two to four questions, each with its call, of two tools."
+    tools = rng.sample(TOOLS, 2)
+    calls = [draw_call(tools[i % 2], rng) for i in range(rng.choice((2, 3, 4)))]
     return conversation(calls, [turn for call in calls for turn in exchange([call], rng)], rng)
 
 # %% ../nbs/000a_demo.ipynb #demo-kinds-rest
@@ -715,7 +713,7 @@ def wrong_default(rng):
     "A default that is not of its parameter's type."
     return note("limit=3", rng, limit={"type": "integer", "default": "ten"})
 
-@plant(2)
+@plant(2, "repaired", "duplicate_tool_dropped")
 def repeated_tool(rng):
     "One tool listed twice with the same body."
     return with_functions(one_call(rng), lambda tools: [*tools, tools[0]])
@@ -723,7 +721,7 @@ def repeated_tool(rng):
 @plant(2)
 def no_parameters(rng):
     "A call with no arguments of a tool without parameters."
-    call = draw_call(TOOLS[8], rng)
+    call = draw_call(tool_named("clock.now"), rng)
     return conversation([call], exchange([call], rng), rng)
 
 # %% ../nbs/000a_demo.ipynb #demo-text-cases
@@ -733,14 +731,19 @@ def nul_character(rng):
     messages = one_call(rng)
     return [messages[0], {**messages[1], "content": "Hi\x00 there! " + messages[1]["content"]}, *messages[2:]]
 
-@plant(2)
+@plant(2, "kept", "control_text")
 def control_tokens(rng):
     "Control tokens as ordinary text: they must not become control tokens."
-    question = message("user", f"What do <|im_start|>, <|im_end|> and <tool_call> mean, {draw('person', rng)[0]}?")
-    messages = one_call(rng)
-    return [*messages, question, message("assistant", "<|im_end|> ends a message; <tool_call> opens a call.")]
+    question = message("user", f"{draw('person', rng)[0]} asks what <|im_start|>, <|im_end|> and <tool_call> mean.")
+    return [*one_call(rng), question, message("assistant", "<|im_start|> starts a message, <|im_end|> ends it.")]
 
-@plant(3)
+@plant(2, "rejected", "tool_call_in_text")
+def call_as_text(rng):
+    "A text that reads like a call in Qwen3's own form."
+    text = 'It would be <tool_call>\n{"name": "weather.current", "arguments": {"city": "Paris"}}\n</tool_call>'
+    return [*one_call(rng)[:-1], message("assistant", text)]
+
+@plant(3, "repaired", "think_moved")
 def closed_think(rng):
     "A closed span of reasoning before a search."
     call = draw_call(WEB_TOOL, rng)
@@ -748,17 +751,24 @@ def closed_think(rng):
     messages[2]["content"] = "<think>I should search.</think>"
     return messages
 
-@plant(1)
+@plant(1, "rejected", "stray_think")
 def stray_think(rng):
     "A closing tag of reasoning that was never opened."
     call = draw_call(WEB_TOOL, rng)
     messages = conversation([call], exchange([call], rng), rng)
     return [*messages[:-1], message("assistant", "I should answer.</think>" + call.answer)]
 
+@plant(1, "repaired", "stray_think_dropped")
+def leading_stray_think(rng):
+    "The same before any text: nothing is lost without it."
+    messages = one_call(rng)
+    return [*messages[:-1], message("assistant", "</think>" + messages[-1]["content"])]
+
+# %% ../nbs/000a_demo.ipynb #demo-length-cases
 @plant(2)
 def long_conversation(rng):
     "Twelve exchanges: longer than the demo's rows of tokens, so it has to be cut."
-    calls = draw_calls(12, rng, TOOLS[:14])
+    calls = draw_calls(12, rng)
     return conversation(calls, [turn for call in calls for turn in exchange([call], rng)], rng, (0,))
 
 @plant(12)
@@ -785,12 +795,45 @@ def empty_assistant(rng):
     messages = one_call(rng)
     return [*messages[:-1], message("assistant"), messages[-1]]
 
-@plant(2, "repaired", "no_final_answer")
+@plant(2, "kept", "no_final_answer")
 def no_final_answer(rng):
     "Two questions; the second one's results are the end."
     calls = draw_calls(2, rng, TOOLS[:8])
     return conversation(calls, [*exchange(calls[:1], rng), *exchange(calls[1:], rng)[:-1]], rng)
 
+# %% ../nbs/000a_demo.ipynb #demo-order-cases-more
+@plant(1, "kept", "ends_in_call")
+def ends_in_call(rng):
+    "The call is the last message."
+    return one_call(rng)[:3]
+
+@plant(2, "repaired", "trailing_user")
+def trailing_user(rng):
+    "A last question that nobody answers."
+    return [*one_call(rng), message("user", rng.choice(THANKS))]
+
+@plant(2, "rejected", "empty_answer")
+def empty_answer(rng):
+    "An empty answer between two questions."
+    calls = draw_calls(2, rng, TOOLS[:8])
+    first = [*exchange(calls[:1], rng)[:-1], message("assistant")]
+    return conversation(calls, [*first, *exchange(calls[1:], rng)], rng)
+
+@plant(1, "kept", "consecutive_users")
+def consecutive_users(rng):
+    "Two user messages in a row."
+    messages = one_call(rng)
+    return [messages[0], message("user", "Hello!"), *messages[1:]]
+
+@plant(2, "repaired", "call_turns_merged")
+def call_turns_merged(rng):
+    "Two call turns, then the results of both."
+    calls = draw_calls(2, rng, TOOLS[:8])
+    question, turns = say([call.ask for call in calls], rng), [call_turn([call], rng) for call in calls]
+    answer = message("assistant", " ".join(call.answer for call in calls))
+    return conversation(calls, [message("user", question), turns[0][0], turns[1][0], turns[0][1], turns[1][1], answer], rng)
+
+# %% ../nbs/000a_demo.ipynb #demo-role-cases
 @plant(1, "rejected", "no_user")
 def no_user(rng):
     "No user message."
@@ -839,7 +882,7 @@ def undeclared_function(rng):
     messages = one_call(rng)
     return [*messages[:2], message("assistant", None, 'weather.history(city="Paris")'), *messages[3:]]
 
-@plant(3, "rejected", "conflicting_tools")
+@plant(3, "kept", "conflicting_tools")
 def conflicting_tools(rng):
     "Two tools of one name with different bodies."
     def change(tools):
@@ -848,6 +891,27 @@ def conflicting_tools(rng):
         return [*tools, twin]
     calls = draw_calls(1, rng, TOOLS[:8])
     return with_functions(conversation(calls, exchange(calls, rng), rng, (0,)), change)
+
+@plant(2, "repaired", "results_regrouped")
+def results_regrouped(rng):
+    "Three calls; two environment messages hold three JSON values."
+    calls = draw_calls(3, rng, TOOLS[:8])
+    messages = conversation(calls, exchange(calls, rng), rng)
+    first, rest = messages[3]["content"].split("\n", 1)
+    return [*messages[:3], message("environment", first), message("environment", rest), *messages[4:]]
+
+# %% ../nbs/000a_demo.ipynb #demo-tools-cases
+@plant(2, "repaired", "tools_elsewhere")
+def tools_elsewhere(rng):
+    "The tools stand on the user's message."
+    system, user, *rest = one_call(rng)
+    return [{**system, "functions": None}, {**user, "functions": system["functions"]}, *rest]
+
+@plant(2, "rejected", "malformed_tools")
+def malformed_tools(rng):
+    "A list of tools that is cut off."
+    messages = one_call(rng)
+    return [{**messages[0], "functions": messages[0]["functions"][:-20]}, *messages[1:]]
 
 # %% ../nbs/000a_demo.ipynb #demo-schema-cases
 STRICT = {"text": STRING, "level": {"type": "string", "enum": ["low", "high"]}, "count": INTEGER}
@@ -894,6 +958,11 @@ def prose_calls(rng):
     "Prose where calls should be."
     messages = note('text="a"', rng)
     return [*messages[:2], message("assistant", None, "I would save a note now."), *messages[3:]]
+
+@plant(1, "rejected", "surrogate_in_call")
+def half_surrogate(rng):
+    "Half of a character in an argument."
+    return note(r'text="\ud83d half"', rng)
 
 @plant(2, "rejected", "positional_arguments")
 def too_many_positional(rng):
@@ -947,8 +1016,8 @@ def build_demo(
         seen.add(key)
         row_id = f"demo_{seed}_{index:06d}"
         rows.append({"id": row_id, "messages": messages, "source_dataset": source, "domain": domain})
-        case = CASES.get(name, Case(build_messages, 0, "kept", None))
-        plan.append({"id": row_id, "planted": name, "outcome": case.outcome, "reason": case.reason})
+        case = CASES.get(name)
+        plan.append({"id": row_id, "planted": name, "outcome": case.outcome if case else "kept", "reason": case.reason if case else None})
     singles = [row for row, planned in zip(rows, plan) if planned["planted"] == "single"]
     for number, row in enumerate(rng.sample(singles, DUPLICATES)):
         row_id = f"demo_{seed}_{len(rows):06d}"
@@ -1014,8 +1083,7 @@ def demo_texts(
     texts = [stock_template()] * (n // 10)
     for row in rows:
         for turn in row["messages"]:
-            texts += [turn["content"] or "", "user\n", "assistant\n"]
-            texts += [json.dumps(tool, ensure_ascii=False) for tool in json.loads(turn["functions"] or "[]")]
+            texts += [turn["content"] or "", turn["functions"] or "", "user\n", "assistant\n"]
     for tool in (*TOOLS, SCIENCE_TOOL, WEB_TOOL, *UNSEEN_TOOLS):
         for _ in range(n // 10):
             call = {"name": tool.name, "arguments": draw_call(tool, rng).arguments}
@@ -1035,7 +1103,7 @@ def train_bpe(
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"), pre_tokenizers.ByteLevel(**byte_level)])
     tokenizer.post_processor = processors.ByteLevel(**byte_level)
-    tokenizer.decoder = decoders.ByteLevel(**byte_level)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
                                   show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
@@ -1049,6 +1117,7 @@ def tokenizer_files(
 ) -> dict[str, str]:  # file name -> text, the files of the hub's folder
     "The tokenizer's files: `tokenizer.json`, `tokenizer_config.json`, `vocab.json`, `merges.txt`."
     state = json.loads(tokenizer.to_str(pretty=False))
+    state["decoder"] = state["post_processor"]  # byte level too, with the flags of Qwen3's file
     added = {str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in state["added_tokens"]}
     config = {
         "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": added,
@@ -1081,7 +1150,7 @@ def build_demo_tokenizer(
     return tokenizer
 
 # %% ../nbs/000a_demo.ipynb #demo-model
-DEMO_MODEL = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+DEMO_MODEL = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=32)
 
 def demo_config(
     tokenizer,  # of the demo
@@ -1090,10 +1159,25 @@ def demo_config(
     "Qwen3-8B's config, with everything that makes it large made small."
     from transformers import Qwen3Config
     return Qwen3Config(**{
-        **DEMO_MODEL, "vocab_size": -(-len(tokenizer) // 64) * 64, "max_position_embeddings": 4096, "rope_theta": 10000.0,
+        **DEMO_MODEL, "vocab_size": -(-len(tokenizer) // 64) * 64, "max_position_embeddings": 4096, "rope_theta": 1000.0,
         "initializer_range": 0.05, "tie_word_embeddings": False, "max_window_layers": DEMO_MODEL["num_hidden_layers"],
         "bos_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "dtype": "float32",
         "architectures": ["Qwen3ForCausalLM"], **changes})
+
+def give_head_start(
+    model,  # `transformers.Qwen3ForCausalLM` with random weights
+):  # the same model
+    "Let attention begin near and alike: a part common to all embeddings, keys equal to queries, sharper queries."
+    import torch
+    config = model.config
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(torch.randn(config.hidden_size) * config.initializer_range)
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            queries = attention.q_proj.weight.view(config.num_key_value_heads, -1, config.head_dim, config.hidden_size)
+            attention.k_proj.weight.copy_(queries[:, 0].reshape_as(attention.k_proj.weight))
+            attention.q_norm.weight.mul_(1.5)
+    return model
 
 def build_demo_model(
     tokenizer,           # of the demo
@@ -1105,7 +1189,7 @@ def build_demo_model(
     from transformers import GenerationConfig, Qwen3ForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(demo_config(tokenizer, **changes))
+        model = give_head_start(Qwen3ForCausalLM(demo_config(tokenizer, **changes)))
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.pad_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=0.6, top_k=20, top_p=0.95,
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id])
@@ -1119,14 +1203,17 @@ def write_demo_model(
     **changes,           # other values for the model's config
 ) -> Path:  # the folder
     "Write a folder as `Qwen/Qwen3-8B` has it on the hub: config, shards with index, tokenizer, generation config."
+    from huggingface_hub import save_torch_state_dict
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
         texts = demo_texts(n, seed)
         model = build_demo_model(build_demo_tokenizer(texts), seed, **changes)
-        size = sum(parameter.numel() * 4 for parameter in model.parameters())
-        model.save_pretrained(aside, max_shard_size=size * 6 // 10)
+        model.config.save_pretrained(aside)
+        model.generation_config.save_pretrained(aside)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        save_torch_state_dict(model.state_dict(), aside, max_shard_size=size * 6 // 10)  # two shards
         write_files(aside, tokenizer_files(train_bpe(texts)))
         publish_folder(aside, target)
     finally:
