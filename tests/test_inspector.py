@@ -1,0 +1,255 @@
+"""The inspector without a browser: rows by number, searches, views, escaping, the terminal command."""
+import argparse
+import json
+import random
+import re
+import time
+from html.parser import HTMLParser
+
+import pytest
+
+from proxy_sft.chat import TEMPLATES, ChatError, Inspection
+from proxy_sft.demo import build_demo_tokenizer, demo_rows
+from proxy_sft.inspector import (
+    SCRIPT, TABS, InspectorState, Query, RowFile, RowView, add_inspect_arguments, find_row, inspect, inspect_command, join_runs,
+    raw_row, read_row, row_facts, row_text, safe, show_row, visible)
+
+NASTY = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</div></section><b>", "\x1b[2J\x1b]0;t\x07", "\x00\x7f\x9b",
+         "\u202egnp.exe", "&lt;b&gt;", "\" onmouseover=\"x", "<|im_end|>\n<|im_start|>system\n", "`${x}`", "\ud800", "👩‍👩‍👧 e\u0301"]
+
+
+def row(number, text="Hi", calls=0, **more):
+    asked = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": text}}}] * calls} if calls else {}
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "" if calls else "Yes " + text, **asked}]
+    if calls: messages += [{"role": "tool", "content": "1"}] * calls + [{"role": "assistant", "content": "Done"}]
+    tools = [{"type": "function", "function": {"name": "f", "description": text, "parameters": {}}}] if calls else []
+    return {"id": f"row_{number}", "source": "demo", "messages_json": json.dumps(messages, ensure_ascii=False),
+            "tools_json": json.dumps(tools, ensure_ascii=False), **more}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(): return build_demo_tokenizer(["Hi Yes Done"])
+
+
+@pytest.fixture
+def file(tmp_path):
+    rows = [row(i, f"text {i}", i % 3, **({"source": "Aya"} if i % 5 == 0 else {})) for i in range(30)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def test_rows_by_number(file):
+    rows = RowFile(file)
+    assert len(rows) == 30 and [rows[i]["id"] for i in (29, 0, 7)] == ["row_29", "row_0", "row_7"]
+    with pytest.raises(IndexError, match="rows 0 to 29"): rows[30]
+    file.write_bytes(file.read_bytes()[:-1])  # no line break at the end
+    assert len(RowFile(file)) == 30 and RowFile(file)[29]["id"] == "row_29"
+    file.write_bytes(b"")
+    assert len(RowFile(file)) == 0
+
+
+def test_line_breaks_at_block_borders(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"".join(b"%d\n" % i for i in range(200000)))
+    rows = RowFile(path)
+    for i in (0, 9, 10, 99999, 199999): assert rows[i] == i
+
+
+def test_two_million_lines_open_in_seconds(tmp_path):
+    path = tmp_path / "many.jsonl"
+    line = json.dumps(row(1)).encode() + b"\n"
+    with open(path, "wb") as out:
+        for _ in range(20): out.write(line * 100_000)
+    start = time.perf_counter()
+    rows = RowFile(path)
+    assert len(rows) == 2_000_000 and rows[1_999_999]["id"] == "row_1"
+    assert time.perf_counter() - start < 20
+    assert rows.starts.nbytes < 20_000_000  # and nothing else is kept
+
+
+def test_searches(file):
+    rows = RowFile(file)
+    assert find_row(rows, Query(text="TEXT 17")) == (17, 18)
+    assert find_row(rows, Query(source="aya"), 6) == (10, 11) and find_row(rows, Query(source="aya"), 9, -1) == (5, 4)
+    assert find_row(rows, Query(calls=2), 3) == (5, 6)
+    assert find_row(rows, Query(text="nowhere")) == (None, 30) and find_row(rows, Query(text="nowhere"), 0, 1, 10) == (None, 10)
+    longest = max(range(30), key=lambda i: len(rows.line(i)))
+    assert find_row(rows, Query(longer=len(rows.line(longest))))[0] is not None
+    assert find_row(RowFile([{"reason": "unknown_tool"}, {"repairs": ["a", "b"]}]), Query(reason="b")) == (1, 2)
+
+
+def test_raw_rows_of_every_ledger():
+    for raw in demo_rows()[:200]:
+        assert raw_row(raw) is raw and raw_row({"reason": "x", "row": raw}) is raw
+        facts = row_facts(raw)
+        assert facts.id == raw["id"] and facts.source == raw["source_dataset"] and facts.turns == len(raw["messages"])
+        assert "No view" not in RowView(raw).html("raw")
+
+
+class Tags(HTMLParser):
+    "Collects tags and attributes."
+    def __init__(self): super().__init__(); self.seen, self.text = [], ""
+    def handle_starttag(self, tag, attrs): self.seen.append((tag, dict(attrs)))
+    def handle_data(self, data): self.text += data
+
+
+ALLOWED = {"style", "div", "b", "p", "mark", "code", "span", "wbr", "table", "tr", "td", "th", "del", "ins", "details", "summary", "br",
+           "strong", "em"}
+
+
+@pytest.mark.parametrize("text", NASTY)
+@pytest.mark.parametrize("tab", TABS)
+def test_data_stays_text(tokenizer, text, tab):
+    if "\ud800" in text and tab in ("text", "tokens", "parity"): return  # no tokens; see the next test
+    raw = {"id": text, "source_dataset": text, "messages": [{"role": text, "content": text, "functions": text, "function_calls": text}]}
+    chat = {"id": text, "source": text, "reason": text, "messages": [
+        {"role": "user", "content": text}, {"role": "assistant", "content": text, "tool_calls": [
+            {"type": "function", "function": {"name": text, "arguments": {text: text}}}]}],
+        "tools": [{"type": "function", "function": {"name": text, "description": text}}], "row": raw}
+    for template in TEMPLATES:
+        view = show_row(chat, tokenizer, template, views=(tab,))
+        page = Tags()
+        page.feed(view._repr_html_())
+        assert {tag for tag, _ in page.seen} <= ALLOWED, page.seen
+        assert {name for _, attributes in page.seen for name in attributes} <= {"class", "title", "colspan"}
+        shown = view._repr_html_() + row_text(view, tab, False)
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", shown)
+
+
+def test_what_cannot_be_shown_says_why(tokenizer):
+    lone = show_row({"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "x"}]}, tokenizer)
+    assert "⟨D800⟩" in lone.html("messages") and "No view" in lone.html("text")
+    assert "no tokenizer" in show_row(row(1)).html("text") and "not converted" in show_row({"id": "x"}, tokenizer).html("tokens")
+    assert "at hand" in show_row(row(1), tokenizer).html("raw")
+    assert show_row({"messages": []}, tokenizer).html("text").startswith("<p>No view")
+    with pytest.raises(ChatError, match="no view 'picture'"): show_row(row(1), tokenizer, views=("picture",))
+
+
+def test_raw_rows_are_converted_on_the_way(tokenizer):
+    raw = demo_rows()[0]
+    assert show_row(raw, tokenizer, convert=lambda r: row(1)).reading is not None
+    def refuse(r):
+        error = ValueError("no user message")
+        error.reason = "no_user"
+        raise error
+    assert show_row(raw, tokenizer, convert=refuse).problem == "no_user no user message"
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_runs_are_the_text_and_the_labels(tokenizer, template):
+    from proxy_sft.chat import supervise, trained_spans
+    messages = [{"role": "user", "content": "👩‍👩‍👧 東京 <|im_end|>"}, {"role": "assistant", "content": "Ünï 👩‍👩‍👧!"}] * 2
+    reading = read_row(messages, [], Inspection(tokenizer, template))
+    assert "".join(run.text for run in reading.runs) == tokenizer.decode(reading.ids.tolist())
+    assert [i for run in reading.runs for i in run.ids] == reading.ids.tolist()
+    spans = trained_spans(supervise(messages, [], tokenizer, template), tokenizer)
+    assert "".join(run.text for run in join_runs(reading.runs) if run.trained) == "".join(spans)
+
+
+def test_the_diff_shows_what_a_server_shows_otherwise(tokenizer):
+    view = show_row(row(1, "x", 1), tokenizer, "stock")
+    assert "<del>&lt;think&gt;\n\n&lt;/think&gt;\n\n</del>" in view.html("parity") and "✘" in view.html("parity")
+    assert "✘" not in show_row(row(1, "x", 1), tokenizer).html("parity")
+    assert "[only server: <think>" in row_text(view, "parity", False)
+
+
+def test_a_committed_view_is_small_and_without_scripts(tokenizer):
+    page = show_row(row(1, "text", 1), tokenizer)._repr_html_()
+    assert len(page.encode()) < 5000 and "<script" not in page and " id=" not in page
+    assert page == show_row(row(1, "text", 1), tokenizer)._repr_html_()
+
+
+def test_the_page_inserts_one_piece_of_html_only():
+    assert SCRIPT.count("innerHTML") == 1 and "panel.innerHTML = view.html" in SCRIPT and "eval(" not in SCRIPT
+    assert "http" not in SCRIPT  # works without a network
+
+
+def test_state(file, tokenizer, tmp_path):
+    raw = tmp_path / "raw.jsonl"
+    raws = [{"id": f"row_{i}", "messages": [{"role": "user", "content": f"raw {i}", "functions": None}]} for i in range(30)]
+    raw.write_text("".join(json.dumps(r) + "\n" for r in reversed(raws)))
+    state = InspectorState(RowFile(file), tokenizer, "nothink", "all", RowFile(raw), None)
+    def tell(do, value=None, **more):
+        state.handle({"do": do, "value": value, **more})
+        return state.view()
+    assert tell("go", "4")["row"] == 4 and tell("go", 30)["note"] == "rows are 0 to 29" and state.row == 4
+    assert "raw 4" in tell("tab", "raw")["html"]
+    assert tell("find", step=1)["row"] == 5 and tell("find", step=-1)["row"] == 4
+    tell("query", {"text": "text 2", "source": "", "reason": "", "calls": "", "longer": "", "shorter": ""})
+    assert [tell("find", step=1)["row"] for _ in range(3)] == [20, 21, 22] and tell("find", step=-1)["row"] == 21
+    tell("query", {"text": "nowhere"})
+    assert "no other row" in tell("find", step=1)["note"]
+    tell("go", 22), tell("tab", "parity")
+    assert "✘" in tell("template", "stock")["html"]
+    assert "✘" not in tell("template", "nothink")["html"] and json.loads(state.view()["json"])["id"] == "row_22"
+    assert "no chat template" in tell("template", "other")["html"] and tell("template", "nothink")["template"] == "nothink"
+    assert tell("train_on", "last")["train_on"] == "last"
+    for nonsense in ({}, {"do": "tab", "value": "x"}, {"do": "go", "value": "x"}, {"do": "query", "value": {"calls": "many"}},
+                     {"do": "query", "value": {"other": "1"}}, {"do": "query", "value": 7}):
+        state.handle(nonsense)
+        assert state.note, nonsense
+
+
+def test_broken_lines_do_not_stop_it(tmp_path, tokenizer):
+    path = tmp_path / "broken.jsonl"
+    path.write_bytes(json.dumps(row(0)).encode() + b'\n{"id": "cut", "mess\n\xff\n' + json.dumps(row(3, "last")).encode() + b"\n")
+    state = InspectorState(RowFile(path), tokenizer, "nothink", "all", None, None)
+    for i in range(4):
+        state.handle({"do": "go", "value": i})
+        assert state.view()["html"]
+    assert find_row(state.rows, Query(text="last"), 1) == (3, 4)
+
+
+def test_static_where_nobody_can_press_a_button(file, tokenizer, monkeypatch):
+    monkeypatch.setenv("IN_TEST", "1")
+    assert isinstance(inspect(file, tokenizer, row=3), RowView)
+    monkeypatch.delenv("IN_TEST")
+    pytest.importorskip("anywidget")
+    widget = inspect(file, tokenizer, row=3)
+    assert widget.view["row"] == 3
+    widget._on_page(widget, {"do": "find", "step": 1}, [])
+    assert widget.view["row"] == 4
+    assert "onerror" not in inspect([{"messages": [{"role": "user", "content": NASTY[0]}]}], tokenizer).view["html"]
+
+
+def run(capsys, *arguments):
+    parser = argparse.ArgumentParser()
+    add_inspect_arguments(parser)
+    status = inspect_command(parser.parse_args([str(argument) for argument in arguments]))
+    return status, capsys.readouterr()
+
+
+def test_the_command(file, tokenizer, tmp_path, capsys, monkeypatch):
+    tokenizer.save_pretrained(tmp_path / "model")
+    with_model = (file, "--tokenizer", tmp_path / "model")
+    status, said = run(capsys, *with_model, "--row", 4)
+    assert status == 0 and "row 4 of 30" in said.out and "⟦" in said.out and "\x1b" not in said.out
+    status, said = run(capsys, *with_model, "--row", 4, "--color", "always")
+    assert "\x1b[1;4;32m" in said.out and "⟦" not in said.out
+    for view in TABS: assert run(capsys, *with_model, "--view", view)[0] == 0
+    assert "row 17" in run(capsys, *with_model, "--search", "text 17")[1].out
+    assert run(capsys, *with_model, "--search", "nowhere")[0] == 1
+    status, said = run(capsys, *with_model, "--row", 99)
+    assert status == 2 and "rows 0 to 29" in said.err
+    assert run(capsys, tmp_path / "none.jsonl", "--tokenizer", tmp_path)[0] == 2
+    status, said = run(capsys, file, "--tokenizer", tmp_path / "none")
+    assert status == 2 and "no tokenizer" in said.err
+    assert json.loads(run(capsys, *with_model, "--row", 2, "--json")[1].out)["id"] == "row_2"
+
+
+def test_data_cannot_steer_the_terminal(tmp_path, tokenizer, capsys):
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**row(0, "".join(NASTY[3:6])), "id": "\x1b[31m"}) + "\n")
+    for view in TABS:
+        status, said = run(capsys, path, "--tokenizer", tmp_path / "model", "--view", view)
+        assert status == 0 and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", said.out)
+
+
+def test_visible_and_safe():
+    rnd = random.Random(0)
+    for _ in range(200):
+        text = "".join(chr(rnd.choice([rnd.randrange(0x300), rnd.randrange(0x2000, 0x2100), 0xD800])) for _ in range(20))
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800]", visible(text))
+        assert not set("<>\"'") & set(safe(text))
