@@ -35,7 +35,7 @@ class RowFile:
     "Rows of a `.jsonl` file by number, without loading it; or a list of rows."
     def __init__(self, source: Any): # path of a .jsonl file, or rows in memory
         self.rows = None if isinstance(source, (str, os.PathLike)) else list(source)
-        self.name = Path(source).name if self.rows is None else f"{len(self.rows)} rows"
+        self.name = Path(source).name if self.rows is None else "memory"
         if self.rows is not None: return
         self.path, ends, at = Path(source), [np.zeros(1, np.int64)], 0
         with open(self.path, "rb") as file:
@@ -544,7 +544,7 @@ class InspectorState:
             elif do == "template": self.template = str(value)
             elif do == "train_on" and value in TRAIN_ON: self.train_on = value
             else: raise ValueError(f"{do!r} {value!r} is not understood")
-        except (ValueError, TypeError, IndexError) as error: self.note = str(error)
+        except (ValueError, TypeError, AttributeError, IndexError) as error: self.note = str(error)
 
     def _go(self, row: int) -> None:
         if not 0 <= row < len(self.rows): raise IndexError(f"rows are 0 to {len(self.rows) - 1}")
@@ -610,7 +610,7 @@ function render({model, el}) {
   const button = (text, title, act) => make("button", {type: "button", title, "aria-label": title, onclick: act}, text);
   const number = make("input", {type: "number", min: 0, "aria-label": "row",
     onchange: () => send({do: "go", value: number.value})});
-  const total = make("span"), summary = make("p"), note = make("p", {role: "status", className: "note"});
+  const total = make("span"), summary = make("p"), note = make("span", {role: "status", className: "note"});
   const [templateLabel, template] = select("Template"), [trainLabel, train] = select("Train on");
   template.onchange = () => send({do: "template", value: template.value});
   train.onchange = () => send({do: "train_on", value: train.value});
@@ -628,8 +628,8 @@ function render({model, el}) {
       make("label", {}, "Row ", number), total, button("▶", "next row (j)", () => find(1)), templateLabel, trainLabel,
       button("Copy JSON", "copy this row as JSON",
         () => copy(model.get("view").json, root, text => note.textContent = text))),
-    make("div", {className: "bar"}, ...fields, button("Find", "next row that fits (Enter)", () => find(1))),
-    note, summary, list, panel);
+    make("div", {className: "bar"}, ...fields, button("Find", "next row that fits (Enter)", () => find(1)), note),
+    summary, list, panel);
 """
 
 # %% ../nbs/00d_inspector.ipynb #script-keys-export
@@ -670,14 +670,14 @@ APP_STYLE = STYLE.removeprefix("<style>").removesuffix("</style>") + """
  background:var(--jp-layout-color1,var(--vscode-editor-background,transparent))}
 .psft-app option{color:var(--jp-content-font-color1,var(--vscode-editor-foreground,CanvasText));
  background:var(--jp-layout-color1,var(--vscode-editor-background,Canvas))}
-.psft-app input[type=number]{width:6.5em}.psft-app input[type=search]{width:10em}
+.psft-app input[type=number]{width:8em}.psft-app input[type=search]{width:10em}
 .psft-app button{cursor:pointer}.psft-app :focus-visible{outline:2px solid #0072B2;outline-offset:1px}
 .psft-app [role=tablist]{display:flex;flex-wrap:wrap;gap:.2em;margin-top:.5em;
  border-bottom:1px solid var(--jp-border-color1,#888)}
 .psft-app [role=tab]{border-bottom:none;border-radius:3px 3px 0 0;opacity:.8}
 .psft-app [role=tab][aria-selected=true]{opacity:1;font-weight:600;box-shadow:inset 0 3px #0072B2}
 .psft-app .panel{max-height:34em;overflow:auto;padding:.3em .1em}.psft-app[aria-busy=true] .panel{opacity:.5}
-.psft-app .note{min-height:1.5em;font-style:italic}.psft-app summary{cursor:pointer}
+.psft-app .note{margin:0;font-style:italic}.psft-app summary{cursor:pointer}
 """
 
 # %% ../nbs/00d_inspector.ipynb #inspect-export
@@ -697,7 +697,8 @@ def _widget(state: InspectorState) -> Any:
 
         def _on_page(self, widget, message, buffers):
             state.handle(message)
-            if message.get("do") != "query": self.view = state.view()
+            if message.get("do") != "query":  # numbered, so that the page hears of an unchanged view too
+                self.view = {**state.view(), "answer": self.view.get("answer", 0) + 1}
 
     return Inspector()
 

@@ -1,0 +1,253 @@
+"""JupyterLab on the loopback interface, a notebook run in headless Chromium, the inspector used as a person would; pictures are kept.
+
+Needs Chromium and its driver (Debian: `apt-get install chromium chromium-driver`); says so and skips where they are missing."""
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PICTURES = ROOT / "test-artifacts"
+BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+DRIVER = shutil.which("chromedriver")
+NOTEBOOK = next(name for name in ("01_convert.ipynb", "00d_inspector.ipynb") if (ROOT / "nbs" / name).exists())
+
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None or DRIVER is None,
+                       reason="no Chromium with chromedriver here: the inspector was not tried in a browser"),
+    pytest.mark.skipif(not shutil.which("jupyter-lab", path=str(Path(sys.executable).parent)), reason="no JupyterLab here")]
+
+LAST_CELL = '''
+import json, os
+os.environ.pop("IN_TEST", None)
+from pathlib import Path
+from proxy_sft.demo import build_demo_tokenizer, demo_rows
+from proxy_sft.inspector import inspect
+def _chat(row):
+    messages = [{"role": m["role"].replace("environment", "tool"), "content": m["content"] or ""} for m in row["messages"]]
+    for message, raw in zip(messages, row["messages"]):
+        if raw["function_calls"] not in (None, "", "null"):
+            call = {"name": "told", "arguments": {"call": raw["function_calls"]}}
+            message["tool_calls"] = [{"type": "function", "function": call}]
+    return {"id": row["id"], "source": row["source_dataset"], "messages": messages, "tools": [], "row": row}
+_rows = [_chat(row) for row in demo_rows() if all("role" in m for m in row["messages"])][:300]
+_ugly = [{"role": "user", "content": "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script> <|im_end|> needle in a haystack"},
+         {"role": "assistant", "content": "\\\\u003cb\\\\u003e <b>not bold</b>"}]
+_rows[7] = {"id": "ugly", "source": "hand made", "messages": _ugly, "tools": []}
+inspect(_rows, build_demo_tokenizer([json.dumps(r["messages"]) for r in _rows[:50]]))
+'''
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "A JupyterLab of its own: settings, kernel and notebook in a folder that is thrown away."
+    folder = tmp_path_factory.mktemp("lab")
+    notebook = json.loads((ROOT / "nbs" / NOTEBOOK).read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code": cell["outputs"], cell["execution_count"] = [], None
+    notebook["cells"].append({"cell_type": "code", "id": "browser-test", "metadata": {}, "outputs": [], "execution_count": None,
+                              "source": LAST_CELL})
+    (folder / "work").mkdir()
+    for theme in ("light", "dark"):  # a notebook each: a second browser would find the first one's kernel and outputs
+        (folder / "work" / f"{theme}_{NOTEBOOK}").write_text(json.dumps(notebook), encoding="utf-8")
+    kernel = folder / "share" / "kernels" / "sft-qwen3"  # this Python, whatever is installed for the user
+    kernel.mkdir(parents=True)
+    (kernel / "kernel.json").write_text(json.dumps({
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "sft-qwen3",
+        "language": "python", "env": {"PYTHONPATH": str(ROOT), "IN_TEST": "1"}}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    own = {"JUPYTER_CONFIG_DIR": folder / "config", "JUPYTER_RUNTIME_DIR": folder / "runtime", "JUPYTER_PATH": folder / "share",
+           "JUPYTERLAB_SETTINGS_DIR": folder / "settings", "JUPYTERLAB_WORKSPACES_DIR": folder / "workspaces",
+           "IPYTHONDIR": folder / "ipython", "HOME": folder, "PROXY_SFT_WORKSPACE": folder / "workspace"}
+    log = open(folder / "lab.log", "wb")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+         f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder / 'work'}", "--allow-root",
+         "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
+        env={**os.environ, **{key: str(value) for key, value in own.items()}}, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try: urllib.request.urlopen(f"{address}/api?token={token}", timeout=2)
+        except OSError: time.sleep(.25)
+        else: break
+    else: pytest.fail((folder / "lab.log").read_text()[-2000:])
+    yield address, token, folder
+    server.terminate()
+    server.wait(20)
+    log.close()
+
+
+@pytest.fixture(scope="module", params=["light", "dark"])
+def page(request, lab):
+    "A browser with JupyterLab in one theme and the notebook run to its end."
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+    address, token, folder = lab
+    theme = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}[request.param]
+    settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True, exist_ok=True)
+    (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme, "adaptive-theme": False}))
+    (settings / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000",
+                     f"--user-data-dir={folder / ('chrome-' + request.param)}", "--disable-gpu", "--hide-scrollbars"):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        driver.get(f"{address}/lab/tree/{request.param}_{NOTEBOOK}?token={token}&reset")
+        use = Page(driver, request.param)
+        use.run_all()
+        yield use
+    finally: driver.quit()
+
+
+class Page:
+    "What a person does with the notebook and the inspector."
+    def __init__(self, driver, theme): self.driver, self.theme = driver, theme
+
+    def wait(self, script, seconds=60, why=""):
+        "Until a script gives something."
+        end = time.time() + seconds
+        while time.time() < end:
+            if found := self.driver.execute_script("return " + script): return found
+            time.sleep(.1)
+        self.picture("stuck")
+        raise AssertionError(f"not within {seconds} s: {why or script}")
+
+    def run_all(self):
+        "Run all cells from the menu; the last one opens the inspector."
+        self.wait("document.querySelectorAll('.jp-Notebook .jp-Cell').length > 3", 90)
+        self.wait("document.querySelector('.jp-NotebookPanel-toolbar [data-status=idle], [data-status=idle]')", 90, "kernel idle")
+        self.menu("Run", "Run All Cells")
+        self.wait("document.querySelector('.psft-app')", 300, "the inspector appears")
+        prompts = "Array.from(document.querySelectorAll('.jp-InputPrompt')).map(e => e.textContent)"
+        self.wait(f"!{prompts}.some(text => text.includes('*'))", 60, "all cells have run")
+        self.driver.execute_script("document.querySelector('.psft-app').scrollIntoView({block: 'center'})")
+
+    def menu(self, bar, item):
+        from selenium.webdriver.common.by import By
+        name = f"//li[contains(@class,'lm-MenuBar-item')][.//div[text()='{bar}']]"
+        self.driver.find_element(By.XPATH, name).click()
+        entry = "Array.from(document.querySelectorAll('.lm-Menu-item')).find(e => e.textContent.trim().startsWith(arguments0))"
+        self.wait(entry.replace("arguments0", json.dumps(item)), 10).click()
+
+    def find(self, selector):
+        return self.wait(f"document.querySelector({json.dumps('.psft-app ' + selector)})", 10)
+
+    def text(self, selector): return self.find(selector).text
+    def row(self): return int(self.find("[aria-label=row]").get_property("value"))
+    def idle(self): self.wait("document.querySelector('.psft-app').getAttribute('aria-busy') !== 'true'", 20)
+
+    def press(self, selector):
+        self.find(selector).click()
+        self.idle()
+
+    def keys(self, selector, *keys):
+        self.find(selector).send_keys(*keys)
+        self.idle()
+
+    def choose(self, label, name):
+        from selenium.webdriver.support.ui import Select
+        Select(self.find(f"select[aria-label='{label}']")).select_by_visible_text(name)
+        self.idle()
+
+    def picture(self, name):
+        PICTURES.mkdir(exist_ok=True)
+        self.driver.save_screenshot(str(PICTURES / f"inspector-{self.theme}-{name}.png"))
+
+
+def test_rows_and_views(page):
+    assert page.row() == 0 and "of 300" in page.text(".bar")
+    page.picture("text")
+    page.press("button[title^='next row']")
+    assert page.row() == 1 and len(page.text(".panel")) > 20
+    page.press("button[title^='previous row']")
+    assert page.row() == 0
+    for tab, seen in (("tokens", "·"), ("parity", "prompt equals a server's"), ("messages", "message 0"), ("raw", "content"), ("text", "im_start")):
+        page.press(f"[data-tab={tab}]")
+        assert page.find(f"[data-tab={tab}]").get_attribute("aria-selected") == "true" and seen in page.text(".panel")
+        page.picture(tab)
+
+
+def test_template_switch_shows_the_diff(page):
+    page.press("[data-tab=parity]")
+    assert "✘" not in page.text(".panel")
+    page.choose("Template", "stock")
+    page.wait("document.querySelector('.psft-app .panel').textContent.includes('✘')", 20, "stock loses a turn")
+    assert page.find(".panel del, .panel ins")
+    page.picture("parity-stock")
+    page.choose("Template", "nothink")
+    assert "✘" not in page.text(".panel")
+    page.press("[data-tab=text]")
+
+
+def test_search_and_markup_stays_text(page):
+    from selenium.webdriver.common.keys import Keys
+    page.keys("input[name=text]", "NEEDLE in a", Keys.ENTER)
+    page.wait("document.querySelector('.psft-app [aria-label=row]').value === '7'", 20, "the search finds row 7")
+    for tab in ("text", "tokens", "messages", "raw", "parity", "text"):
+        page.press(f"[data-tab={tab}]")
+        assert not page.driver.execute_script("return document.querySelector('.psft-app .panel').querySelector('img, script, a')")
+    assert "<script>window.pwned=1</script>" in page.text(".panel") and "<b>not bold</b>" in page.text(".panel")
+    assert page.driver.execute_script("return window.pwned") is None
+    page.picture("search")
+    page.keys("input[name=text]", Keys.CONTROL, "a", Keys.NULL, Keys.DELETE, Keys.ENTER)
+
+
+def test_keyboard(page):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    at, cells = page.row(), len(page.driver.find_elements(By.CSS_SELECTOR, ".jp-Notebook .jp-Cell"))
+    for key, row in (("j", at + 1), ("n", at + 2), ("k", at + 1)):
+        page.keys(".panel", key)
+        assert page.row() == row
+    page.keys(".panel", "2")
+    assert page.find("[data-tab=tokens]").get_attribute("aria-selected") == "true"
+    page.keys("[data-tab=tokens]", Keys.ARROW_RIGHT)
+    assert page.find("[data-tab=parity]").get_attribute("aria-selected") == "true"
+    page.keys(".panel", "/")
+    assert page.driver.switch_to.active_element.get_attribute("name") == "text"
+    page.keys(".panel", "1")
+    assert len(page.driver.find_elements(By.CSS_SELECTOR, ".jp-Notebook .jp-Cell")) == cells  # no key reached the notebook
+
+
+def test_copy_as_json(page):
+    page.driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
+    page.press("button[title^='copy']")
+    page.wait("document.querySelector('.psft-app .note').textContent === 'copied'", 10)
+    copied = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+    assert json.loads(copied)["messages"]
+
+
+def test_colours_can_be_read(page):
+    "Text against its background, as the browser computes it: at least 4.5 to 1, in both themes."
+    shades = page.driver.execute_script("""
+      const solid = node => { for (let n = node; n; n = n.parentElement) { const c = getComputedStyle(n).backgroundColor;
+        if (!/, 0\\)|transparent/.test(c) && !/rgba/.test(c)) return c; } return 'rgb(255, 255, 255)'; };
+      return ['.panel .t', '.panel mark', '.bar button', '.bar select', '.bar input', '[role=tab]', 'p'].map(s => {
+        const node = document.querySelector('.psft-app ' + s); return [s, getComputedStyle(node).color, solid(node)]; })""")
+    def light(color):
+        parts = [int(float(c)) / 255 for c in re.findall(r"[\d.]+", color)[:3]]
+        parts = [c / 12.92 if c <= .03928 else ((c + .055) / 1.055) ** 2.4 for c in parts]
+        return .2126 * parts[0] + .7152 * parts[1] + .0722 * parts[2]
+    for selector, front, back in shades:
+        a, b = sorted((light(front), light(back)))
+        assert (b + .05) / (a + .05) >= 4.5, (page.theme, selector, front, back)
+
+
+def test_cells_ran_without_an_error(page):
+    errors = "Array.from(document.querySelectorAll('[data-mime-type*=error]')).map(e => e.textContent).join()"
+    assert page.driver.execute_script("return " + errors) == ""
