@@ -220,7 +220,7 @@ def _chosen(turns: list[Turn], train_on: str) -> list[Turn]:
     if train_on not in TRAIN_ON: raise ChatError(f"train_on={train_on!r}: use one of {', '.join(TRAIN_ON)}")
     return turns[-1:] if train_on == "last" else [t for t in turns if train_on == "all" or t.has_calls]
 
-
+# %% ../nbs/00c_chat.ipynb #supervise-function-export
 def supervise(
     messages: list[dict], # the conversation
     tools: Optional[list[dict]], # its tools, None or empty for none
@@ -380,6 +380,23 @@ class TokenRows:
         ids = self.ids[part]
         return {"input_ids": ids.tolist(), "labels": np.where(self.trained[part], ids, IGNORED).tolist()}
 
+# %% ../nbs/00c_chat.ipynb #trained-tokens-export
+def _trained_tokens(encoder: Any, ids: np.ndarray, offsets: np.ndarray, messages: list) -> tuple[np.ndarray, set]:
+    "Which tokens are trained, and the rows that need the reference path."
+    starts, ends, joined = find_bodies(ids, encoder.header, encoder.prompt, encoder.stop)
+    row, count = np.searchsorted(offsets, starts, side="right") - 1, len(messages)
+    bad = {*row[(ends < 0) | (ends > offsets[row + 1])], *(np.searchsorted(offsets, joined, side="right") - 1)}
+    answers = [[m for m in chat if m["role"] == "assistant"] for chat in messages]
+    bad |= {*np.flatnonzero(np.bincount(row, minlength=count) != [len(chat) for chat in answers])}
+    chosen = ~np.isin(row, list(bad)) if bad else np.ones(len(row), bool)
+    if encoder.train_on == "last": chosen &= np.append(row[1:] != row[:-1], True)[:len(row)]
+    if encoder.train_on == "calls": chosen[chosen] = [bool(m.get("tool_calls")) for i, chat in enumerate(answers)
+                                                   if i not in bad for m in chat]
+    edges = np.zeros(len(ids) + 1, np.int8)
+    edges[starts[chosen]] += 1
+    edges[ends[chosen]] -= 1
+    return np.cumsum(edges[:-1], dtype=np.int8).view(bool), {int(i) for i in bad}
+
 # %% ../nbs/00c_chat.ipynb #encoder-export
 class ChatEncoder:
     "`supervise` in batches: `encode(rows)` gives numpy columns with exactly the reference's ids and labels."
@@ -399,7 +416,7 @@ class ChatEncoder:
         "Ids and labels of rows; `parallel=False` keeps to one thread (worker processes do so by themselves)."
         parts = [(None, []) if self.fallback else _row_text(row, self.renderer) for row in rows]
         ids, offsets = self.renderer.ids([text or "" for text, _ in parts], parallel)
-        trained, slow = self._labels(ids, offsets, [messages for _, messages in parts])
+        trained, slow = _trained_tokens(self, ids, offsets, [messages for _, messages in parts])
         slow |= {i for i, (text, _) in enumerate(parts) if text is None}
         if not slow: return TokenRows(ids, trained, offsets)
         pieces = [(ids[a:b], trained[a:b]) for a, b in zip(offsets, offsets[1:])]
@@ -408,22 +425,6 @@ class ChatEncoder:
             pieces[i] = np.array(out["input_ids"], np.int32), np.array(out["labels"], np.int64) != IGNORED
         offsets = np.cumsum([0, *(len(part) for part, _ in pieces)], dtype=np.int64)
         return TokenRows(*(np.concatenate(column) for column in zip(*pieces)), offsets, len(slow))
-
-    def _labels(self, ids: np.ndarray, offsets: np.ndarray, messages: list) -> tuple[np.ndarray, set]:
-        "Which tokens are trained, and the rows that need the reference path."
-        starts, ends, joined = find_bodies(ids, self.header, self.prompt, self.stop)
-        row, count = np.searchsorted(offsets, starts, side="right") - 1, len(messages)
-        bad = {*row[(ends < 0) | (ends > offsets[row + 1])], *(np.searchsorted(offsets, joined, side="right") - 1)}
-        answers = [[m for m in chat if m["role"] == "assistant"] for chat in messages]
-        bad |= {*np.flatnonzero(np.bincount(row, minlength=count) != [len(chat) for chat in answers])}
-        chosen = ~np.isin(row, list(bad)) if bad else np.ones(len(row), bool)
-        if self.train_on == "last": chosen &= np.append(row[1:] != row[:-1], True)[:len(row)]
-        if self.train_on == "calls": chosen[chosen] = [bool(m.get("tool_calls")) for i, chat in enumerate(answers)
-                                                       if i not in bad for m in chat]
-        edges = np.zeros(len(ids) + 1, np.int8)
-        edges[starts[chosen]] += 1
-        edges[ends[chosen]] -= 1
-        return np.cumsum(edges[:-1], dtype=np.int8).view(bool), {int(i) for i in bad}
 
     def verify(self, rows: list, sample: int = 16, longest: int = 2, seed: int = 0) -> bool:
         "Compare a random sample and the longest rows with `supervise`; a difference means `fallback` for good."
@@ -471,7 +472,7 @@ def _pad_token(tokenizer: Any) -> str:
     if "<|endoftext|>" in control_tokens(tokenizer): return "<|endoftext|>"
     raise ChatError("the tokenizer has no padding token apart from its stop token")
 
-
+# %% ../nbs/00c_chat.ipynb #save-files-export
 def save_chat_files(
     folder: Any, # where the model lies or will lie; made if missing
     tokenizer: Any, # the tokenizer that was trained with; it is not changed
@@ -603,7 +604,7 @@ def parse_back(
         except (ValueError, KeyError, TypeError, AttributeError): calls.append(text)  # counted as lost by the caller
     return calls
 
-
+# %% ../nbs/00c_chat.ipynb #what-is-lost-export
 def what_is_lost(
     inspection: Inspection, # template and tokenizer
     messages: list[dict], # one conversation
@@ -827,7 +828,7 @@ def _run_tasks(tasks: list, settings: tuple, num_proc: int) -> list[tuple]:
     with ProcessPoolExecutor(num_proc, get_context("spawn"), chat._start_worker, settings) as pool:
         return list(pool.map(chat._work, tasks))
 
-
+# %% ../nbs/00c_chat.ipynb #certify-function-export
 def certify(
     rows: Any, # converted rows, or the path of a converted `.jsonl` file
     tokenizer: Any, # a fast Hugging Face tokenizer
@@ -915,7 +916,7 @@ def _measure_ids(inspection: Inspection, ids: np.ndarray, labels: np.ndarray, po
                        "outside": int(trained[a:begin].sum() + trained[end:b].sum())})
     return counts
 
-
+# %% ../nbs/00c_chat.ipynb #certify-batches-function-export
 def certify_batches(
     batches: Any, # collated batches, see `conversations_of`
     tokenizer: Any, # a fast Hugging Face tokenizer

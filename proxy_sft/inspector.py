@@ -12,6 +12,7 @@ __all__ = ['SOURCES', 'STRETCH', 'STYLE', 'MOST_TOKENS', 'AROUND', 'MOST_HUNKS',
 # %% ../nbs/00d_inspector.ipynb #imports
 import difflib
 import json
+import mmap
 import os
 import re
 import sys
@@ -37,11 +38,12 @@ class RowFile:
         self.rows = None if isinstance(source, (str, os.PathLike)) else list(source)
         self.name = Path(source).name if self.rows is None else "memory"
         if self.rows is not None: return
-        self.path, ends, at = Path(source), [np.zeros(1, np.int64)], 0
-        with open(self.path, "rb") as file:
+        ends, at = [np.zeros(1, np.int64)], 0
+        with open(source, "rb") as file:
             while block := file.read(16 << 20):
                 ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + at + 1)
                 at += len(block)
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if at else b""  # pages are read when asked
         self.starts = np.concatenate(ends)
         if self.starts[-1] < at: self.starts = np.append(self.starts, at)  # the last line has no line break
 
@@ -51,9 +53,7 @@ class RowFile:
         "The bytes of a row."
         if not 0 <= row < len(self): raise IndexError(f"row {row}: {self.name} has rows 0 to {len(self) - 1}")
         if self.rows is not None: return json.dumps(self.rows[row], ensure_ascii=False).encode("utf-8", "surrogatepass")
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[row])
-            return file.read(int(self.starts[row + 1] - self.starts[row]))
+        return self.map[self.starts[row]:self.starts[row + 1]]
 
     def __getitem__(self, row: int) -> dict:
         return json.loads(self.line(row)) if self.rows is None or not 0 <= row < len(self) else self.rows[row]
@@ -86,7 +86,7 @@ class RowFacts:
     turns: int   # messages
     length: int  # characters of the line
 
-
+# %% ../nbs/00d_inspector.ipynb #row-facts-export
 def row_facts(
     row: dict, # a row of any of the files
     length: int = 0, # characters of its line
@@ -141,7 +141,7 @@ def _plain_text(row: Any) -> str:
     if isinstance(row, list): return "\n".join(map(_plain_text, row))
     return str(row)
 
-
+# %% ../nbs/00d_inspector.ipynb #find-row-export
 def find_row(
     rows: RowFile, # where to look
     query: Query, # what for
@@ -189,7 +189,7 @@ class Reading:
                 f"{len(self.turns)} assistant turns supervised · server's prompt equal on {exact} of {asked}"
                 + (" · holds control tokens as text" if self.literal else ""))
 
-
+# %% ../nbs/00d_inspector.ipynb #read-row-export
 def _smallest_runs(ids: list, trained: list, roles: list, control: set, decode: Callable) -> list[Run]:
     "One run per token, or per character where a character spans tokens."
     runs, held = [], []
@@ -220,7 +220,7 @@ def read_row(
     literal = bool(inspection.server.pattern.search(json.dumps([messages, tools], ensure_ascii=False)))
     return Reading(inspection.template, inspection.train_on, runs, turns, ids, decode, literal)
 
-
+# %% ../nbs/00d_inspector.ipynb #join-runs-export
 def join_runs(runs: list[Run]) -> list[Run]:
     "Runs of one kind joined; control tokens stay alone."
     out = []
@@ -259,7 +259,9 @@ STYLE = """<style>.psft{font-size:13px;line-height:1.5;color:inherit}.psft p{mar
 .psft mark{background:rgba(0,158,115,.2);color:inherit;border-bottom:2px solid #009E73}
 .psft code{background:none;color:inherit;border:1px dotted;padding:0 .2em;opacity:.7}
 .psft mark code{opacity:1}.psft table{border-collapse:collapse}.psft td,.psft th{text-align:left;padding:.1em .6em}
-.psft ins{background:rgba(0,114,178,.25);color:inherit}.psft del{background:rgba(213,94,0,.25);color:inherit}</style>"""
+.psft .t [title]{border-right:1px solid rgba(128,128,128,.6)}
+.psft ins,.psft del{color:inherit;text-decoration:none;border-bottom:2px solid #0072B2;background:rgba(0,114,178,.25)}
+.psft del{border-bottom:2px dashed #D55E00;background:rgba(213,94,0,.25)}</style>"""
 
 
 def section(
@@ -306,6 +308,10 @@ def _trained_note(turn: list[Run]) -> str:
 
 MOST_TOKENS = 6000  # shown one by one; the text view has no limit
 
+# %% ../nbs/00d_inspector.ipynb #tokens-view-export
+def _trimmed(body: str) -> str: # without the blank line that a last line break would draw
+    return re.sub(r"\n(</\w+><wbr>)$", r"\1", body)
+
 
 def tokens_html(
     reading: Reading, # of `read_row`
@@ -316,7 +322,7 @@ def tokens_html(
         shown += len(turn)
         if shown > MOST_TOKENS: return "".join(parts) + f"<p>The first {MOST_TOKENS:,} tokens are shown.</p>"
         body = "".join(run_html(_spelled(run), " ".join(map(str, run.ids))) + "<wbr>" for run in turn)
-        parts.append(section(turn[0].role + " tokens", body, _trained_note(turn)))
+        parts.append(section(turn[0].role, _trimmed(body), _trained_note(turn)))
     return "".join(parts)
 
 
@@ -352,9 +358,9 @@ def parity_html(
             lines.append(f'<tr><td></td><td colspan="4">{text}</td></tr>')
     heads = "".join(f"<th>{head}</th>" for head in PARITY_HEADS)
     key = "" if exact else "<p><del>only a server shows this</del> · <ins>only training shows this</ins></p>"
-    return f"<table><tr>{heads}</tr>{''.join(lines)}</table>{key}"
+    return f"{key}<table><tr>{heads}</tr>{''.join(lines)}</table>"
 
-
+# %% ../nbs/00d_inspector.ipynb #parity-cells-export
 PARITY_HEADS = ("message", "supervised", "prompt equals a server's", "stop token trained", "only its answer")
 
 
@@ -380,11 +386,11 @@ def messages_html(
     parts = [section("tools", listed, str(len(tools)))] if tools else []
     for index, message in enumerate(messages):
         calls = "\n".join(_pretty(call.get("function", call)) for call in message.get("tool_calls") or [])
-        body = safe(message.get("content") or "") + (f"<br><strong>calls</strong> {safe(calls)}" if calls else "")
+        body = safe(message.get("content") or "") + (f"<p><strong>calls</strong> {safe(calls)}</p>" if calls else "")
         parts.append(section(str(message.get("role")), body, f"message {index}"))
     return "".join(parts)
 
-
+# %% ../nbs/00d_inspector.ipynb #raw-view-export
 def raw_html(
     row: Optional[dict], # a Dolci row, None when it is not at hand
 ) -> str: # HTML
@@ -477,7 +483,7 @@ def row_text(
         lines.append(between.join(marked).rstrip("\n"))
     return "\n".join(lines)
 
-
+# %% ../nbs/00d_inspector.ipynb #parity-lines-export
 def _parity_lines(reading: Reading, color: bool) -> list[str]:
     "The parity table as lines."
     lines = []
@@ -570,7 +576,7 @@ class InspectorState:
         return {"row": self.row, "rows": len(self.rows), "file": self.rows.name, "tab": self.tab, "note": self.note,
                 "template": self.template, "templates": names, "train_on": self.train_on}
 
-
+# %% ../nbs/00d_inspector.ipynb #fields-export
 def _field(name: str, text: Any) -> Any:
     "A search field as the page sends it."
     if name in ("text", "source", "reason"): return str(text)
