@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CALL_POLICIES', 'TALK_POLICIES', 'POLICY', 'REASONS', 'DIGITS_AS_ZERO', 'TYPE_NAMES', 'SCHEMAS', 'LISTS', 'NUMBERS',
            'LENGTHS', 'PLAIN_TOP', 'PLAIN_PROPERTY', 'PLAIN_TYPES', 'ITEM_TYPES', 'VALUES', 'GAP', 'Policy',
-           'PolicyTable', 'DefectError', 'action', 'may_hold_big_integers', 'read_json', 'write_json', 'wrap_tool',
-           'parse_tools', 'without_copies', 'functions_by_name', 'type_name', 'is_number', 'plain_keywords',
-           'checking_schema', 'checked_properties', 'parameters_of', 'resolves', 'without_dead_references', 'validator',
-           'plainly_fits', 'plain_items', 'equals_default', 'violation', 'check_call', 'json_values', 'lines_of_json',
-           'pair_results']
+           'PolicyTable', 'DefectError', 'action', 'meaning', 'may_hold_big_integers', 'read_json', 'write_json',
+           'wrap_tool', 'parse_tools', 'without_copies', 'functions_by_name', 'type_name', 'is_number',
+           'plain_keywords', 'checking_schema', 'checked_properties', 'parameters_of', 'resolves',
+           'without_dead_references', 'validator', 'plainly_fits', 'plain_items', 'equals_default', 'violation',
+           'check_call', 'json_values', 'lines_of_json', 'pair_results']
 
 # %% ../nbs/00b_schema.ipynb #schema-imports
 import functools
@@ -50,6 +50,10 @@ CALL_POLICIES = PolicyTable(Policy(*line) for line in (
     ("positional_arguments", "arguments without names", "rejected", "repaired", "repaired",
      "Named by the order of the schema's properties where that fits; else rejected under this code."),
     ("xml_tags", "left-over XML tags around the calls", "repaired", "repaired", "repaired", "The tags say nothing that the column does not."),
+    ("constant_expression", "arithmetic over literals in a call", "rejected", "repaired", "repaired",
+     "`500*500` has one value, and the result was made from it; computed without an evaluator."),
+    ("tuple", "a Python tuple in a call", "rejected", "repaired", "repaired", "JSON's word for it is a list."),
+    ("call_layout", "code fences, comments, brackets or separators around the calls", "rejected", "repaired", "repaired", "They are no part of a call."),
     ("undeclared_function", "call of a function that is not offered", "rejected", "rejected", "cut", "It trains inventing tools."),
     ("schema_violation", "arguments that break the tool's schema", "rejected", "rejected", "kept", "It contradicts what the model was told."),
     ("count_mismatch", "results and calls differ in number", "rejected", "rejected", "cut", "No result can be given to its call safely."),
@@ -118,6 +122,10 @@ def action(
 ) -> str: # kept | repaired | rejected | cut
     "What the policy does with a defect; KeyError for an unknown code."
     return getattr(REASONS[reason], strictness)
+
+def meaning(reason: str) -> str: # in words
+    "What a defect is."
+    return REASONS[reason].defect
 
 # %% ../nbs/00b_schema.ipynb #schema-json
 DIGITS_AS_ZERO = bytes.maketrans(b"123456789", b"0" * 9)
