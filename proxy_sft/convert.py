@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['TAG', 'DOLCI_SENTENCES', 'SENTENCE', 'FILLED_TAG', 'THINK', 'ROLES', 'CALL_NOTES', 'NO_CALLS', 'CONTROL_TEXTS',
-           'BLOCK', 'LEFT_OUT', 'MARK', 'BLOCK_BYTES', 'ENDINGS', 'REMEMBERED', 'ConvertError', 'without_tag_sentences',
-           'split_reasoning', 'Talk', 'read_calls', 'read_turn', 'add_turn', 'add_results', 'read_calls_of_others',
-           'add_plain', 'read_talk', 'finish_talk', 'read_tools', 'parsed_back', 'check_controls', 'mended',
-           'read_once', 'read_mended', 'read_row', 'convert_row', 'Choices', 'source_of', 'is_tool_row', 'left_out',
-           'content_hash', 'is_heldout', 'Piece', 'json_line', 'excerpt', 'convert_into', 'Part', 'rows_of',
-           'read_odd_line', 'not_json', 'convert_part', 'input_files', 'opened', 'parts_of', 'parquet_parts',
-           'process_count', 'converted_parts', 'Progress', 'rows_to_drop', 'drop_rows', 'ConvertReport', 'report_lines',
-           'report_text', 'report_html', 'report_from', 'counted_facts', 'write_parts', 'select_rows', 'publish',
-           'folder_aside', 'line_count', 'check_sums', 'convert_file', 'hashes', 'check_choices', 'code_version',
-           'what_changed', 'convert']
+           'BLOCK', 'ODD_NAME', 'LEFT_OUT', 'MARK', 'BLOCK_BYTES', 'SMALL', 'ENDINGS', 'REMEMBERED', 'ConvertError',
+           'without_tag_sentences', 'split_reasoning', 'Talk', 'read_calls', 'read_turn', 'add_turn', 'add_results',
+           'read_calls_of_others', 'add_plain', 'read_talk', 'finish_talk', 'read_tools', 'parsed_back',
+           'check_controls', 'mended', 'read_once', 'read_mended', 'read_row', 'convert_row', 'Choices', 'source_of',
+           'is_tool_row', 'left_out', 'content_hash', 'is_heldout', 'Piece', 'json_line', 'excerpt', 'convert_into',
+           'Part', 'rows_of', 'read_odd_line', 'not_json', 'convert_part', 'convert_plain', 'input_files', 'opened',
+           'parts_of', 'parquet_parts', 'process_count', 'converted_parts', 'bars_are_hidden', 'Progress',
+           'rows_to_drop', 'drop_rows', 'ConvertReport', 'report_lines', 'report_text', 'report_html', 'report_from',
+           'counted_facts', 'write_parts', 'select_rows', 'publish', 'folder_aside', 'line_count', 'check_sums',
+           'convert_file', 'hashes', 'check_choices', 'code_version', 'what_changed', 'convert']
 
 # %% ../nbs/01_convert.ipynb #convert-imports
 import contextlib
 import functools
 import gzip
 import html
+import importlib
 import io
 import itertools
 import json
@@ -34,7 +35,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Optional
 
@@ -42,7 +43,7 @@ import numpy as np
 import orjson
 import zstandard
 from blake3 import blake3
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .calls import CallError, parse_calls
 from .schema import DefectError, action, check_call, functions_by_name, meaning, pair_results, parse_tools, without_copies, write_json
@@ -57,8 +58,11 @@ class ConvertError(ValueError):
         row_id=None, # the row's `id`, None for a file
         index: int = -1, # position of the message in the row, -1 where none is to blame
     ):
-        super().__init__(f"{'row ' + str(row_id) + ': ' if row_id is not None else ''}{reason}: {found}")
-        self.reason, self.found, self.row_id, self.index = reason, found[:200], row_id, index
+        super().__init__(reason, found, row_id, index) # all four: the error must survive a trip between processes
+        self.reason, self.found, self.row_id, self.index = reason, found, row_id, index
+
+    def __str__(self):
+        return f"{f'row {self.row_id}: ' if self.row_id is not None else ''}{self.reason}: {self.found}"
 
 # %% ../nbs/01_convert.ipynb #convert-system
 TAG = re.compile(r"</?\s*function(?:s|_calls?)\s*/?>")
@@ -66,7 +70,7 @@ DOLCI_SENTENCES = re.compile(  # Dolci's own wording, wrapped anywhere
     r"(?:You\s+are\s+provided\s+with\s+function\s+signatures\s+within\s+<functions>\s*</functions>\s+XML\s+tags"
     r"|Output\s+any\s+function\s+calls\s+within\s+<function_calls>\s*</function_calls>\s+XML\s+tags)\.[ \t]*")
 SENTENCE = re.compile(r".+?(?:(?<!e\.g)(?<!i\.e)[.!?][\"')\]]*(?:\s+|$)|$)")
-FILLED_TAG = re.compile(r"<functions>\s*[^\s<]")
+FILLED_TAG = re.compile(r"<functions>\s*[\[{]")
 
 @functools.lru_cache(maxsize=4096)
 def without_tag_sentences(
@@ -142,7 +146,8 @@ def read_calls(talk: Talk, index: int) -> list[dict]: # `{"name", "arguments"}`
         talk.meet("nul", index, f"{text.count(chr(0))} NUL characters in a call")
         text = text.replace("\0", "")
     notes = []
-    try: calls = parse_calls(text, talk.tools, repairs=notes)
+    fold = action("constant_expression", talk.strictness) == "repaired"
+    try: calls = parse_calls(text, talk.tools, fold=fold, repairs=notes)
     except CallError as error:
         reason = "positional_arguments" if error.reason.startswith("positional") else "malformed_calls"
         raise DefectError(reason, str(error), index) from None
@@ -264,7 +269,8 @@ def read_tools(talk: Talk) -> None:
 
 # %% ../nbs/01_convert.ipynb #convert-controls
 CONTROL_TEXTS = ("<|im_", "<|endoftext|>", "tool_call>", "tool_response>", "think>")
-BLOCK = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)  # servers read a block without an end as well
+ODD_NAME = re.compile(r'["\\\x00-\x1f]')  # the template writes names as they are
 
 def parsed_back(
     messages: list[dict], # a converted conversation
@@ -272,7 +278,8 @@ def parsed_back(
     "Write the turns as Qwen3's template does, and read the calls out of that text."
     turns = []
     for message in messages:
-        blocks = [f'<tool_call>\n{json.dumps(call["function"], ensure_ascii=False)}\n</tool_call>' for call in message.get("tool_calls", ())]
+        blocks = [f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments, ensure_ascii=False)}}}\n</tool_call>'
+                  for name, arguments in (call["function"].values() for call in message.get("tool_calls", ()))]
         turns.append(f"<|im_start|>{message['role']}\n" + "\n".join(filter(None, [message["content"], *blocks])) + "<|im_end|>\n")
     found = []
     for turn in re.findall(r"<\|im_start\|>assistant\n(.*?)<\|im_end\|>", "".join(turns), re.DOTALL):
@@ -284,8 +291,8 @@ def parsed_back(
 def check_controls(talk: Talk, written: str) -> None:
     "Flag literal control tokens; DefectError(tool_call_in_text) when the text would not give back its calls."
     met = [text for text in CONTROL_TEXTS if text in written]
-    if not met: return
-    talk.meet("control_text", -1, " ".join(met))
+    if met: talk.meet("control_text", -1, " ".join(met))
+    elif not any(map(ODD_NAME.search, talk.functions)): return
     calls = [call["function"] for message in talk.messages for call in message.get("tool_calls", ())]
     if parsed_back(talk.messages) != calls: talk.meet("tool_call_in_text", -1)
 
@@ -332,6 +339,7 @@ def read_row(row: dict, strictness: str = "default") -> tuple[Talk, str, str]: #
 
 def convert_row(
     row: dict, # a Dolci row: `id`, `messages`, …
+    *,
     strictness: str = "default", # strict | default | lenient
 ) -> dict[str, str]: # `{"messages_json", "tools_json"}`
     "One row in the form of Qwen3's chat template; ConvertError with `.reason` when the policy rejects it."
@@ -355,6 +363,10 @@ class Choices:
     drop_duplicates: bool = False
     heldout_fraction: float = 0.0
     seed: int = 42
+
+    @property
+    def selects(self) -> bool: # some of the kept rows go again, once all are known
+        return self.drop_duplicates or self.tool_chat_ratio is not None
 
 def source_of(row: dict) -> str:
     "Which part of the mixture a row is from; the three releases name the column differently."
@@ -386,10 +398,10 @@ def is_heldout(roll: int, fraction: float) -> bool:
 # %% ../nbs/01_convert.ipynb #convert-piece
 class Piece:
     "What one piece of the input became."
-    def __init__(self):
-        self.files = {name: [] for name in ("train", "heldout", "rejected", "repaired")}  # lines, as bytes
-        self.marks = {"train": [], "heldout": []}  # MARK of every kept row
-        self.counts = Counter()  # (what, code, source) -> rows
+    def __init__(self, files=None, marks=None, counts=()):
+        self.files = files or {name: [] for name in ("train", "heldout", "rejected", "repaired")}  # lines, as bytes
+        self.marks = marks or {"train": [], "heldout": []}  # MARK of every kept row
+        self.counts = Counter(counts)  # (what, code, source) -> rows
 
     def reject(self, row, line: int, reason: str, found: str, index: int = -1) -> None:
         "Enter a row into the ledger."
@@ -405,7 +417,8 @@ class Piece:
         side = "heldout" if is_heldout(roll, choices.heldout_fraction) else "train"
         self.counts["kept", side, source] += 1
         self.marks[side].append(MARK.pack(identity, mix, line, bool(talk.tools)))
-        self.files[side].append(json_line({"id": row_id, "source": source, "messages_json": messages, "tools_json": tools}))
+        head = json_line({"id": row_id, "source": source})[:-1] + b"\t" if choices.selects else b""
+        self.files[side].append(head + json_line({"messages_json": messages, "tools_json": tools}))
         for code in {code for code, *_ in talk.flags}: self.counts["flag", code, source] += 1
         for code in {code for code, *_ in talk.repairs}: self.counts["repaired", code, source] += 1
         if talk.repairs:
@@ -472,8 +485,14 @@ def convert_part(part: Part, choices: Choices) -> Piece: # bytes, ready to write
         for name in kinds: kinds[name] = b"".join(kinds[name])
     return piece
 
+def convert_plain(part: tuple, choices: tuple) -> tuple: # `Piece`'s arguments
+    "`convert_part` between processes: plain values in and out."
+    piece = convert_part(Part(*part), Choices(*choices))
+    return piece.files, piece.marks, piece.counts
+
 # %% ../nbs/01_convert.ipynb #convert-inputs
 BLOCK_BYTES = 1 << 20
+SMALL = 8 << 20  # bytes of input that one process converts before others have started
 ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
 
 def input_files(
@@ -483,7 +502,7 @@ def input_files(
     found = []
     for path in map(Path, source if isinstance(source, (list, tuple)) else [source]):
         inside = sorted(p for p in path.iterdir() if p.name.endswith(ENDINGS)) if path.is_dir() else [path]
-        if not path.exists(): raise ConvertError("missing_file", f"there is no {path}. Run the download first (`00_download`), or name another file.")
+        if not path.exists(): raise ConvertError("missing_file", f"there is no {path}. Run nbs/00_download.ipynb first, name another file, or take `-p profile demo`.")
         if not inside: raise ConvertError("missing_file", f"the folder {path} holds no {', '.join(ENDINGS[::2])} file.")
         found += inside
     for path in found:
@@ -540,26 +559,32 @@ def converted_parts(parts, choices: Choices, num_proc: int):
         for part in parts: yield part, convert_part(part, choices)
         return
     parts = iter(parts)
-    context = multiprocessing.get_context("fork")  # functions of a notebook exist in this process only
+    context = multiprocessing.get_context("spawn")  # a kernel has threads, and a fork of threads can hang
     pool = ProcessPoolExecutor(num_proc, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    work = importlib.import_module("proxy_sft.convert").convert_plain  # other processes know the module, not the notebook
+    def submit(part): return part, pool.submit(work, astuple(part), astuple(choices))
     try:
-        waiting = deque((part, pool.submit(convert_part, part, choices)) for part in itertools.islice(parts, 2 * num_proc))
+        waiting = deque(map(submit, itertools.islice(parts, 2 * num_proc)))
         while waiting:
             part, future = waiting.popleft()
-            piece = future.result()
-            for following in itertools.islice(parts, 1): waiting.append((following, pool.submit(convert_part, following, choices)))
+            piece = Piece(*future.result())
+            waiting.extend(map(submit, itertools.islice(parts, 1)))
             yield part, piece
     except BrokenProcessPool as error:
         raise ConvertError("process_died", "a converting process was killed, mostly for want of memory. Set num_proc lower.") from error
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../nbs/01_convert.ipynb #convert-progress
+def bars_are_hidden() -> bool:
+    "Under a test, and on every rank but the first."
+    return bool(os.environ.get("IN_TEST")) or os.environ.get("RANK", "0") != "0"
+
 class Progress:
     "A progress bar over the input's bytes that tells rows, rows per second and rejects."
     def __init__(self, total: int, show: bool = True):
         shape = "{percentage:3.0f}%|{bar:20}| {elapsed} of {remaining} more{postfix}"
         interval = 0.5 if os.isatty(2) else 30.0
-        self.bar = tqdm(total=total, disable=not show, delay=2, mininterval=interval, maxinterval=interval, bar_format=shape, desc="convert")
+        self.bar = tqdm(total=total, disable=not show or bars_are_hidden(), delay=2, mininterval=interval, maxinterval=interval, bar_format=shape, desc="convert")
         self.rows, self.rejected, self.start = 0, 0, time.monotonic()
 
     def add(self, size: int, counts: Counter) -> None:
@@ -597,9 +622,10 @@ def drop_rows(path: Path, marks: np.ndarray, dropped: dict[int, str], ledger: Pi
     aside = path.with_suffix(".thin")
     with open(path, "rb") as old, open(aside, "wb") as new:
         for written, line in zip(old, marks["line"].tolist()):
-            if line not in dropped: new.write(written)
+            head, _, row = written.partition(b"\t")  # JSON never holds a bare tab
+            if line not in dropped: new.write(row)
             else:
-                row = orjson.loads(written)
+                row = orjson.loads(head)
                 ledger.counts["kept", path.stem, row["source"]] -= 1
                 ledger.reject(row, line, dropped[line], LEFT_OUT[dropped[line]])
     os.replace(aside, path)
@@ -687,6 +713,7 @@ def write_parts(files: list[Path], aside: Path, choices: Choices, num_proc: int,
     "Convert all parts into files below `aside`; the counts, and the marks of both sides."
     counts, marks = Counter(), {"train": bytearray(), "heldout": bytearray()}
     bar = Progress(sum(path.stat().st_size for path in files), progress)
+    if sum(path.stat().st_size for path in files) < SMALL: num_proc = 1
     with contextlib.ExitStack() as stack:
         stack.callback(bar.bar.close)
         outputs = {name: stack.enter_context(open(aside / f"{name}.jsonl", "wb")) for name in Piece().files}
@@ -700,7 +727,6 @@ def write_parts(files: list[Path], aside: Path, choices: Choices, num_proc: int,
 def select_rows(aside: Path, marks: dict, choices: Choices, counts: Counter) -> None:
     "Drop duplicates and what the mix does not want, in the files and in the counts."
     dropped = rows_to_drop(np.concatenate(list(marks.values())), choices.drop_duplicates, choices.tool_chat_ratio)
-    if not dropped: return
     ledger = Piece()
     for side in marks: drop_rows(aside / f"{side}.jsonl", marks[side], dropped, ledger)
     counts.update(ledger.counts)
@@ -759,7 +785,7 @@ def convert_file(
     drop_duplicates: bool = False, # leave out exact repetitions of a conversation
     heldout_fraction: float = 0.0, # share of conversations for heldout.jsonl
     seed: int = 42, # decides which
-    num_proc: Optional[int] = None, # processes; all cores when not set; the result does not depend on it
+    num_proc: int = 1, # processes; the result does not depend on it
     progress: bool = True, # show a progress bar when it takes longer than two seconds
     about: Optional[dict] = None, # further facts for report.json
 ) -> ConvertReport: # counts by reason and source; ConvertError when a file cannot be read or written, or nothing is kept
@@ -770,8 +796,8 @@ def convert_file(
     if target.is_dir(): target = target / "train.jsonl"
     check_choices(choices, target, files)
     with folder_aside(target) as aside:
-        counts, marks = write_parts(files, aside, choices, process_count(num_proc), progress)
-        if drop_duplicates or tool_chat_ratio is not None: select_rows(aside, marks, choices, counts)
+        counts, marks = write_parts(files, aside, choices, num_proc, progress)
+        if choices.selects: select_rows(aside, marks, choices, counts)
         facts = counted_facts(counts)
         check_sums(aside, facts, files)
         if not heldout_fraction: (aside / "heldout.jsonl").unlink()
@@ -820,6 +846,8 @@ def convert(
     progress: bool = True, # show a progress bar when it takes longer than two seconds
 ) -> ConvertReport: # `.why` says why it was done, or that nothing had changed
     "Convert the downloaded rows of a profile, unless that is done already."
+    if settings.dataset == "demo" and not settings.train_file.exists():
+        importlib.import_module("proxy_sft.download").download(settings)  # made here, not fetched
     target, files = settings.converted_dir / "train.jsonl", input_files(settings.train_file)
     named = {name: getattr(settings, name) for name in Choices.__dataclass_fields__}
     choices = Choices(**{k: tuple(v) if isinstance(v, list) else v for k, v in named.items()})
@@ -828,6 +856,6 @@ def convert(
     if not why:
         facts = json.loads((target.parent / "report.json").read_text(encoding="utf-8"))
         return report_from(facts, target.parent, "nothing has changed since the last conversion")
-    report = convert_file(files, target, **choices.__dict__, num_proc=settings.num_proc, progress=progress, about=about)
+    report = convert_file(files, target, **choices.__dict__, num_proc=process_count(settings.num_proc), progress=progress, about=about)
     report.why = why
     return report

@@ -1,0 +1,471 @@
+"""Rows, files and ledgers: everything planned comes out as planned, nothing is lost, nothing half-written stays."""
+import gzip
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import zstandard
+from transformers import AutoTokenizer
+
+from proxy_sft import convert as converting
+from proxy_sft.calls import format_calls
+from proxy_sft.chat import render_chat
+from proxy_sft.convert import ConvertError, convert, convert_file, convert_row
+from proxy_sft.demo import demo_plan, demo_rows, write_demo_model
+from proxy_sft.settings import load_settings
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TAGS = ("You are provided with function signatures within <functions></functions> XML tags. ",
+        "Output any function calls within <function_calls></function_calls> XML tags. ")
+SYSTEM = "You are a helpful function-calling AI assistant. " + TAGS[0] + "You may call one or more functions. " + TAGS[1] + "Be brief."
+TOOL = {"type": "function", "function": {"name": "stock.quote", "description": "Latest price.", "parameters": {
+    "type": "object", "properties": {"symbol": {"type": "string"}, "days": {"type": "integer"}}, "required": ["symbol"]}}}
+CALL = 'stock.quote(symbol="AAPL")'
+
+
+def shared_lines(name):
+    "Rows of a file that is not part of the project; the test is skipped where it is missing."
+    path = SHARED / "dolci" / name
+    if not path.is_file(): pytest.skip(f"{name} is not here: it is reference data beside the project, not part of it")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def message(role, content=None, calls=None, functions=None):
+    return {"role": role, "content": content, "function_calls": calls, "functions": functions}
+
+
+def talk(*messages, tools=(TOOL,), system=SYSTEM):
+    "A tool row around some messages; a pair is a role and its content, or `call` and its calls."
+    turns = [message("assistant", None, m[1]) if m[0] == "call" else message(*m) for m in messages]
+    return {"id": "t", "messages": [message("system", system, functions=json.dumps(list(tools))), *turns],
+            "source_dataset": "Dolci Instruct Tool Use", "domain": "Tool Use"}
+
+
+def chat(question="Hi", answer="Hello!"):
+    return {"id": "c", "messages": [message("user", question), message("assistant", answer)], "source_dataset": "Wildchat", "domain": "Chat"}
+
+
+def simple(): return talk(("user", "AAPL?"), ("call", CALL), ("environment", '{"price": 1}'), ("assistant", "It is 1."))
+
+
+def messages_of(row, **options): return json.loads(convert_row(row, **options)["messages_json"])
+
+
+def calls_of(messages): return [[c["function"] for c in m["tool_calls"]] for m in messages if m.get("tool_calls")]
+
+
+def reason_of(row, **options):
+    try: convert_row(row, **options)
+    except ConvertError as error: return error.reason
+    return None
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_rows(path): return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def contents(folder): return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def demo_file(tmp_path_factory): return write_rows(tmp_path_factory.mktemp("rows") / "train.jsonl", demo_rows())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    real = SHARED / "qwen3-8b"
+    return AutoTokenizer.from_pretrained(real if real.is_dir() else write_demo_model(tmp_path_factory.mktemp("model"), seed=1, n=200))
+
+
+# One row
+
+def test_a_row_in_the_form_of_qwen3():
+    out = convert_row(simple())
+    assert list(out) == ["messages_json", "tools_json"] and json.loads(out["tools_json"]) == [TOOL]
+    assert json.loads(out["messages_json"]) == [
+        {"role": "system", "content": "You are a helpful function-calling AI assistant. You may call one or more functions. Be brief."},
+        {"role": "user", "content": "AAPL?"},
+        {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "stock.quote", "arguments": {"symbol": "AAPL"}}}]},
+        {"role": "tool", "content": '{"price": 1}'}, {"role": "assistant", "content": "It is 1."}]
+
+
+def test_real_rows_come_out_as_expected():
+    for row, expected in zip(shared_lines("real_rows.jsonl"), shared_lines("real_expected.jsonl"), strict=True):
+        messages, results = messages_of(row), []
+        assert calls_of(messages) == expected["calls"]
+        for i, m in enumerate(messages):
+            if m.get("tool_calls"): results.append([r["content"] for r in messages[i + 1:i + 1 + len(m["tool_calls"])] if r["role"] == "tool"])
+        assert results == expected["results_per_call"]
+        assert "<function" not in messages[0]["content"] and "Don't make assumptions" in messages[0]["content"]
+
+
+def test_berkeley_rows_come_out_as_expected_but_for_the_argued_four():
+    rejected = {}
+    for row, expected in zip(shared_lines("bfcl_rows.jsonl"), shared_lines("bfcl_expected.jsonl"), strict=True):
+        try: out = convert_row(row)
+        except ConvertError as error: rejected[row["id"]] = error.reason
+        else: assert calls_of(json.loads(out["messages_json"])) == [expected["calls"]], row["id"]
+        assert calls_of(messages_of(row, strictness="lenient")) == [expected["calls"]], row["id"]
+    numbers = ("87-38-4", "301-131-0", "507-149-4", "737-167-8")  # the answer breaks the tool, see nbs/01_convert.ipynb
+    assert rejected == {f"bfcl_live_multiple_{number}": "schema_violation" for number in numbers}
+
+
+def test_everything_the_demo_plants_comes_out_as_planned(demo_file, tmp_path):
+    report = convert_file(demo_file, tmp_path / "out" / "train.jsonl")
+    plan = {p["id"]: p for p in demo_plan()}
+    found = {e["id"]: ("repaired", {r["code"] for r in e["repairs"]}) for e in read_rows(tmp_path / "out" / "repaired.jsonl")}
+    found |= {e["id"]: ("rejected", {e["reason"]}) for e in read_rows(tmp_path / "out" / "rejected.jsonl")}
+    for row_id, p in plan.items():
+        outcome, codes = found.get(row_id, ("kept", {p["reason"]}))
+        assert outcome == p["outcome"] and (outcome == "kept" or p["reason"] in codes), (p, outcome, codes)
+    flags = {p["reason"] for p in plan.values() if p["outcome"] == "kept" and p["reason"]}
+    assert flags <= set(report.flags)
+    assert report.rejected == Counter(p["reason"] for p in plan.values() if p["outcome"] == "rejected")
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"id": 1}, "no_messages"), ({"messages": []}, "no_messages"), ({"messages": "x"}, "no_messages"), ([], "no_messages"),
+    ({"messages": ["x"]}, "bad_message"), ({"messages": [message("narrator", "x")]}, "bad_message"),
+    ({"messages": [message("user", "x"), message("assistant", 3)]}, "bad_message"),
+    ({"messages": [message("user", "x")]}, "no_assistant"), ({"messages": [message("assistant", "x")]}, "no_user"),
+    (talk(("user", "a"), ("call", "f(x=")), "malformed_calls"), (talk(("user", "a"), ("call", "other(a=1)")), "undeclared_function"),
+    (talk(("user", "a"), ("call", "stock.quote(symbol=1)")), "schema_violation"),
+    (talk(("user", "a"), ("call", 'stock.quote("A", 1, 2, 3)')), "positional_arguments"),
+    (talk(("user", "a"), ("environment", "1"), ("assistant", "b")), "count_mismatch"),
+    (talk(("user", "a"), ("call", CALL), ("environment", "1"), ("environment", "2"), ("assistant", "b")), "count_mismatch"),
+    (talk(("user", "a"), ("call", CALL), ("assistant", "b")), "count_mismatch"),
+    (talk(("user", "a"), ("call", CALL), ("user", "b"), ("assistant", "c")), "count_mismatch"),
+    (talk(("user", "a"), ("call", CALL + "\n" + CALL), ("environment", "oh\nno"), ("assistant", "b")), "unsplittable_results"),
+    (talk(("user", "a"), ("assistant", None), ("user", "b"), ("assistant", "c")), "empty_answer"),
+    (talk(("user", "a"), ("assistant", "so</think>b")), "stray_think"),
+])
+def test_defects_without_a_safe_reading_are_rejected(row, reason):
+    with pytest.raises(ConvertError) as caught: convert_row(row)
+    error = caught.value
+    assert error.reason == reason and reason in str(error) and isinstance(error, ValueError) and len(str(error)) < 700
+
+
+def test_the_error_names_the_row_and_survives_a_trip_between_processes():
+    import pickle
+    with pytest.raises(ConvertError) as caught: convert_row({**simple(), "messages": None})
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert caught.value.row_id == again.row_id == "t" and str(again) == str(caught.value) and again.reason == "no_messages"
+
+
+def test_turns_of_the_assistant_are_joined():
+    row = talk(("user", "a"), ("assistant", "Let me look."), ("call", CALL), ("environment", "1"), ("assistant", "x"), ("assistant", "y"))
+    messages = messages_of(row)
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert messages[2]["content"] == "Let me look." and len(messages[2]["tool_calls"]) == 1 and messages[4]["content"] == "x\n\ny"
+    both = talk(("user", "a"), ("assistant", "Text.", CALL), ("environment", "1"), ("assistant", "b"))
+    assert messages_of(both)[2]["content"] == "Text." and calls_of(messages_of(both))
+
+
+def test_results_are_slices_of_the_text():
+    parts = '[{"type":"text","text":"a\\nb","annotations":null,"meta":null}]'
+    assert messages_of(talk(("user", "a"), ("call", CALL), ("environment", parts), ("assistant", "b")))[3]["content"] == parts
+    two = talk(("user", "a"), ("call", CALL + "\n" + CALL), ("environment", '{"p": 1.50}\n{"p": 1e400}'), ("assistant", "b"))
+    assert [m["content"] for m in messages_of(two) if m["role"] == "tool"] == ['{"p": 1.50}', '{"p": 1e400}']
+    cut = talk(("user", "a"), ("call", CALL), ("environment", '{"p": [1, '), ("assistant", "b"))
+    assert messages_of(cut)[3]["content"] == '{"p": [1, '
+
+
+@pytest.mark.parametrize("text, kept", [
+    (SYSTEM, "You are a helpful function-calling AI assistant. You may call one or more functions. Be brief."),
+    (TAGS[0] + TAGS[1], None), (TAGS[0].strip() + "\n" + TAGS[1].strip(), None),
+    ("Today is 2024-02-21.\n\n" + TAGS[0] + "Be kind.", "Today is 2024-02-21.\n\nBe kind."),
+    ("Use 3.5 apples, e.g. red ones. " + TAGS[1] + "Prices: $4.20.", "Use 3.5 apples, e.g. red ones. Prices: $4.20."),
+    ("You help people.\n* be brief\n* be kind\n" + TAGS[1].strip(), "You help people.\n* be brief\n* be kind"),
+    ("No tags here. Call functions when needed.", "No tags here. Call functions when needed."),
+    ("Compare 1 < 2. " + TAGS[0].replace("</functions>", "...</functions>"), "Compare 1 < 2."),
+    ("  Two spaces stay.  \n\n\nSo do lines.", "  Two spaces stay.  \n\n\nSo do lines."), ("", None), (None, None)])
+def test_the_system_text_loses_the_sentences_about_tags_and_nothing_else(text, kept):
+    first = messages_of(talk(("user", "a"), ("assistant", "b"), system=text))[0]
+    assert (first["content"] if first["role"] == "system" else None) == kept
+
+
+def test_chat_rows_are_kept_as_they_are():
+    row = chat("What does <functions> mean? \n", " It is <b>a tag</b>.\n")
+    assert convert_row(row) == {"messages_json": json.dumps([{"role": "user", "content": "What does <functions> mean? \n"},
+        {"role": "assistant", "content": " It is <b>a tag</b>.\n"}], separators=(",", ":")), "tools_json": "[]"}
+
+
+def test_nul_and_half_characters():
+    row = talk(("user", "What\0s up \ud83d?"), ("call", CALL), ("environment", "1\0"), ("assistant", "b"))
+    messages = messages_of(row)
+    assert messages[1]["content"] == "Whats up \ufffd?" and messages[3]["content"] == "1"
+    assert reason_of(talk(("user", "a"), ("call", r'stock.quote(symbol="\ud83d")'))) == "surrogate_in_call"
+    whole = talk(("user", "a"), ("call", r'stock.quote(symbol="\ud83d\ude00")'))
+    assert calls_of(messages_of(whole))[0][0]["arguments"] == {"symbol": "😀"}
+
+
+def test_numbers_stay_exact():
+    free = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {}}}}}
+    for text in (str(2**64), str(-10**40), "0.1", "1.0", "1", "1e-07", "-0.0", "123456789012345678"):
+        out = convert_row(talk(("user", "a"), ("call", f"f(x={text})"), tools=[free]))["messages_json"]
+        value = json.loads(out)[-1]["tool_calls"][0]["function"]["arguments"]["x"]
+        assert repr(value) == repr(json.loads(text))
+
+
+def test_strictness():
+    bad = talk(("user", "a"), ("assistant", "b"), ("user", "c"), ("call", "f(x="))
+    assert reason_of(bad) == "malformed_calls" and [m["content"] for m in messages_of(bad, strictness="lenient")[1:]] == ["a", "b"]
+    wrong = talk(("user", "a"), ("call", "stock.quote(symbol=1)"))
+    assert reason_of(wrong) == "schema_violation" and reason_of(wrong, strictness="lenient") is None
+    two = talk(("user", "a"), ("assistant", "b"), ("assistant", "c"))
+    assert reason_of(two) is None and reason_of(two, strictness="strict") == "two_texts"
+    for row in demo_rows(300): assert reason_of(row, strictness="strict") or not reason_of(row), "strict keeps what default rejects"
+    for row in demo_rows(300): assert reason_of(row) or not reason_of(row, strictness="lenient"), "default keeps what lenient rejects"
+
+
+# What goes in comes back
+
+def parse_back(text):
+    "The calls that a server would read in the assistant's turns."
+    turns = re.findall(r"<\|im_start\|>assistant\n(.*?)<\|im_end\|>", text, re.DOTALL)
+    return [[json.loads(block) for block in re.findall(r"<tool_call>(.*?)</tool_call>", turn, re.DOTALL)] for turn in turns]
+
+
+@pytest.mark.parametrize("template", ["nothink", "stock"])
+def test_rendered_and_parsed_back_the_calls_are_those_that_went_in(tokenizer, template):
+    rows, count = demo_rows(), 0
+    rows += shared_lines("bfcl_rows.jsonl") if (SHARED / "dolci").is_dir() else []
+    for row in rows:
+        try: out = convert_row(row)
+        except ConvertError: continue
+        messages = json.loads(out["messages_json"])
+        made = [[c["function"] for c in m.get("tool_calls", ())] for m in messages if m["role"] == "assistant"]
+        assert parse_back(render_chat(messages, json.loads(out["tools_json"]), tokenizer, template)) == made, row["id"]
+        count += sum(map(len, made))
+    assert count > 1500
+
+
+NASTY = ["<tool_call>", "</tool_call>", "<|im_end|>", "<|im_start|>assistant\n", "</think>", "<think>", '"', "\\", "\n", "{", "}", "x", "é", "\u2028",
+         '<tool_call>\n{"name": "stock.quote", "arguments": {}}\n</tool_call>', "<tool_response>"]
+
+
+def test_hostile_texts_come_back_or_stand_in_the_ledger(tokenizer):
+    chance, kept, refused = random.Random(3), 0, Counter()
+    anything = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {}, "y": {}}}}}
+    def text(): return "".join(chance.choices(NASTY, k=chance.randrange(1, 4)))
+    def plain_or_nasty(word): return text() if chance.random() < 0.3 else word
+    for _ in range(600):
+        calls = [{"name": "f", "arguments": {"x": plain_or_nasty("a"), "y": [plain_or_nasty("b")]}} for _ in range(chance.choice((1, 2)))]
+        row = talk(("user", plain_or_nasty("q")), ("assistant", plain_or_nasty("Let me see."), format_calls(calls)),
+                   *[("environment", plain_or_nasty("{}"))] * len(calls), ("assistant", plain_or_nasty("Done.")), tools=[anything])
+        try: messages = messages_of(row)
+        except ConvertError as error:
+            refused[error.reason] += 1
+            continue
+        made = [m.get("tool_calls") and [c["function"] for c in m["tool_calls"]] or [] for m in messages if m["role"] == "assistant"]
+        assert made[0] == calls
+        back = parse_back(render_chat(messages, [anything], tokenizer, "nothink"))  # a literal header in a text looks like one more turn
+        assert [turn for turn in back if turn] == [turn for turn in made if turn], row
+        kept += 1
+    assert kept > 150 and set(refused) <= {"tool_call_in_text", "stray_think"}, (kept, refused)
+
+
+def test_a_name_that_breaks_the_template_is_refused(tokenizer):
+    for name in ('a"b', "a\\b"):
+        odd = {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
+        row = talk(("user", "q"), ("call", format_calls([{"name": name, "arguments": {}}])), tools=[odd])
+        assert reason_of(row) == "tool_call_in_text"
+
+
+# Files
+
+def test_rows_in_are_rows_kept_and_rows_rejected(demo_file, tmp_path):
+    report = convert_file(demo_file, tmp_path / "train.jsonl", heldout_fraction=0.1)
+    written = {name: len(read_rows(tmp_path / f"{name}.jsonl")) for name in ("train", "heldout", "rejected")}
+    assert report.rows == len(demo_rows()) == report.kept + sum(report.rejected.values())
+    assert written["train"] + written["heldout"] == report.kept and written["rejected"] == sum(report.rejected.values())
+    assert {tuple(row) for row in read_rows(tmp_path / "train.jsonl")} == {("messages_json", "tools_json")}
+    by_source = json.loads((tmp_path / "report.json").read_text())["by_source"]
+    assert sum(s["rows"] for s in by_source.values()) == report.rows
+    assert "count_mismatch" in repr(report) and "<table>" in report._repr_html_()
+    entry = read_rows(tmp_path / "rejected.jsonl")[0]
+    assert {"id", "line", "source", "reason", "message", "excerpt"} <= entry.keys()
+    assert read_rows(demo_file)[entry["line"] - 1]["id"] == entry["id"]
+
+
+def test_same_bytes_for_any_number_of_processes(demo_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(converting, "BLOCK_BYTES", 100_000)  # many parts
+    monkeypatch.setattr(converting, "SMALL", 0)  # not too small for several processes
+    for num_proc in (1, 2, 3):
+        convert_file(demo_file, tmp_path / str(num_proc) / "train.jsonl", heldout_fraction=0.1, drop_duplicates=True, num_proc=num_proc)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
+
+
+def test_more_than_one_process_really_works(tmp_path):
+    rows = demo_rows(400) * 20
+    source = write_rows(tmp_path / "many.jsonl", rows)
+    one, two = (convert_file(source, tmp_path / str(n) / "train.jsonl", num_proc=n) for n in (1, 2))
+    assert one.rows == two.rows == len(rows) and contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_inputs_of_all_kinds_give_the_same_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    rows = demo_rows(200)
+    text = "".join(json.dumps(row) + "\n" for row in rows if "\ud83d" not in json.dumps(row, ensure_ascii=False))
+    rows = [json.loads(line) for line in text.splitlines()]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(text)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(text.encode()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "d.parquet", row_group_size=70)
+    made = {}
+    for path in sorted(folder.iterdir()):
+        report = convert_file(path, tmp_path / path.name / "train.jsonl")
+        made[path.name] = [contents(tmp_path / path.name)[name] for name in ("train.jsonl", "rejected.jsonl", "repaired.jsonl")]
+        assert report.rows == len(rows)
+    assert all(files == made["a.jsonl"] for files in made.values())
+    several = convert_file(sorted(folder.iterdir())[:2], tmp_path / "two" / "train.jsonl")
+    all_of_them = convert_file(folder, tmp_path / "all" / "train.jsonl")
+    assert (several.rows, all_of_them.rows) == (2 * len(rows), 4 * len(rows))
+
+
+def test_the_held_out_part_follows_content_and_seed(demo_file, tmp_path):
+    lines = demo_file.read_text().splitlines(True)
+    random.Random(1).shuffle(lines)
+    (tmp_path / "turned.jsonl").write_text("".join(lines))
+    def heldout(source, name, **options):
+        convert_file(source, tmp_path / name / "train.jsonl", heldout_fraction=0.2, **options)
+        held, train = ((tmp_path / name / f"{side}.jsonl").read_text().splitlines() for side in ("heldout", "train"))
+        assert not set(held) & set(train), "a duplicate on both sides"
+        assert 0.12 < len(held) / (len(held) + len(train)) < 0.28
+        return sorted(held)
+    assert heldout(demo_file, "a") == heldout(tmp_path / "turned.jsonl", "b") != heldout(demo_file, "c", seed=7)
+
+
+def test_choices_of_rows(tmp_path):
+    tool_rows = [talk(("user", f"q{i}"), ("assistant", "a")) for i in range(10)]
+    chat_rows = [chat(f"q{i}") for i in range(30)]
+    source = write_rows(tmp_path / "in.jsonl", tool_rows + chat_rows + tool_rows[:3])
+    def run(**options): return convert_file(source, tmp_path / "out" / "train.jsonl", **options)
+    assert (run().kept, run().rejected) == (43, {})
+    assert (run(tool_rows_only=True).kept, sum(run(tool_rows_only=True).rejected.values())) == (13, 30)
+    assert run(include_sources=["Wildchat"]).kept == 30 and run(exclude_sources=["Wildchat"]).kept == 13
+    assert run(drop_duplicates=True).kept == 40 and sum(run(drop_duplicates=True).rejected.values()) == 3
+    mixed = run(drop_duplicates=True, tool_chat_ratio=0.5)
+    assert mixed.kept == 30 and mixed.rows == 43 == mixed.kept + sum(mixed.rejected.values())
+    assert {tuple(row) for row in read_rows(tmp_path / "out" / "train.jsonl")} == {("messages_json", "tools_json")}
+    assert len(read_rows(tmp_path / "out" / "train.jsonl")) == 30 and len(read_rows(tmp_path / "out" / "rejected.jsonl")) == 13
+
+
+# Bad input: one clear error, nothing half-written
+
+def make_bad(folder):
+    good = json.dumps(simple()) + "\n"
+    (folder / "empty.jsonl").write_text("")
+    (folder / "blank.jsonl").write_text("\n \n")
+    (folder / "cut.jsonl").write_text(good + '{"id": "b", "mess')
+    (folder / "prose.jsonl").write_text(good + "hello\n" + good)
+    (folder / "list.jsonl").write_text("[1, 2]\n")
+    (folder / "other.jsonl").write_text('{"text": "no conversation"}\n' * 3)
+    (folder / "bad.jsonl.gz").write_bytes(b"no gzip at all")
+    (folder / "short.jsonl.gz").write_bytes(gzip.compress(good.encode() * 999)[:-20])
+    (folder / "bad.jsonl.zst").write_bytes(b"no zstd at all")
+    (folder / "bad.parquet").write_bytes(b"no parquet at all")
+    (folder / "none").mkdir()
+
+
+@pytest.mark.parametrize("name, words", [
+    ("missing.jsonl", "00_download"), ("missing.jsonl", "-p profile demo"), ("empty.jsonl", "is empty"), ("blank.jsonl", "no rows"),
+    ("cut.jsonl", "line 2"), ("prose.jsonl", "line 2"), ("prose.jsonl", "hello"), ("list.jsonl", "line 1"), ("other.jsonl", "no_messages"),
+    ("bad.jsonl.gz", "bad.jsonl.gz"), ("short.jsonl.gz", "short.jsonl.gz"), ("bad.jsonl.zst", "bad.jsonl.zst"), ("bad.parquet", "bad.parquet"),
+    ("none", "none")])
+def test_files_that_cannot_be_used(tmp_path, name, words):
+    make_bad(tmp_path)
+    with pytest.raises(ConvertError) as caught: convert_file(tmp_path / name, tmp_path / "out" / "train.jsonl")
+    assert words in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_fault_in_another_process_is_told_as_well(tmp_path):
+    good = json.dumps(simple()) + "\n"
+    (tmp_path / "in.jsonl").write_text(good * 12_000 + "oh no\n" + good * 2_000)
+    with pytest.raises(ConvertError, match="line 12001"): convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl", num_proc=2)
+    assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", [simple()])
+    with pytest.raises(ConvertError, match="cannot write"): convert_file(source, source / "below" / "train.jsonl")
+    with pytest.raises(ConvertError, match="overwrite|overwritten"): convert_file(source, source)
+    assert read_rows(source) == [simple()]
+
+
+def test_a_row_that_fails_leaves_the_old_files_alone(tmp_path):
+    good, bad = write_rows(tmp_path / "a.jsonl", [simple()]), write_rows(tmp_path / "b.jsonl", [{"text": "x"}])
+    convert_file(good, tmp_path / "out" / "train.jsonl")
+    before = contents(tmp_path / "out")
+    with pytest.raises(ConvertError): convert_file(bad, tmp_path / "out" / "train.jsonl")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", demo_rows(800) * 12)
+    code = f"from proxy_sft.convert import convert_file; convert_file({str(source)!r}, {str(tmp_path / 'out' / 'train.jsonl')!r})"
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while run.poll() is None and not list(tmp_path.glob("out/.*/train.jsonl")): time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not list((tmp_path / "out").glob("*.json*")), "a file that looks finished"
+    report = convert_file(source, tmp_path / "out" / "train.jsonl")
+    assert report.rows == 9600 and not list((tmp_path / "out").glob(".*")), "what the killed run left is gone"
+
+
+# By settings
+
+def settings_for(folder, **options): return load_settings("demo", workspace=str(folder), **options)
+
+
+def test_convert_is_done_once_and_says_why_again(tmp_path):
+    settings = settings_for(tmp_path)
+    write_rows_to = settings.train_file
+    write_rows_to.parent.mkdir(parents=True)
+    write_rows(write_rows_to, demo_rows(300))
+    first = convert(settings)
+    stamp = (settings.converted_dir / "train.jsonl").stat().st_mtime_ns
+    again = convert(settings)
+    assert "nothing" in again.why and (again.rows, again.kept, again.rejected) == (first.rows, first.kept, first.rejected)
+    assert (settings.converted_dir / "train.jsonl").stat().st_mtime_ns == stamp
+    assert "settings" in convert(settings_for(tmp_path, heldout_fraction=0.3)).why
+    convert(settings)
+    write_rows(write_rows_to, demo_rows(301))
+    assert "input" in convert(settings).why
+    (settings.converted_dir / "train.jsonl").write_text("{}")
+    assert "train.jsonl" in convert(settings).why and convert(settings).kept == sum(
+        len(read_rows(settings.converted_dir / f"{side}.jsonl")) for side in ("train", "heldout"))
+
+
+def test_a_missing_download_is_named(tmp_path):
+    settings = load_settings("qwen3_8b", workspace=str(tmp_path))
+    with pytest.raises(ConvertError) as caught: convert(settings)
+    assert "nbs/00_download.ipynb" in str(caught.value) and "-p profile demo" in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_bar_is_off_in_tests_and_on_other_ranks(monkeypatch):
+    monkeypatch.setenv("IN_TEST", "1")
+    assert converting.bars_are_hidden()
+    monkeypatch.delenv("IN_TEST")
+    monkeypatch.setenv("RANK", "1")
+    assert converting.bars_are_hidden()
+    monkeypatch.setenv("RANK", "0")
+    assert not converting.bars_are_hidden()
