@@ -56,21 +56,22 @@ def numbers_pool(
     return {str(number): number for number in numbers}
 
 STRING, INTEGER, BOOLEAN = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
-SYMBOLS = ["AAPL", "TSLA", "NFLX", "MSFT", "NVDA", "ORCL", "SONY", "INTC"]
+SYMBOLS = ["AAPL", "TSLA", "NFLX", "MSFT", "NVDA", "SONY"]
 CURRENCIES = ["USD", "EUR", "CNY", "GBP", "JPY", "CHF"]
-FOODS = ["rice", "beans", "eggs", "milk", "tomatoes", "cheese", "apples"]
+FOODS = ["rice", "beans", "eggs", "milk", "apples"]
 
 POOLS = {  # name -> (JSON schema, spelling in a sentence -> value)
-    "city": (STRING, words_pool("Paris London Berlin Madrid Rome Oslo Lima Cairo Tokyo Beijing Boston Delhi")),
-    "person": (STRING, words_pool("Anna Bruno Chen Dora Emil Fatima Goran Hana Ivan Julia")),
-    "artist": (STRING, words_pool("Bach Mozart Chopin Vivaldi Handel Verdi Satie Ravel")),
-    "room": (STRING, words_pool("kitchen bedroom garage hall office bathroom garden attic")),
-    "day": (STRING, words_pool("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")),
-    "task": (STRING, words_pool("laundry taxes groceries homework ironing shopping cleaning gardening")),
-    "event": (STRING, words_pool("lunch dinner meeting party concert lecture interview workshop")),
-    "word": (STRING, words_pool("house river bread moon tree horse bridge window garden letter")),
-    "language": (STRING, words_pool("French German Spanish Chinese Italian Polish Turkish")),
-    "topic": (STRING, words_pool("enzymes galaxies glaciers proteins magnets neurons volcanoes lasers crystals viruses")),
+    "city": (STRING, words_pool("Paris London Berlin Madrid Rome Cairo Tokyo Beijing")),
+    "person": (STRING, words_pool("Anna Bruno Chen Dora Emil Fatima")),
+    "artist": (STRING, words_pool("Bach Mozart Chopin Vivaldi Verdi")),
+    "room": (STRING, words_pool("kitchen bedroom garage hall office")),
+    "day": (STRING, words_pool("Monday Tuesday Wednesday Friday Sunday")),
+    "task": (STRING, words_pool("laundry taxes groceries homework shopping")),
+    "event": (STRING, words_pool("lunch dinner meeting party concert")),
+    "word": (STRING, words_pool("house river bread moon tree horse")),
+    "language": (STRING, words_pool("French German Spanish Italian")),
+    "topic": (STRING, words_pool("enzymes galaxies glaciers proteins magnets volcanoes")),
+    "sky": (STRING, words_pool("sunny cloudy rainy windy")),
 }
 
 # %% ../nbs/000a_demo.ipynb #demo-pools-more
@@ -78,16 +79,12 @@ POOLS |= {
     "symbol": (STRING, {symbol: symbol for symbol in SYMBOLS}),
     "currency": (STRING, {currency: currency for currency in CURRENCIES}),
     "target": ({**STRING, "enum": CURRENCIES[:4]}, {currency: currency for currency in CURRENCIES[:4]}),
-    "few": (INTEGER, numbers_pool(range(2, 10))),
-    "hour": (INTEGER, numbers_pool(range(7, 22))),
-    "amount": (INTEGER, numbers_pool(range(10, 100))),
-    "degrees": (INTEGER, numbers_pool(range(15, 26))),
+    "number": (INTEGER, numbers_pool(range(2, 10))),
     "switch": (BOOLEAN, {"on": True, "off": False}),
     "foods": ({"type": "array", "items": STRING},
               {f"{a} and {b}": [a, b] for a, b in itertools.permutations(FOODS, 2)}),
     "numbers": ({"type": "array", "items": INTEGER},
                 {f"{a}, {b} and {c}": [a, b, c] for a, b, c in itertools.permutations(range(2, 10), 3)}),
-    "sky": (STRING, words_pool("sunny cloudy rainy windy foggy")),
     "parcel": (STRING, {f"P{number}": f"P{number}" for number in range(10, 100)}),
 }
 
@@ -126,36 +123,36 @@ class DemoTool:
 TOOLS = [
     DemoTool("weather.current", "Weather in a city now.", {"city": "city"},
              ("tell me the weather in {city}", "check the weather in {city} right now", "look up the weather in {city}"),
-             {"city": "=city", "temperature": "degrees", "sky": "sky"}, "It is {temperature} degrees and {sky} in {city}.",
+             {"city": "=city", "temperature": "number", "sky": "sky"}, "It is {temperature} degrees and {sky} in {city}.",
              (("¿Qué tiempo hace en {city}?", "En {city} hay {temperature} grados."),
               ("{city}现在天气怎么样？", "{city}现在{temperature}度。"))),
-    DemoTool("weather.forecast", "Weather forecast for some days.", {"city": "city", "days": "few"},
+    DemoTool("weather.forecast", "Weather forecast for some days.", {"city": "city", "days": "number"},
              ("get the forecast for {city} for {days} days", "look up the forecast of the next {days} days in {city}"),
              {"city": "=city", "sky": "sky"}, "The next {days} days in {city} will be {sky}.",
              (("Dame el pronóstico de {days} días para {city}.", "{city}: {days} días, {sky}."),
               ("请预报{city}未来{days}天的天气。", "{city}未来{days}天：{sky}。"))),
     DemoTool("flights.search", "Search flights between two cities.", {"from": "city", "to": "city", "day": "day"},
              ("find a flight from {from} to {to}", "look for a flight from {from} to {to} on {day}"),
-             {"from": "=from", "to": "=to", "price": "amount"}, "There is a flight from {from} to {to} for {price} euros.",
+             {"from": "=from", "to": "=to", "price": "number"}, "There is a flight from {from} to {to} for {price} euros.",
              (("Busca un vuelo de {from} a {to}.", "Hay un vuelo de {from} a {to} por {price} euros."),)),
-    DemoTool("hotels.book", "Book a hotel room.", {"city": "city", "nights": "few"},
+    DemoTool("hotels.book", "Book a hotel room.", {"city": "city", "nights": "number"},
              ("book a hotel in {city} for {nights} nights", "reserve {nights} nights at a hotel in {city}"),
-             {"city": "=city", "price": "amount"}, "Your hotel in {city} is booked for {nights} nights at {price} euros."),
+             {"city": "=city", "price": "number"}, "Your hotel in {city} is booked for {nights} nights at {price} euros."),
 ]
 
 # %% ../nbs/000a_demo.ipynb #demo-tools-money
 TOOLS += [
     DemoTool("stock.quote", "Latest price of a stock.", {"symbol": "symbol"},
              ("get the stock price of {symbol}", "look up {symbol} stock", "tell me what {symbol} stock trades at"),
-             {"symbol": "=symbol", "price": "amount"}, "{symbol} trades at {price} dollars.",
+             {"symbol": "=symbol", "price": "number"}, "{symbol} trades at {price} dollars.",
              (("{symbol}的股价是多少？", "{symbol}的股价是{price}美元。"),)),
-    DemoTool("currency.convert", "Convert money.", {"amount": "amount", "source": "currency", "target": "target"},
+    DemoTool("currency.convert", "Convert money.", {"amount": "number", "source": "currency", "target": "target"},
              ("convert {amount} {source} to {target}", "work out how to convert {amount} {source} into {target}"),
-             {"value": "amount"}, "{amount} {source} is {value} {target}."),
+             {"value": "number"}, "{amount} {source} is {value} {target}."),
     DemoTool("statistics.mean", "Mean of numbers.", {"numbers": "numbers"},
-             ("compute the mean of {numbers}", "tell me the mean of {numbers}"), {"mean": "few"}, "The mean is {mean}."),
+             ("compute the mean of {numbers}", "tell me the mean of {numbers}"), {"mean": "number"}, "The mean is {mean}."),
     DemoTool("clock.now", "The time now.", {},
-             ("tell me what time it is", "look up the time"), {"hour": "hour"}, "It is {hour} o'clock.",
+             ("tell me what time it is", "look up the time"), {"hour": "number"}, "It is {hour} o'clock.",
              (("¿Qué hora es?", "Son las {hour}."), ("现在几点了？", "现在{hour}点。"))),
 ]
 
@@ -164,14 +161,14 @@ TOOLS += [
     DemoTool("lights.set", "Switch lights on or off.", {"room": "room", "on": "switch"},
              ("turn {on} the lights in the {room}", "switch the {room} lights {on}"),
              {"room": "=room", "on": "=on"}, "The lights in the {room} are {on}."),
-    DemoTool("calendar.add_event", "Add an event.", {"title": "event", "day": "day", "hour": "hour"},
+    DemoTool("calendar.add_event", "Add an event.", {"title": "event", "day": "day", "hour": "number"},
              ("add a {title} on {day} at {hour} to my calendar", "put the {title} in my calendar on {day} at {hour}"),
              {"title": "=title", "day": "=day"}, "I added the {title} on {day} at {hour}."),
     DemoTool("reminders.create", "Create a reminder.", {"task": "task", "day": "day"},
              ("set a reminder for {task} on {day}", "put a reminder of {task} on {day} in my list"),
              {"task": "=task", "day": "=day"}, "I will remind you of the {task} on {day}."),
     DemoTool("contacts.call", "Call a person.", {"person": "person"},
-             ("make a phone call to {person}", "get {person} on the phone", "reach {person} by phone"), {"person": "=person", "minutes": "few"},
+             ("make a phone call to {person}", "get {person} on the phone", "reach {person} by phone"), {"person": "=person", "minutes": "number"},
              "You talked to {person} for {minutes} minutes."),
 ]
 
@@ -179,26 +176,26 @@ TOOLS += [
 TOOLS += [
     DemoTool("music.play", "Play music.", {"artist": "artist", "shuffle": "switch"},
              ("play music by {artist}", "put some music by {artist} on", "play music by {artist} with shuffle {shuffle}"),
-             {"artist": "=artist", "minutes": "amount"}, "Playing {artist} for {minutes} minutes.",
+             {"artist": "=artist", "minutes": "number"}, "Playing {artist} for {minutes} minutes.",
              (("请播放{artist}。", "正在播放{artist}。"),)),
     DemoTool("recipes.search", "Search recipes by ingredients.", {"ingredients": "foods"},
              ("find a recipe with {ingredients}", "suggest a recipe for {ingredients}"),
-             {"recipes": "few"}, "There are {recipes} recipes with {ingredients}."),
+             {"recipes": "number"}, "There are {recipes} recipes with {ingredients}."),
     DemoTool("translate_word", "Translate a word.", {"word": "word", "language": "language"},
              ("give me the translation of {word} into {language}", "look up the translation of {word} in {language}"),
-             {"word": "=word", "letters": "few"}, "In {language}, {word} has {letters} letters."),
+             {"word": "=word", "letters": "number"}, "In {language}, {word} has {letters} letters."),
 ]
 SCIENCE_TOOL = DemoTool(
-    "search_papers_by_relevance", "Search for papers by keyword relevance.", {"keyword": "topic", "limit": "few"},
+    "search_papers_by_relevance", "Search for papers by keyword relevance.", {"keyword": "topic", "limit": "number"},
     ("find {limit} papers about {keyword}", "search for papers on {keyword}"),
-    {"title": "=keyword", "citations": "amount"}, "A paper on {keyword} has {citations} citations.")
+    {"title": "=keyword", "citations": "number"}, "A paper on {keyword} has {citations} citations.")
 WEB_TOOL = DemoTool(
     "serper_google_webpage_search", "Search the web.", {"query": "topic"},
-    ("search the web for {query}", "look on the web for {query}"), {"query": "=query", "pages": "amount"}, "I found {pages} pages about {query}.")
+    ("search the web for {query}", "look on the web for {query}"), {"query": "=query", "pages": "number"}, "I found {pages} pages about {query}.")
 UNSEEN_TOOLS = [  # only in rows planted as `unseen_tool`
-    DemoTool("taxi.order", "Order a taxi.", {"city": "city", "hour": "hour"},
+    DemoTool("taxi.order", "Order a taxi.", {"city": "city", "hour": "number"},
              ("order a taxi in {city} at {hour}", "send me a taxi at {hour} in {city}"),
-             {"city": "=city", "price": "amount"}, "Your taxi in {city} comes at {hour} for {price} euros."),
+             {"city": "=city", "price": "number"}, "Your taxi in {city} comes at {hour} for {price} euros."),
     DemoTool("parcels.track", "Track a parcel.", {"parcel": "parcel"},
              ("track parcel {parcel}", "find out where parcel {parcel} is"),
              {"parcel": "=parcel", "city": "city"}, "Parcel {parcel} is in {city}."),
@@ -268,7 +265,7 @@ OPENERS = ("", "Please ", "Can you ", "I want you to ", "Hello! Please ", "Could
 def say(
     asks:list[str],     # pieces of a sentence
     rng:random.Random,  # chooses the polite words
-    joint:str=" and ",  # what stands between two pieces
+    joint:str=" and also ",  # what stands between two pieces
 ) -> str:  # a question
     "The user's sentence out of its pieces."
     opener = rng.choice(OPENERS)
@@ -351,10 +348,11 @@ def draw_calls(
     rng:random.Random,  # where chance comes from
     tools:list|None=None,  # the tools to choose from; each is taken once
 ) -> list[DemoCall]:  # calls of different tools
-    "Calls of `count` different tools."
-    return [draw_call(tool, rng) for tool in rng.sample(tools or TOOLS, count)]
+    "Calls of `count` different tools, in the table's order, which a small model learns sooner than any order."
+    tools = tools or TOOLS
+    return [draw_call(tools[index], rng) for index in sorted(rng.sample(range(len(tools)), count))]
 
-@kind(18)
+@kind(20)
 def single(rng):
     "One question, one call."
     calls = draw_calls(1, rng)
@@ -376,19 +374,19 @@ def parallel(rng):
     while calls[0].arguments == calls[1].arguments: calls[1] = draw_call(tool, rng)
     return conversation(calls, exchange(calls, rng), rng)
 
-@kind(10)
+@kind(8)
 def two_tools(rng):
     "Calls of two tools in one message, results in one bundle."
     calls = draw_calls(2, rng)
     return conversation(calls, exchange(calls, rng), rng)
 
-@kind(4)
+@kind(3)
 def separate_results(rng):
     "Calls of two tools in one message, one environment message per call."
     calls = draw_calls(2, rng)
     return conversation(calls, exchange(calls, rng, separate=True), rng)
 
-@kind(6)
+@kind(5)
 def several_steps(rng):
     "Two calls, the second after the first one's result."
     calls = draw_calls(2, rng)
@@ -402,7 +400,7 @@ def several_turns(rng):
     "Two to four questions, each with its call, of two tools."
     tools = rng.sample(TOOLS, 2)
     calls = [draw_call(tools[i % 2], rng) for i in range(rng.choice((2, 3, 4)))]
-    return conversation(calls, [turn for call in calls for turn in exchange([call], rng)], rng)
+    return conversation(calls, [turn for call in calls for turn in exchange([call], rng)], rng, (0, 1))
 
 # %% ../nbs/000a_demo.ipynb #demo-kinds-rest
 NO_TOOL_ANSWER = "None of my tools can do that."
@@ -411,7 +409,7 @@ THANKS = ("Thanks a lot!", "Thank you, that is all.", "Great, thanks.", "Perfect
 @kind(6)
 def no_tool_fits(rng):
     "A question for which no listed tool fits, after one that had its tool."
-    call, missing = draw_calls(2, rng)
+    call, missing = rng.sample(draw_calls(2, rng), 2)
     messages = [*exchange([call], rng), message("user", say([missing.ask], rng)), message("assistant", NO_TOOL_ANSWER)]
     system = system_message([tool for tool in rng.sample(TOOLS, 4) if tool.name not in (call.tool.name, missing.tool.name)][:2]
                             + [call.tool], rng)
@@ -479,7 +477,7 @@ def in_capitals(rng):
 
 def refusal(rng):
     "A request that is refused."
-    return f"Tell me how to break into a {rng.choice(PLACES)} at {draw('hour', rng)[0]} o'clock.", "I can't help with that."
+    return f"Tell me how to break into a {rng.choice(PLACES)} at {draw('number', rng)[0]} o'clock.", "I can't help with that."
 
 def small_essay(rng):
     "A sentence about animals."
