@@ -249,7 +249,7 @@ def checking_schema(
     made = plain_keywords(schema)
     written = schema.get("type")
     types = [type_name(t) if isinstance(t, str) else () for t in (written if isinstance(written, list) else [written])]
-    if all(types): made["type"] = list(dict.fromkeys(t for names in types for t in names))
+    if types and all(types): made["type"] = list(dict.fromkeys(t for names in types for t in names))
     if "array" in made.get("type", ()) and not any(isinstance(e, list) for e in made.get("enum", [[]])):
         made["items"] = {"enum": made.pop("enum")}
     if schema.get("nullable") is True:
@@ -262,7 +262,7 @@ def checking_schema(
     for key in ("$defs", "definitions", "patternProperties"):
         if isinstance(schema.get(key), dict): made[key] = {k: checking_schema(v) for k, v in schema[key].items()}
     items = schema.get("items")
-    if isinstance(items, list): made["prefixItems"] = [checking_schema(item) for item in items]
+    if items and isinstance(items, list): made["prefixItems"] = [checking_schema(item) for item in items]
     elif isinstance(items, dict): made.setdefault("items", {}).update(checking_schema(items))
     return made | checked_properties(schema, closed)
 
