@@ -1,0 +1,319 @@
+"""Launching: small notebooks under the real launcher, torchrun and kernels; every end of a rank, signals, and nothing left behind."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from proxy_sft import launch
+
+LAUNCH = [sys.executable, "-c", "import sys; from proxy_sft.launch import main; sys.exit(main())", "run"]
+BY_HAND = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1", "--nproc_per_node=2", "-m", "proxy_sft.launch"]
+
+ALL_REDUCE = """
+import os, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.tensor([float(os.environ["RANK"]) + 1])
+dist.all_reduce(total)
+print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], "sums to", int(total.item()))
+dist.destroy_process_group()
+"""
+# Stands for the trainer: polls the request to stop, "saves" (rank 0 takes longer), and raises as proxy_sft.checkpoint does.
+TRAINER = """
+import os, time
+from pathlib import Path
+class StopRequested(RuntimeError): pass
+rank, stop = os.environ.get("RANK", "0"), Path(os.environ["PROXY_SFT_STOP_FILE"])
+Path(folder, f"kernel-{rank}").write_text(str(os.getpid()))
+for step in range(3000):
+    if stop.exists():
+        time.sleep(3 if rank == "0" else 0)
+        Path(folder, f"saved-{rank}").touch()
+        raise StopRequested("saved")
+    time.sleep(0.02)
+"""
+# A pool that ignores its parent's death, one of its processes in a session of its own.
+POOL = """
+import os, subprocess, sys, time
+from pathlib import Path
+code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)"
+pool = [subprocess.Popen([sys.executable, "-c", code], start_new_session=new) for new in (False, True)]
+Path(folder, f"kernel-{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
+time.sleep(300)
+"""
+
+
+def notebook(path: Path, *sources, parameters="folder: str = ''  # where the cells leave their files", kernel="sft-qwen3") -> Path:
+    cells = [dict(id=f"cell-{i}", cell_type="code", source=s, metadata={"tags": ["parameters"]} if i == 0 else {}, outputs=[], execution_count=None)
+             for i, s in enumerate([parameters, *sources])]
+    spec = dict(name=kernel, display_name=kernel, language="python")
+    path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=spec), nbformat=4, nbformat_minor=5)))
+    return path
+
+
+def text_of(nb: Path) -> str:
+    return "".join("".join(o.get("text", "")) for c in json.loads(nb.read_text())["cells"] for o in c.get("outputs", []))
+
+
+class Run:
+    "A command on a notebook in a folder of its own; all its processes can be found by a mark in their environment."
+
+    def __init__(self, folder: Path, command: list, nb: Path, *options, out: str = "run", **env):
+        self.folder, self.root, self.mark = folder, folder / out, f"PROXY_SFT_TEST={uuid.uuid4().hex}"
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("PROXY_SFT", "JPY_", "PYTEST"))}
+        self.began = time.monotonic()
+        self.process = subprocess.Popen([*command, str(nb), *options, "-p", "folder", str(folder), "-p", "output_dir", str(self.root)],
+                                        env={**clean, **dict([self.mark.split("=")]), **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def end(self, seconds: float = 90):
+        "Wait for the end; the exit code, and nothing may be left after a moment."
+        self.out, self.err = self.process.communicate(timeout=seconds)
+        self.took = time.monotonic() - self.began
+        return self.process.returncode
+
+    def survivors(self, seconds: float = 10) -> list[int]:
+        end = time.monotonic() + seconds
+        while (left := launch.marked_processes(self.mark)) and time.monotonic() < end: time.sleep(0.05)
+        return left
+
+    def wait_for(self, *names: str, seconds: float = 60):
+        end = time.monotonic() + seconds
+        while not all((p := self.folder / n).exists() and (p.stat().st_size or "saved" in n) for n in names):
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < end, f"{names} did not appear"
+            time.sleep(0.05)
+
+    def torchrun(self) -> int:
+        return next(p for p in launch.marked_processes(self.mark) if b"torch.distributed.run" in Path(f"/proc/{p}/cmdline").read_bytes())
+
+
+@pytest.fixture
+def started(tmp_path):
+    "Start runs; whatever they leave is killed at the end of the test."
+    runs = []
+
+    def start(*args, **kwargs):
+        runs.append(Run(tmp_path, *args, **kwargs))
+        return runs[-1]
+    yield start
+    for run in runs:
+        launch.kill_marked(run.mark)
+        run.process.wait()
+
+
+# ---- refused before anything starts
+
+def test_values_are_read_as_papermill_reads_them():
+    from papermill.cli import _resolve_type
+    for text in ("True", "False", "None", "7", "-7", "1e-5", "-.5", "inf", "1_0", " 1", "true", "null", "", "0x1", "01", "a b", "[1]"):
+        assert repr(launch.parameter_value(text)) == repr(_resolve_type(text)), text
+
+
+def test_all_spellings_of_parameters(tmp_path):
+    file = tmp_path / "p.yaml"
+    file.write_text("a: 1\nb: file\nday: 2024-02-30\n")
+    rest, words, values = launch.split_parameters(
+        ["-f", str(file), "nb.ipynb", "-p", "a", "-2", "--p", "c", "--nproc", "--nproc", "2", "--parameters", "d", "None", "-y", "{b: yaml}", "-r", "e", "05"])
+    assert rest == ["nb.ipynb", "--nproc", "2"]
+    assert values == {"a": -2, "b": "yaml", "day": "2024-02-30", "c": "--nproc", "d": None, "e": "05"}
+    assert launch.split_parameters(words)[2] == values  # what is handed on to the workers means the same
+
+
+@pytest.mark.parametrize("options, words", [
+    (["-p", "max_train_sample", "3"], "Did you mean 'max_train_samples'?"), (["-p", "foldr", "x"], "Did you mean 'folder'?"),
+    (["-p", "max_steps", "many"], "max_steps"), (["-p", "profile", "demmo"], "demo"), (["-p", "seed"], "needs a name and a value"),
+    (["-y", "[1]"], "name: value"), (["-f", "nowhere.yaml"], "nowhere.yaml")])
+def test_bad_requests_start_nothing(tmp_path, capsys, monkeypatch, options, words):
+    monkeypatch.setattr(launch.Launcher, "start", lambda *a: pytest.fail("started"))
+    nb = notebook(tmp_path / "a.ipynb", "1")
+    before = sorted(tmp_path.rglob("*"))
+    assert launch.main(["run", str(nb), "-p", "output_dir", str(tmp_path / "run"), *options]) == 2
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said and len(said.splitlines()) <= 3
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_missing_or_broken_notebook_and_unwritable_folder(tmp_path, capsys):
+    broken = tmp_path / "broken.ipynb"
+    broken.write_text("{")
+    (tmp_path / "file").write_text("")
+    nb = notebook(tmp_path / "a.ipynb", "1")
+    for argv in (["nowhere.ipynb"], [str(broken)], [str(nb), "-p", "output_dir", str(tmp_path / "file" / "run")]):
+        assert launch.main(["run", *argv]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_dry_run_shows_settings_and_command(tmp_path, capsys):
+    nb = notebook(tmp_path / "a.ipynb", "1")
+    assert launch.main(["run", str(nb), "--nproc", "8", "--max-restarts", "2", "-p", "max_steps", "7", "-p", "output_dir", str(tmp_path / "run"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "| `max_steps` | `7` |" in said and "--nproc-per-node 8" in said and "--max-restarts 2" in said and "-p max_steps 7" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_imports_nothing_heavy():
+    code = ("import sys; from proxy_sft.launch import main\ntry: main(['run', '--help'])\nexcept SystemExit: pass\n"
+            "print([m for m in ('torch', 'transformers', 'papermill', 'datasets', 'nbformat') if m in sys.modules])")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "--nproc" in said and "--parameters_yaml" in said and said.endswith("[]\n")
+
+
+# ---- every way a kernel can end
+
+ENDS = {"exception": ("raise ValueError('boom')", "ValueError: boom"), "sys-exit": ("import sys; sys.exit(0)", "SystemExit"), "exit": ("exit()", "exit()"),
+        "os-exit": ("import os; os._exit(0)", "exit code 0"), "kill": ("import os; os.kill(os.getpid(), 9)", "SIGKILL")}
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    "One run for every end, all at once."
+    runs = {}
+    for name, (source, _) in ENDS.items():
+        folder = tmp_path_factory.mktemp(name)
+        runs[name] = Run(folder, LAUNCH, notebook(folder / "nb.ipynb", source, "pass") if name != "exit" else notebook(folder / "nb.ipynb", source))
+    for run in runs.values(): run.end(120)
+    return runs
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_every_end_of_a_kernel_fails_the_command(ends, name):
+    run = ends[name]
+    assert run.process.returncode == 1, run.err
+    last = run.err.strip().splitlines()[-1]
+    assert ENDS[name][1] in last and str(run.root / "notebooks" / "rank-0.ipynb") in run.err and "cell 3" in run.err
+    assert json.loads((run.root / "status" / "rank-0.json").read_text())["state"] == "failed"
+    json.loads((run.root / "notebooks" / "rank-0.ipynb").read_text())
+    assert not run.survivors()
+
+
+def test_status_tells_what_became_of_the_ranks(ends, capsys):
+    assert launch.main(["status", str(ends["exception"].root)]) == 0
+    assert "failed" in capsys.readouterr().out
+    assert launch.main(["status", str(ends["kill"].root), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["failure"]["ename"] == "DeadKernel"
+
+
+# ---- what is written
+
+def test_notebook_is_whole_bounded_and_without_secrets_at_every_instant(started, tmp_path):
+    noisy = "import os, sys, time\nprint(dict(os.environ))\nfor i in range(8000): print(f'line {i:06d}', 'x' * 100)"
+    bar = "for i in range(20000): print(f'\\rstep {i}', end='', file=sys.stderr)"
+    long_folder = tmp_path / ("t" * 120)
+    long_folder.mkdir()
+    nb = notebook(tmp_path / "nb.ipynb", noisy, bar, *["time.sleep(0.05)"] * 20, "raise ValueError(os.environ['HF_TOKEN'])", kernel="no-such-kernel")
+    run = started(LAUNCH, nb, HF_TOKEN="hf_canary0123456789", TMPDIR=str(long_folder))
+    path, seen, ended = run.root / "notebooks" / "rank-0.ipynb", [], threading.Event()
+
+    def read():
+        while not ended.is_set():
+            if path.exists(): seen.append(len(json.loads(path.read_text())["cells"]))
+    reader = threading.Thread(target=read)
+    reader.start()
+    code = run.end()
+    ended.set()
+    reader.join()
+    assert code == 1 and len(seen) > 100 and len(set(seen)) <= 2  # an error marker is added at the end
+    assert path.stat().st_size < 400_000 and "line 000000" in text_of(path) and "line 007999" in text_of(path) and "step 19999" in text_of(path)
+    log = (run.root / "logs" / "rank-0.log").read_text()
+    assert "line 004000" in log and log.count("step ") < 10
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert written and not [p for p in written if b"hf_canary" in p.read_bytes()] and "hf_canary" not in run.out + run.err and "***" in run.err
+    assert not run.survivors() and not list(long_folder.iterdir())
+
+
+# ---- two ranks
+
+def test_two_ranks_write_a_notebook_each_and_only_rank_0_speaks(started, tmp_path):
+    nb = notebook(tmp_path / "nb.ipynb", ALL_REDUCE)
+    run = started(LAUNCH, nb, str(tmp_path / "out.ipynb"), "--nproc", "2", "--log-dir", str(tmp_path / "elsewhere"))
+    assert run.end() == 0, run.err
+    assert "rank 0 of 2 sums to 3" in run.out and "rank 1 of 2" not in run.out and "2 of 2 ranks done" in run.out and not run.err
+    assert text_of(tmp_path / "out.ipynb") == "rank 0 of 2 sums to 3\n" and text_of(tmp_path / "out.rank-1.ipynb") == "rank 1 of 2 sums to 3\n"
+    assert "rank 1 of 2 sums to 3" in (tmp_path / "elsewhere" / "rank-1.log").read_text()
+    assert not run.survivors()
+
+
+def test_two_agents_on_loopback_are_one_run(started, tmp_path):
+    import socket
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    nb = notebook(tmp_path / "nb.ipynb", ALL_REDUCE)
+    options = ["--nproc", "1", "--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port]
+    second, first = (started(LAUNCH, nb, *options, "--node-rank", str(i)) for i in (1, 0))
+    assert [first.end(), second.end()] == [0, 0], first.err + second.err
+    assert "rank 0 of 2 sums to 3" in first.out and text_of(first.root / "notebooks" / "rank-1.ipynb") == "rank 1 of 2 sums to 3\n"
+
+
+@pytest.mark.parametrize("command", [[*LAUNCH, "--nproc", "2"], BY_HAND], ids=["launcher", "by-hand"])
+def test_a_failed_rank_stops_the_others_and_is_shown_last(started, tmp_path, command):
+    nb = notebook(tmp_path / "nb.ipynb", "import os, time", "if os.environ['RANK'] == '1': raise ValueError('boom')", "time.sleep(300)")
+    run = started(command, nb)
+    code = run.end()
+    assert code == 1 and run.took < 60
+    if command is BY_HAND: assert run.err.rindex("ValueError: boom") > run.err.rindex("Root Cause")
+    else:
+        assert run.err.strip().splitlines()[-1] == "ValueError: boom" and len(run.err.splitlines()) < 25, run.err
+        assert "rank-1.ipynb" in run.err and "cell 4" in run.err
+    json.loads((run.root / "notebooks" / "rank-0.ipynb").read_text())
+    assert not run.survivors()
+
+
+# ---- nothing survives
+
+def test_killing_torchrun_or_the_launcher_leaves_no_process(started, tmp_path):
+    nb = notebook(tmp_path / "nb.ipynb", POOL)
+    for victim in ("torchrun", "launcher"):
+        for left in tmp_path.glob("kernel-*"): left.unlink()
+        run = started(LAUNCH, nb, "--nproc", "2", out=victim)
+        run.wait_for("kernel-0", "kernel-1")
+        assert len(launch.marked_processes(run.mark)) >= 10  # launcher, torchrun, and for each rank worker, guard, kernel and pool
+        os.kill(run.torchrun() if victim == "torchrun" else run.process.pid, signal.SIGKILL)
+        code = run.end(30)
+        assert code == (1 if victim == "torchrun" else -signal.SIGKILL)
+        if victim == "torchrun": assert "SIGKILL" in run.err.strip().splitlines()[-1]
+        assert not run.survivors(), victim
+
+
+def test_a_killed_worker_stops_the_others(started, tmp_path):
+    run = started(LAUNCH, notebook(tmp_path / "nb.ipynb", POOL), "--nproc", "2")
+    run.wait_for("kernel-0", "kernel-1")
+    os.kill(json.loads((run.root / "status" / "rank-1.json").read_text())["pid"], signal.SIGKILL)
+    killed = time.monotonic()
+    assert run.end() == 1 and time.monotonic() - killed < 20
+    assert "Rank 1" in run.err and "was killed" in run.err.strip().splitlines()[-1]
+    assert not run.survivors()
+
+
+# ---- stops
+
+@pytest.mark.parametrize("target, number, nproc", [("launcher", signal.SIGTERM, 2), ("torchrun", signal.SIGUSR1, 2), ("worker", signal.SIGINT, 2), ("kernel", signal.SIGUSR1, 1)])
+def test_a_signal_to_anybody_is_a_request_to_stop(started, tmp_path, target, number, nproc):
+    run = started(LAUNCH, notebook(tmp_path / "nb.ipynb", TRAINER, "raise ValueError('went on')"), "--nproc", str(nproc))
+    ranks = range(nproc)
+    run.wait_for(*(f"kernel-{r}" for r in ranks))
+    worker = json.loads((run.root / "status" / f"rank-{ranks[-1]}.json").read_text())["pid"]
+    pid = {"launcher": run.process.pid, "torchrun": nproc > 1 and run.torchrun(), "worker": worker, "kernel": int((tmp_path / "kernel-0").read_text())}[target]
+    os.kill(pid, number)
+    assert run.end() == 75, run.err
+    assert all((tmp_path / f"saved-{r}").exists() for r in ranks)  # nobody was killed while another was still saving
+    assert not (run.root / "STOP").exists() and not run.survivors()
+    assert "Traceback" not in run.err and {s["state"] for s in launch.RunFolder(run.root).statuses()} == {"stopped"}
+
+
+def test_second_run_is_refused_and_second_signal_kills(started, tmp_path, capsys):
+    nb = notebook(tmp_path / "nb.ipynb", POOL)
+    run = started(LAUNCH, nb)
+    run.wait_for("kernel-0")
+    assert launch.main(["run", str(nb), "-p", "output_dir", str(run.root)]) == 2 and "in use" in capsys.readouterr().err
+    run.process.terminate()
+    time.sleep(1.5)
+    assert run.process.poll() is None  # the cell does not look for the request, so it goes on
+    run.process.terminate()
+    assert run.end(15) == 128 + signal.SIGTERM and not run.survivors()
