@@ -1,0 +1,297 @@
+"""Reading and scoring answers, the choice of turns, generation, and the whole evaluation with small models."""
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+from proxy_sft.chat import Inspection, save_chat_files, server_prompts
+from proxy_sft.demo import write_demo_model
+from proxy_sft.evaluate import (
+    METRICS, Answer, EvaluateError, Evaluation, HeldoutTurn, Reply, answer_limit, as_it_was_meant, as_server_reads, choose_turns, evaluate,
+    evaluation_html, expected_text, generate_replies, judge, load_model, model_folders, plot_svg, read_answer, score_turn, show_turn,
+    table_rows, token_batches, turns_of, wilson)
+from proxy_sft.settings import load_settings
+
+
+def tool(name, **properties):
+    return {"type": "function", "function": {"name": name, "parameters": {
+        "type": "object", "properties": {key: {"type": kind} for key, kind in properties.items()}, "required": list(properties)}}}
+
+def call(name, **arguments): return {"name": name, "arguments": arguments}
+
+def block(made): return f"<tool_call>\n{json.dumps(made, ensure_ascii=False)}\n</tool_call>"
+
+TOOLS = [tool("weather.now", city="string"), tool("weather.later", city="string"), tool("notes.add", text="string", stars="integer")]
+WEATHER, NOTE = call("weather.now", city="Zürich"), call("notes.add", text="a", stars=3)
+ODD = call("notes.add", text="a", stars="three")  # data that contradicts its own schema
+
+
+def wrong(expected, text, stopped=True):
+    return {metric for metric, right in score_turn(expected, read_answer(text, stopped), TOOLS).items() if not right}
+
+
+# every metric moves alone; `exact` goes with those that a user of the calls would feel
+@pytest.mark.parametrize("expected, text, stopped, moved", [
+    ([WEATHER], block(WEATHER), True, set()),
+    ([WEATHER, NOTE], block(NOTE) + "\n" + block(WEATHER), True, set()),
+    ([WEATHER], "I look.\n" + block(WEATHER) + "\nbye", True, set()),
+    ([NOTE], '<tool_call>{"arguments": {"stars": 3, "text": "a"}, "name": "notes.add"}</tool_call>', True, set()),
+    ([], "Hello.", True, set()),
+    ([], block(WEATHER), True, {"decision"}),
+    ([], "<tool_call>nonsense", True, {"decision"}),
+    ([], "Hello. Hello.", False, {"stops"}),
+    ([WEATHER], block(WEATHER), False, {"stops", "exact"}),
+    ([WEATHER], block(WEATHER).removesuffix("</tool_call>"), True, {"parseable", "exact"}),
+    ([WEATHER], '<tool_call>{"name": "weather.now", "parameters": {"city": "Zürich"}}</tool_call>', True, {"parseable", "exact"}),
+    ([WEATHER], block(call("weather.later", city="Zürich")), True, {"names", "exact"}),
+    ([WEATHER], block(call("weather.now", city="Bern")), True, {"arguments", "exact"}),
+    ([NOTE], block(call("notes.add", text="a", stars=4)), True, {"arguments", "exact"}),
+    ([WEATHER, call("weather.now", city="Bern")], block(WEATHER), True, {"complete", "exact"}),
+    ([WEATHER], block(WEATHER) + block(WEATHER), True, {"complete", "exact"}),
+    ([ODD], block(ODD), True, {"schema"}),
+    ([NOTE], block(ODD), True, {"arguments", "schema", "exact"}),
+    ([WEATHER, NOTE], block(WEATHER), True, {"names", "complete", "exact"}),
+    ([WEATHER], block(call("rockets.start", city="Zürich")), True, {"names", "schema", "exact"}),
+    ([WEATHER], "It rains.", True, set(METRICS) - {"stops"}),
+    ([WEATHER], "<tool_call>\n{\"name\": \"weather", True, set(METRICS) - {"stops", "decision"}),
+    ([WEATHER], "", False, set(METRICS)),
+])
+def test_what_moves(expected, text, stopped, moved): assert wrong(expected, text, stopped) == moved
+
+
+def test_every_metric_moved_alone():
+    alone = {"decision": ([], block(WEATHER), True), "stops": ([], "Hello.", False), "schema": ([ODD], block(ODD), True)}
+    for metric, case in alone.items(): assert wrong(*case) == {metric}
+    for metric, text in {"parseable": block(WEATHER)[:-12], "names": block(call("weather.later", city="Zürich")),
+                         "arguments": block(call("weather.now", city="Bern")), "complete": block(WEATHER) * 2}.items():
+        assert wrong([WEATHER], text) == {metric, "exact"}
+
+
+@pytest.mark.parametrize("expected, made, same", [
+    (1, 1, True), (1, 1.0, False), (1, True, False), (0, False, False), ("1", 1, False), (None, "null", False), (1e22, 10**22, False),
+    (10**30, 10**30, True), ({"a": 1, "b": [1, 2]}, {"b": [1, 2], "a": 1}, True), ([1, 2], [2, 1], False), ("é", "e\u0301", False)])
+def test_arguments_are_compared_as_json(expected, made, same):
+    verdict = score_turn([call("f", x=expected)], read_answer(block(call("f", x=made))), [])
+    assert verdict["arguments"] == verdict["exact"] == same
+
+
+def test_swapped_arguments_of_two_tools_are_wrong():
+    swapped = [call("weather.later", city="Bern"), call("weather.now", city="Genf")]
+    expected = [call("weather.now", city="Bern"), call("weather.later", city="Genf")]
+    assert wrong(expected, "".join(map(block, swapped))) == {"arguments", "exact"}
+    twice = [call("weather.now", city="Bern"), call("weather.now", city="Genf")]
+    assert wrong(twice, block(twice[1]) + block(twice[0])) == set()
+    assert wrong(twice, block(twice[1]) * 2) == {"arguments", "exact"}
+
+
+def test_readings():
+    tag = call("notes.add", text="a </tool_call> b", stars=1)
+    assert as_server_reads(block(tag)) is None and as_it_was_meant(block(tag)) == [tag]
+    opening = call("notes.add", text="a <tool_call> b", stars=1)
+    assert as_it_was_meant(block(opening)) == [opening] == as_server_reads(block(opening))
+    assert as_server_reads("no call") == [] and read_answer("no call") == Answer(text="no call")
+    assert read_answer("<think>\nI could <tool_call></think>\n\nNo.") == Answer(text="No.")
+    assert as_it_was_meant('<tool_call>\n```json\n' + json.dumps(WEATHER) + '\n```\n</tool_call>') == [WEATHER]
+    assert as_it_was_meant("<tool_call>" + json.dumps([WEATHER, NOTE]) + "</tool_call>") == [WEATHER, NOTE]
+    assert as_it_was_meant('<tool_call>{"type": "function", "function": ' + json.dumps(WEATHER) + "}") == [WEATHER]
+    assert as_it_was_meant("<tool_call></tool_call>" + block(NOTE)) == [NOTE]
+    assert read_answer(block(WEATHER)).parseable and not read_answer("<tool_call></tool_call>").parseable
+    assert not read_answer(block(WEATHER) + "<tool_call>").parseable
+    assert not read_answer('<tool_call>{"name": "f", "arguments": "{}"}</tool_call>').parseable
+
+
+def test_reading_survives_anything():
+    rng, parts = random.Random(0), ["<tool_call>", "</tool_call>", '{"name": "f"', ', "arguments": {', "}", "}", "[", "\ud800", "<think>",
+                                    "\x00", "1e999", '"', "\\", "\n", "null", "NaN", "</think>", "{" * 9, '"parameters": "{}"']
+    for _ in range(4000):
+        text = "".join(rng.choices(parts, k=rng.randrange(12)))
+        verdict = score_turn([WEATHER], read_answer(text), TOOLS)
+        assert set(verdict) == set(METRICS)
+    for text in ("<tool_call>" + "[" * 200000, "<tool_call>" * 20000, '<tool_call>{"a":' * 5000, "<tool_call>" + "9" * 10000):
+        assert not score_turn([WEATHER], read_answer(text), TOOLS)["parseable"]
+
+
+def row(i, calls=(WEATHER,), tools=TOOLS):
+    asked = {"tool_calls": [{"type": "function", "function": made} for made in calls]} if calls else {}
+    return {"messages": [{"role": "user", "content": f"Question {i}"}, {"role": "assistant", "content": "", **asked},
+                         *[{"role": "tool", "content": "1"} for _ in calls], {"role": "assistant", "content": f"Answer {i}."}], "tools": tools}
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({k + "_json": json.dumps(v) for k, v in r.items()}) + "\n" for r in rows))
+    return path
+
+
+def test_choice_of_turns(tmp_path):
+    path = write(tmp_path / "heldout.jsonl", [row(i, tools=TOOLS if i % 2 else []) for i in range(40)])
+    turns, found = choose_turns(path, 12)
+    assert found == 40 and len(turns) == 12 and all(t.row % 2 for t in turns) and turns == choose_turns(path, 12)[0]
+    named = {(t.messages[0]["content"], t.message) for t in turns}
+    write(path, [row(99, tools=[]), *[row(i, tools=TOOLS if i % 2 else []) for i in reversed(range(40))]])
+    assert {(t.messages[0]["content"], t.message) for t in choose_turns(path, 12)[0]} == named
+    more = choose_turns(path, 20)[0]
+    assert named < {(t.messages[0]["content"], t.message) for t in more} and len(choose_turns(path, 999)[0]) == 40
+    assert {(t.messages[0]["content"], t.message) for t in choose_turns(path, 12, seed=1)[0]} != named
+    assert turns[0].messages[-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("text, says", [
+    ("", "no assistant turn"), ("{\n", "Line 1"), ('{"messages_json": "[]"}\n{"x": 1}\n', "Line 2"), ("[]\n", "Line 1"),
+    ('{"messages_json": "[", "tools_json": "[]"}', "Line 1")])
+def test_broken_held_out_files(tmp_path, text, says):
+    (tmp_path / "heldout.jsonl").write_text(text)
+    with pytest.raises(EvaluateError, match=says): choose_turns(tmp_path / "heldout.jsonl")
+    with pytest.raises(EvaluateError, match="01_convert"): choose_turns(tmp_path / "none.jsonl")
+    with pytest.raises(EvaluateError, match="max_turns"): choose_turns(tmp_path / "heldout.jsonl", 0)
+
+
+def test_slices_and_rates():
+    one, several = turns_of(**row(0)), turns_of(**row(1, [WEATHER, NOTE]))
+    assert [t.slices for t in one + several] == [("one call",), ("no call", "after a result"), ("several calls",), ("no call", "after a result")]
+    turns = one + several
+    good = [Reply(expected_text(t.messages[-1]), True, 1) for t in turns]
+    found = judge(turns, {"base": [good[1]] * 4, "tuned": good[:2] + [good[0], good[3]]}, found=4)
+    assert found.rate("tuned", "exact") == (1, 2) and found.rate("tuned", "exact", "several calls") == (0, 1)
+    assert found.rate("base", "decision", "no call") == (2, 2) and found.rate("tuned", "names", "no call") == (0, 0)
+    assert found.changed("exact") == (1, 0) and found.changed("decision") == (2, 0) and found.failures("tuned") == [2]
+    assert "tuned" in repr(found) and "+2 -0" in repr(found) and "wrong: names, complete, exact" in show_turn(found, 2)
+    assert all(len(r) == 5 for r in table_rows(found)) and plot_svg(found).count("<rect") == 2 * len(METRICS)
+
+
+def test_html_escapes_models():
+    turns = turns_of(**row(0))
+    found = Evaluation(turns, {"<b>": [Reply("", True, 1)] * 2}, {"<b>": [{"decision": True}] * 2}, about={"x": "<script>"})
+    assert "<b>" not in evaluation_html(found) and "&lt;b&gt;" in evaluation_html(found) and "<script" not in evaluation_html(found)
+
+
+@pytest.mark.parametrize("right, of, low, high", [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (15, 50, 0.1910, 0.4375)])
+def test_wilson(right, of, low, high): assert wilson(right, of) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_batches_cover_all_prompts():
+    rng = random.Random(1)
+    for _ in range(200):
+        lengths = [rng.randrange(1, 400) for _ in range(rng.randrange(1, 50))]
+        size, tokens = rng.randrange(1, 9), rng.randrange(1, 900)
+        batches = token_batches(lengths, size, tokens)
+        assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
+        assert all(len(b) <= size and (len(b) == 1 or len(b) * max(lengths[i] for i in b) <= tokens) for b in batches)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    "A workspace with a demo model, held-out rows, and a model that has learned to answer them in one way."
+    root = tmp_path_factory.mktemp("workspace")
+    settings = load_settings("demo", workspace=str(root))
+    write_demo_model(settings.model_dir, n=200)
+    write(settings.converted_dir / "heldout.jsonl", [row(i) for i in range(20)])
+    tokenizer = AutoTokenizer.from_pretrained(settings.model_dir)
+    model = train(Qwen3ForCausalLM.from_pretrained(settings.model_dir), tokenizer)
+    model.save_pretrained(settings.run_dir)
+    save_chat_files(settings.run_dir, tokenizer, settings.template)
+    return settings, tokenizer
+
+
+def train(model, tokenizer, steps=40):
+    "A few steps on other questions of the same kind; enough to learn one call and where to stop."
+    from proxy_sft.chat import supervise
+    torch.manual_seed(0)
+    optimizer, rows = torch.optim.AdamW(model.parameters(), lr=3e-3), [supervise(**row(100 + i), tokenizer=tokenizer) for i in range(8)]
+    width = max(len(r["input_ids"]) for r in rows)
+    ids = torch.tensor([r["input_ids"] + [0] * (width - len(r["input_ids"])) for r in rows])
+    labels = torch.tensor([r["labels"] + [-100] * (width - len(r["labels"])) for r in rows])
+    for _ in range(steps):
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def test_base_beside_tuned(world):
+    settings, _ = world
+    found = evaluate(settings, max_turns=16)
+    assert set(found.replies) == {"base", "tuned"} and len(found.turns) == 16 and found.found == 40
+    calling = sum(bool(t.expected) for t in found.turns)
+    assert found.rate("base", "names") == (0, calling) and found.rate("base", "stops")[0] < 3
+    assert found.rate("tuned", "exact") == (calling, calling) and found.rate("tuned", "stops") == (16, 16)
+    saved = json.loads((settings.run_dir / "evaluation.json").read_text())
+    assert saved["metrics"]["tuned"]["exact"]["right"] == calling and saved["asked"] == 16 and len(saved["turns"]) == 16
+    again = judge(found.turns, found.replies, found=found.found, about=found.about)
+    assert again == found == evaluate(settings, max_turns=16, batch_size=5)  # batches change nothing
+    assert not list(settings.run_dir.glob("*.part"))
+
+
+def test_base_alone_writes_nothing(world, tmp_path):
+    settings, _ = world
+    other = load_settings("demo", workspace=settings.workspace, output_dir=str(tmp_path / "run"))
+    found = evaluate(other, base_only=True, max_turns=4)
+    assert list(found.replies) == ["base"] and not (tmp_path / "run").exists() and "tuned" not in repr(found)
+    with pytest.raises(EvaluateError, match="02_train"): evaluate(other, max_turns=4)
+    assert list(model_folders(other, tuned=settings.run_dir)) == ["base", "tuned"]
+
+
+def test_greedy_replies_are_the_models_own(world):
+    "Padding and batches against the plain way: one prompt, one token at a time, no cache."
+    settings, tokenizer = world
+    model, _ = load_model(settings.run_dir, "cpu")
+    turns = [t for i in (0, 1) for t in turns_of(**row(i, [WEATHER] * (i + 1)))]
+    prompts = [p[-1].tolist() for p in server_prompts(Inspection(tokenizer), [(t.messages, t.tools) for t in turns])]
+    stop = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    replies = generate_replies(model, tokenizer, prompts, stop, limit=12)
+    for prompt, reply in zip(prompts, replies):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 12 and ids[-1] not in stop:
+            with torch.inference_mode(): ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        new = ids[len(prompt):]
+        assert reply == Reply(tokenizer.decode([i for i in new if i not in stop]), new[-1] in stop, len(new))
+    assert {reply.stopped for reply in replies} == {True, False}
+
+
+def test_prompt_is_the_servers(world):
+    settings, tokenizer = world
+    turn = turns_of(**row(3))[1]
+    ours = server_prompts(Inspection(tokenizer), [(turn.messages, turn.tools)])[0][-1].tolist()
+    served = AutoTokenizer.from_pretrained(settings.run_dir).apply_chat_template(
+        turn.messages[:-1], tools=turn.tools, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    assert ours == served
+
+
+def test_limit_follows_the_data(world):
+    _, tokenizer = world
+    turns = turns_of(**row(0, [WEATHER] * 3))
+    longest = len(tokenizer(expected_text(turns[0].messages[-1]))["input_ids"])
+    assert longest < answer_limit(turns, tokenizer, 1024) < 2 * longest and answer_limit(turns, tokenizer, 7) == 7
+
+
+def test_what_is_missing_is_named(world, tmp_path):
+    settings, tokenizer = world
+    empty = load_settings("demo", workspace=str(tmp_path))
+    with pytest.raises(EvaluateError, match="01_convert"): evaluate(empty)
+    write(empty.converted_dir / "heldout.jsonl", [row(0)])
+    with pytest.raises(EvaluateError, match="00_download"): evaluate(empty)
+    stock = load_settings("demo", workspace=settings.workspace, template="stock")
+    with pytest.raises(EvaluateError, match="another chat template"): evaluate(stock)
+    short = load_settings("demo", workspace=settings.workspace, max_length=16)
+    with pytest.raises(EvaluateError, match="max_length"): evaluate(short)
+    broken = shutil.copytree(settings.run_dir, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(EvaluateError, match="cannot be loaded"): evaluate(settings, tuned=broken, max_turns=1)
+
+
+def test_long_prompts_are_left_out_and_counted(world):
+    settings, tokenizer = world
+    long = row(7)
+    long["messages"][0]["content"] = "word " * 900
+    root = settings.workspace_dir
+    write(settings.converted_dir.parent / "long" / "heldout.jsonl", [row(0), long])
+    other = load_settings("demo", workspace=str(root), dataset="long")
+    found = evaluate(other, base_only=True, max_new_tokens=4)
+    assert (len(found.turns), found.too_long, found.found) == (2, 2, 4) and "2 more were too long" in repr(found)
+
+
+def test_turns_without_a_question_before():
+    turn = HeldoutTurn(0, 0, [{"role": "assistant", "content": "Hi"}], TOOLS)
+    assert turn.slices == ("no call",) and "nobody" in show_turn(judge([turn], {"base": [Reply("Hi", True, 1)]}), 0)
