@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'STRETCH', 'STYLE', 'MOST_TOKENS', 'AROUND', 'MOST_HUNKS', 'PARITY_HEADS', 'TABS', 'SCRIPT', 'APP_STYLE',
-           'RowFile', 'is_raw', 'raw_row', 'RowFacts', 'row_facts', 'Query', 'find_row', 'Run', 'Reading', 'read_row',
-           'join_runs', 'visible', 'safe', 'section', 'run_html', 'text_html', 'tokens_html', 'prompt_differences',
-           'parity_html', 'messages_html', 'raw_html', 'RowView', 'row_text', 'show_row', 'InspectorState', 'inspect',
-           'add_inspect_arguments', 'inspect_command']
+           'RowFile', 'is_raw', 'raw_row', 'RowFacts', 'row_facts', 'Query', 'find_row', 'raw_of', 'Run', 'Reading',
+           'read_row', 'join_runs', 'visible', 'safe', 'section', 'run_html', 'text_html', 'tokens_html',
+           'prompt_differences', 'parity_html', 'messages_html', 'raw_html', 'RowView', 'row_text', 'show_row',
+           'InspectorState', 'inspect', 'add_inspect_arguments', 'inspect_command']
 
 # %% ../nbs/00d_inspector.ipynb #imports
 import difflib
@@ -93,8 +93,9 @@ def row_facts(
 ) -> RowFacts: # what it can be found by
     "Id, source, reason and sizes of a row."
     raw = raw_row(row) or {}
-    reason = row.get("reason") or row.get("repairs") or row.get("repaired") or ""
-    if isinstance(reason, list): reason = ", ".join(map(str, reason))
+    reason = row.get("reason") or row.get("repairs") or ""
+    if isinstance(reason, list):
+        reason = ", ".join(str(part.get("code") if isinstance(part, dict) else part) for part in reason)
     source = next((part[key] for part in (row, raw) for key in SOURCES if part.get(key)), "")
     try: messages = raw.get("messages") or row_parts(row)[0]
     except (KeyError, ValueError): messages = []
@@ -155,6 +156,25 @@ def find_row(
         if query.fits(rows.line(at)): return at, at + step
         at += step
     return None, at
+
+# %% ../nbs/00d_inspector.ipynb #raw-of-export
+def raw_of(
+    row: dict, # a converted row, or one of the ledger
+    raw: Optional[RowFile], # the downloaded rows
+) -> Optional[dict]: # the row as downloaded; None when it cannot be found
+    "The downloaded row behind a row."
+    if raw is None or raw_row(row) or not row.get("id"): return None
+    line = row.get("line")
+    if isinstance(line, int) and 1 <= line <= len(raw) and raw[line - 1].get("id") == row["id"]: return raw[line - 1]
+    if not hasattr(raw, "ids"): raw.ids = {_line_id(raw.line(i)): i for i in range(len(raw))}
+    at = raw.ids.get(str(row["id"]))
+    return None if at is None else raw[at]
+
+
+def _line_id(line: bytes) -> str:
+    "The id of a line, without parsing all of it where that is possible."
+    match = re.match(rb'\{"id": ?"([^"\\]*)"', line)
+    return match[1].decode() if match else str(_loads(line).get("id"))
 
 # %% ../nbs/00d_inspector.ipynb #reading-export
 @dataclass(frozen=True)
@@ -415,10 +435,11 @@ class RowView:
     def __init__(self, row: dict, inspection: Optional[Inspection] = None, raw: Optional[dict] = None,
                  convert: Optional[Callable] = None, views: tuple = ("text",)):
         self.row, self.raw, self.views, self.problem = row, raw or raw_row(row), views, ""
-        self.facts, self.messages, self.tools, self.reading = row_facts(row), None, [], None
+        self.facts, self.messages, self.tools, self.reading = row_facts({"row": self.raw, **row}), None, [], None
         try:
             if is_raw(row) or "messages" not in row and "messages_json" not in row:
-                if convert is None or self.raw is None: raise ChatError("this row is not converted")
+                if convert is None or self.raw is None:
+                    raise ChatError(row.get("message") or "this row is not converted")
                 row = convert(self.raw)
             self.messages, self.tools = row_parts(row)
             if inspection is None: raise ChatError("no tokenizer was given")
@@ -518,7 +539,7 @@ class InspectorState:
                  convert: Optional[Callable]):
         self.rows, self.tokenizer, self.raw, self.convert = rows, tokenizer, raw, convert
         self.row, self.tab, self.template, self.train_on = 0, "text", template, train_on
-        self.query, self.note, self._inspections, self._raw_ids = Query(), "", {}, None
+        self.query, self.note, self._inspections = Query(), "", {}
 
     @property
     def inspection(self) -> Optional[Inspection]:
@@ -530,14 +551,7 @@ class InspectorState:
     def current(self) -> RowView:
         "The row that is shown."
         row = self.rows[self.row]
-        return RowView(row, self.inspection, self._raw_of(row), self.convert)
-
-    def _raw_of(self, row: dict) -> Optional[dict]:
-        "The downloaded row of the same id; the raw file is read for its ids once, when first asked."
-        if self.raw is None or raw_row(row) or not row.get("id"): return None
-        if self._raw_ids is None: self._raw_ids = {_line_id(self.raw.line(i)): i for i in range(len(self.raw))}
-        at = self._raw_ids.get(str(row["id"]))
-        return None if at is None else self.raw[at]
+        return RowView(row, self.inspection, raw_of(row, self.raw), self.convert)
 
     def handle(self, message: dict) -> None:
         "Do what the page asks; what is not understood is said, not raised."
@@ -581,12 +595,6 @@ def _field(name: str, text: Any) -> Any:
     "A search field as the page sends it."
     if name in ("text", "source", "reason"): return str(text)
     return int(text) if str(text).strip() else (None if name == "calls" else 0)
-
-
-def _line_id(line: bytes) -> str:
-    "The id of a line, without parsing all of it where that is possible."
-    match = re.match(rb'\{"id": ?"([^"\\]*)"', line)
-    return match[1].decode() if match else str(orjson.loads(line).get("id"))
 
 # %% ../nbs/00d_inspector.ipynb #script-export
 SCRIPT = """
@@ -740,6 +748,7 @@ def add_inspect_arguments(
     add("--source", default="", help="part of the row's source")
     add("--reason", default="", help="part of the reason for which it was rejected or repaired")
     add("--calls", type=int, default=None, help="exactly so many calls")
+    add("--raw", default="", help="the downloaded rows, for --view raw; default: the profile's")
     add("--view", choices=TABS, default="text", help="what to show (default: text)")
     add("--template", default="nothink", help=f"{', '.join(TEMPLATES)} or a .jinja file (default: nothink)")
     add("--train-on", choices=TRAIN_ON, default="all", help="which assistant turns are trained (default: all)")
@@ -778,8 +787,10 @@ def inspect_command(
         if not folder.is_dir(): return _complain(f"no tokenizer in {folder}: give --tokenizer, or --view messages")
         from transformers import AutoTokenizer
         inspection = Inspection(AutoTokenizer.from_pretrained(folder), args.template, args.train_on)
+    source = Path(args.raw or (settings.train_file if settings else ""))
+    raw = raw_of(row, RowFile(source)) if source.is_file() and (args.view == "raw" or "line" in row) else None
     print(f"row {found} of {len(rows)} in {rows.name}")
-    print(row_text(RowView(row, inspection, convert=convert), args.view, _wants_color(args.color)))
+    print(row_text(RowView(row, inspection, raw, convert), args.view, _wants_color(args.color)))
     return 0
 
 

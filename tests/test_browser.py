@@ -1,4 +1,4 @@
-"""JupyterLab on the loopback interface, a notebook run in headless Chromium, the inspector used as a person would; pictures are kept.
+"""JupyterLab on the loopback interface, `01_convert.ipynb` run in headless Chromium, the inspector used as a person would; pictures are kept.
 
 Needs Chromium and its driver (Debian: `apt-get install chromium chromium-driver`); says so and skips where they are missing."""
 import json
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "test-artifacts"
 BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 DRIVER = shutil.which("chromedriver")
-NOTEBOOK = next(name for name in ("01_convert.ipynb", "00d_inspector.ipynb") if (ROOT / "nbs" / name).exists())
+NOTEBOOK = "01_convert.ipynb"
 
 pytestmark = [
     pytest.mark.skipif(BROWSER is None or DRIVER is None,
@@ -27,23 +27,18 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("jupyter-lab", path=str(Path(sys.executable).parent)), reason="no JupyterLab here")]
 
 LAST_CELL = '''
-import json, os
-os.environ.pop("IN_TEST", None)
-from pathlib import Path
-from proxy_sft.demo import build_demo_tokenizer, demo_rows
+os = __import__("os")
+os.environ.pop("IN_TEST", None)  # from here on somebody can press a button
 from proxy_sft.inspector import inspect
-def _chat(row):
-    messages = [{"role": m["role"].replace("environment", "tool"), "content": m["content"] or ""} for m in row["messages"]]
-    for message, raw in zip(messages, row["messages"]):
-        if raw["function_calls"] not in (None, "", "null"):
-            call = {"name": "told", "arguments": {"call": raw["function_calls"]}}
-            message["tool_calls"] = [{"type": "function", "function": call}]
-    return {"id": row["id"], "source": row["source_dataset"], "messages": messages, "tools": [], "row": row}
-_rows = [_chat(row) for row in demo_rows() if all("role" in m for m in row["messages"])][:300]
-_ugly = [{"role": "user", "content": "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script> <|im_end|> needle in a haystack"},
-         {"role": "assistant", "content": "\\\\u003cb\\\\u003e <b>not bold</b>"}]
-_rows[7] = {"id": "ugly", "source": "hand made", "messages": _ugly, "tools": []}
-inspect(_rows, build_demo_tokenizer([json.dumps(r["messages"]) for r in _rows[:50]]))
+def said(role, content): return {"role": role, "content": content, "function_calls": None, "functions": None}
+ugly = {"id": "ugly", "source_dataset": "hand made", "messages": [
+    said("user", "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script> <|im_end|> needle in a haystack"),
+    said("assistant", "<b>not bold</b>")]}
+with open(settings.train_file, "rb") as stream: lines = [next(stream) for _ in range(300)]
+lines[0] = next(line for line in lines if line.count(b'(city=') > 1)
+lines[7] = json.dumps(ugly).encode() + bytes([10])
+Path("rows.jsonl").write_bytes(b"".join(lines))
+inspect("rows.jsonl", tokenizer, convert=convert_row)
 '''
 
 
@@ -54,6 +49,10 @@ def lab(tmp_path_factory):
     notebook = json.loads((ROOT / "nbs" / NOTEBOOK).read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code": cell["outputs"], cell["execution_count"] = [], None
+        if "parameters" in cell["metadata"].get("tags", []):  # a workspace of its own; the profile is the demo's, by IN_TEST
+            found = "".join(cell["source"])
+            cell["source"] = re.sub(r"(?m)^workspace: (.*?) = None", f"workspace: \\1 = {str(folder / 'workspace')!r}", found)
+            assert cell["source"] != found, "01_convert has no workspace parameter any more"
     notebook["cells"].append({"cell_type": "code", "id": "browser-test", "metadata": {}, "outputs": [], "execution_count": None,
                               "source": LAST_CELL})
     (folder / "work").mkdir()
@@ -70,7 +69,7 @@ def lab(tmp_path_factory):
     token = secrets.token_hex(16)
     own = {"JUPYTER_CONFIG_DIR": folder / "config", "JUPYTER_RUNTIME_DIR": folder / "runtime", "JUPYTER_PATH": folder / "share",
            "JUPYTERLAB_SETTINGS_DIR": folder / "settings", "JUPYTERLAB_WORKSPACES_DIR": folder / "workspaces",
-           "IPYTHONDIR": folder / "ipython", "HOME": folder, "PROXY_SFT_WORKSPACE": folder / "workspace"}
+           "IPYTHONDIR": folder / "ipython", "HOME": folder}
     log = open(folder / "lab.log", "wb")
     server = subprocess.Popen(
         [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
@@ -102,8 +101,9 @@ def page(request, lab):
     (settings / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
+    profile = folder / f"chrome-{request.param}"
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000",
-                     f"--user-data-dir={folder / ('chrome-' + request.param)}", "--disable-gpu", "--hide-scrollbars"):
+                     f"--user-data-dir={profile}", "--disable-gpu", "--hide-scrollbars"):
         options.add_argument(argument)
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     try:
@@ -176,7 +176,8 @@ def test_rows_and_views(page):
     assert page.row() == 1 and len(page.text(".panel")) > 20
     page.press("button[title^='previous row']")
     assert page.row() == 0
-    for tab, seen in (("tokens", "·"), ("parity", "prompt equals a server's"), ("messages", "message 0"), ("raw", "content"), ("text", "im_start")):
+    for tab, seen in (("tokens", "·"), ("parity", "prompt equals a server's"), ("messages", "message 0"), ("raw", "content"),
+                      ("text", "im_start")):
         page.press(f"[data-tab={tab}]")
         assert page.find(f"[data-tab={tab}]").get_attribute("aria-selected") == "true" and seen in page.text(".panel")
         page.picture(tab)

@@ -191,6 +191,23 @@ def test_state(file, tokenizer, tmp_path):
         assert state.note, nonsense
 
 
+def test_the_converters_ledger(tokenizer):
+    raw = RowFile([{"id": f"r{i}", "source_dataset": "Aya", "messages": [{"role": "user", "content": f"raw {i}", "functions": None}]}
+                   for i in range(4)])
+    rejected = {"id": "r2", "line": 3, "source": "Aya", "reason": "malformed_calls", "message": "unexpected <b>", "excerpt": "f("}
+    repaired = {"id": "r1", "line": 2, "source": "Aya", "repairs": [{"code": "empty_assistant", "message": 4, "found": ""}]}
+    state = InspectorState(RowFile([rejected, repaired]), tokenizer, "nothink", "all", raw, lambda row: {**row, "messages": [
+        {"role": "user", "content": "converted"}, {"role": "assistant", "content": "yes"}]})
+    assert find_row(state.rows, Query(reason="empty_assistant")) == (1, 2)
+    state.handle({"do": "tab", "value": "raw"})
+    assert "raw 2" in state.view()["html"]
+    state.handle({"do": "go", "value": 1})
+    assert "raw 1" in state.view()["html"] and "empty_assistant" in state.view()["summary"]
+    state.handle({"do": "tab", "value": "text"})
+    assert "converted" in state.view()["html"]
+    assert "unexpected &lt;b&gt;" in show_row(rejected, tokenizer).html("text")
+
+
 def test_broken_lines_do_not_stop_it(tmp_path, tokenizer):
     path = tmp_path / "broken.jsonl"
     path.write_bytes(json.dumps(row(0)).encode() + b'\n{"id": "cut", "mess\n\xff\n' + json.dumps(row(3, "last")).encode() + b"\n")
