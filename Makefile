@@ -1,0 +1,37 @@
+# make demo   the whole pipeline on the embedded demo: no download, no GPU, a few minutes
+# make test   everything that CI checks
+# make check  clean, export, nbdev_test, pytest: what one runs before a commit
+# make lab    JupyterLab on the notebooks
+# make lock   resolve requirements.in anew into requirements.lock
+# make clean  delete what was made, keep the environment
+.PHONY: demo test check lab lock clean env notebooks
+BIN := sft-qwen3/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+DEMO := workspace/demo
+
+env:
+	@./setup_sft_env.sh
+
+demo: env
+	@$(BIN)/python tests/demo.py $(DEMO)
+
+check: env
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_test --n_workers 0
+	$(BIN)/python -m pytest tests -q
+
+test: env
+	@$(BIN)/python tests/ci.py
+
+notebooks: env
+	@$(BIN)/python tests/execute_notebooks.py
+
+lab: env
+	$(BIN)/jupyter lab --notebook-dir=. nbs/01_convert.ipynb
+
+lock:
+	./lock_requirements.sh
+
+clean:
+	rm -rf workspace test-artifacts build dist *.egg-info .pytest_cache .hypothesis

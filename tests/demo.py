@@ -1,0 +1,52 @@
+"""`make demo`: the four notebooks through papermill on the embedded demo, then training again on two ranks with ZeRO-2."""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
+NOTEBOOKS = ("00_download", "01_convert", "02_train", "03_evaluate")
+
+
+def say(text: str) -> None:
+    print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
+
+
+def run(*command: str) -> None:
+    "Run a command of the environment from the repository's root; its failure is ours."
+    done = subprocess.run([str(BIN / command[0]), *command[1:]], cwd=ROOT)
+    if done.returncode: sys.exit(f"{' '.join(command)} failed with exit code {done.returncode}; its own message stands above.")
+
+
+def main(workspace: Path) -> None:
+    began, executed = time.monotonic(), workspace / "notebooks"
+    executed.mkdir(parents=True, exist_ok=True)
+    common = ["-p", "profile", "demo", "-p", "workspace", str(workspace)]
+    for name in NOTEBOOKS:
+        say(f"{name}: papermill nbs/{name}.ipynb …")
+        output = ["--log-output", "--no-progress-bar"] if name == "02_train" else ["--no-progress-bar"]
+        run("papermill", f"nbs/{name}.ipynb", str(executed / f"{name}.ipynb"), *common, *output)
+    say("02_train on two ranks with DeepSpeed ZeRO-2: proxy-sft run nbs/02_train.ipynb --nproc 2 …")
+    run("proxy-sft", "run", "nbs/02_train.ipynb", "--nproc", "2", *common, "-p", "run_name", "demo-zero2", "-p", "max_steps", "25",
+        "-p", "save_steps", "5", "-p", "eval_steps", "25", "-p", "max_eval_samples", "16")
+    summary(workspace, executed, time.monotonic() - began)
+
+
+def summary(workspace: Path, executed: Path, seconds: float) -> None:
+    "What was made, and where it lies."
+    from proxy_sft.checkpoint import complete_checkpoints
+    from proxy_sft.train import TrainResult
+    for name in ("demo", "demo-zero2"):
+        run_dir = workspace / "runs" / name
+        say(f"Run {name}, in {os.path.relpath(run_dir, ROOT)}")
+        print(TrainResult(run_dir))
+        print("window on disk: ", ", ".join(f.name for f in complete_checkpoints(run_dir)))
+    evaluation = workspace / "runs" / "demo" / "evaluation.txt"
+    if evaluation.is_file(): print("\nCan it call tools now?\n" + evaluation.read_text(encoding="utf-8"))
+    say(f"Done in {seconds / 60:.1f} minutes. The executed notebooks lie in {os.path.relpath(executed, ROOT)}, "
+        f"those of the two ranks in {os.path.relpath(workspace, ROOT)}/runs/demo-zero2/notebooks.")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "workspace" / "demo").resolve())
