@@ -1,0 +1,16 @@
+"""Write the table of settings into the README, between its two marks."""
+from pathlib import Path
+
+from proxy_sft.settings import settings_table
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def with_table(text: str) -> str:
+    "The README's text with the table that the code gives."
+    head, _, rest = text.partition("<!-- settings:")
+    mark, _, rest = rest.partition("-->")
+    return f"{head}<!-- settings:{mark}-->\n{settings_table()}\n<!-- /settings -->" + rest.partition("<!-- /settings -->")[2]
+
+
+if __name__ == "__main__": README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
