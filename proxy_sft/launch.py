@@ -8,12 +8,12 @@ __all__ = ['CONSTANTS', 'PARAMETER_OPTIONS', 'SECRET_NAME', 'LEFT_OUT', 'FINAL',
            'merge_parameters', 'yaml_mapping', 'Request', 'read_request', 'RunFolder', 'write_atomically', 'read_json',
            'secrets_of', 'redact', 'AtomicNotebooks', 'overwrite', 'join_stream', 'LiveLog', 'marked_processes',
            'kill_marked', 'die_with_parent', 'name_process', 'guards', 'read_text', 'start_guard', 'Rank',
-           'threads_per_rank', 'available_cores', 'rank_from_environment', 'RankStatus', 'is_alive', 'claim_failure',
-           'read_failure', 'StoppedBetweenCells', 'request_stop', 'stop_requested', 'load_ipython_extension',
-           'SessionHooks', 'RankSession', 'short_private_folder', 'find_kernels', 'RankClientMixin', 'bound_outputs',
-           'register_engine', 'run_rank', 'execute', 'kernel_words', 'watch', 'vanished', 'handle_signals', 'kill_now',
-           'wait_for_others', 'report_to_torchrun', 'quiet', 'process_began', 'failure_words', 'run_worker',
-           'torchrun_command', 'add_parameter_arguments', 'add_notebook_arguments', 'process_count',
+           'rank_from_environment', 'quiet', 'process_began', 'threads_per_rank', 'available_cores', 'sweep_run',
+           'RankStatus', 'is_alive', 'claim_failure', 'read_failure', 'StoppedBetweenCells', 'request_stop',
+           'stop_requested', 'load_ipython_extension', 'SessionHooks', 'RankSession', 'short_private_folder',
+           'find_kernels', 'RankClientMixin', 'bound_outputs', 'register_engine', 'run_rank', 'execute', 'kernel_words',
+           'watch', 'vanished', 'handle_signals', 'kill_now', 'wait_for_others', 'report_to_torchrun', 'failure_words',
+           'run_worker', 'torchrun_command', 'add_parameter_arguments', 'add_notebook_arguments', 'process_count',
            'add_run_arguments', 'Launcher', 'outcome', 'silent_failure', 'run_command', 'refuse_second_run',
            'run_states', 'status_table', 'status_command', 'add_command_arguments', 'prepare_command', 'main',
            'run_main', 'in_plain_words', 'worker_main']
@@ -342,6 +342,24 @@ class Rank:
     def local_ranks(self) -> range: # the ranks of this machine
         return range(self.rank - self.local_rank, self.rank - self.local_rank + self.local_world_size)
 
+def rank_from_environment(environment: dict[str, str]) -> Rank: # rank 0 of 1 when torchrun did not start us
+    "Read `RANK`, `WORLD_SIZE` and the like."
+    names = dict(rank="RANK", world_size="WORLD_SIZE", local_rank="LOCAL_RANK", local_world_size="LOCAL_WORLD_SIZE",
+                 attempt="TORCHELASTIC_RESTART_COUNT")
+    if "RANK" not in environment: return Rank()
+    return Rank(**{k: int(environment[v]) for k, v in names.items() if v in environment}, under_torchrun=True)
+
+# %% ../nbs/02a_launch.ipynb #process-helpers
+def quiet(log: Path) -> None:
+    "Send what this process and its libraries print to a rank's log."
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for number in (1, 2): os.dup2(descriptor, number)
+
+def process_began(pid: int) -> float: # seconds since the epoch; now, where /proc is missing
+    "When a process started."
+    try: return Path(f"/proc/{pid}").stat().st_mtime
+    except OSError: return time.time()
+
 def threads_per_rank(
     place: Rank,
     torchrun_began_with: str, # the environment that torchrun was started with, NUL between the entries
@@ -355,12 +373,11 @@ def available_cores() -> int: # at least 1
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-def rank_from_environment(environment: dict[str, str]) -> Rank: # rank 0 of 1 when torchrun did not start us
-    "Read `RANK`, `WORLD_SIZE` and the like."
-    names = dict(rank="RANK", world_size="WORLD_SIZE", local_rank="LOCAL_RANK", local_world_size="LOCAL_WORLD_SIZE",
-                 attempt="TORCHELASTIC_RESTART_COUNT")
-    if "RANK" not in environment: return Rank()
-    return Rank(**{k: int(environment[v]) for k, v in names.items() if v in environment}, under_torchrun=True)
+def sweep_run(run: str) -> None: # guards end by themselves, after they have cleaned up
+    "Kill what is left of a run on this machine."
+    kill_marked(f"PROXY_SFT_RUN={run}", spare=frozenset(guards()))
+    end = time.monotonic() + 5
+    while marked_processes(f"PROXY_SFT_RUN={run}") and time.monotonic() < end: time.sleep(0.02)
 
 # %% ../nbs/02a_launch.ipynb #status
 FINAL = {"done", "failed", "stopped", "killed"}
@@ -464,7 +481,7 @@ class SessionHooks:
         plain = redact(re.sub("\x1b\\[[0-9;]*[A-Za-z]", "", traceback)[-20_000:], self.secrets)
         self.failure = dict(rank=self.place.rank, attempt=self.place.attempt, host=socket.gethostname(), time=time.time(), cell=self.cell,
                             notebook=str(self.output), ename=ename, evalue=redact(evalue[:2000], self.secrets), traceback=plain)
-        self.first_failure = claim_failure(self.folder, self.failure, self.began)
+        self.first_failure = claim_failure(self.folder, self.failure, self.since)
         return self.first_failure
 
 # %% ../nbs/02a_launch.ipynb #session
@@ -476,15 +493,14 @@ class RankSession(SessionHooks):
     terminal: Optional[TextIO] = None # where rank 0 shows its output
     began: float = field(default_factory=time.time)
     mark: str = field(default_factory=lambda: f"PROXY_SFT_MARK={uuid.uuid4().hex}")
-    cell: int = 0 # 1-based number of the running cell
+    cell: int = 0 # 1-based
     kernel_exit: Optional[int] = None
-    asked_exit: bool = False # a cell called exit() or quit()
-    failure: Optional[dict] = None
+    failure: Optional[dict] = None # how this rank failed, or for which other rank's failure it was ended
 
     def __post_init__(self):
         self.folder, self.private = self.request.folder, short_private_folder()
-        self.output, self.since = self.folder.notebook(self.place.rank), float(os.environ.get("PROXY_SFT_BEGAN", self.began))
-        self.secrets = secrets_of(dict(os.environ))
+        self.output, self.secrets = self.folder.notebook(self.place.rank), secrets_of(dict(os.environ))
+        self.since = float(os.environ.get("PROXY_SFT_BEGAN", self.began)) # when the run began, which may be before this rank
         self.live = LiveLog(self.folder.log(self.place.rank), self.terminal, self.secrets)
         self.status = RankStatus(self.folder.status(self.place.rank), rank=self.place.rank, world_size=self.place.world_size, cell=0,
                                  attempt=self.place.attempt, run=os.environ.get("PROXY_SFT_RUN", ""), notebook=str(self.output))
@@ -492,9 +508,9 @@ class RankSession(SessionHooks):
     @property
     def kernel_environment(self) -> dict[str, str]: # for the kernel alone
         name, value = self.mark.split("=")
-        threads = threads_per_rank(self.place, read_text(Path(f"/proc/{os.getppid()}/environ"))) if self.place.under_torchrun else None
-        return {**os.environ, name: value, "PROXY_SFT_STOP_FILE": str(self.folder.stop_file), "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-                **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+        threads = threads_per_rank(self.place, read_text(Path(f"/proc/{os.getppid()}/environ")))
+        chosen = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+        return {**os.environ, name: value, "PROXY_SFT_STOP_FILE": str(self.folder.stop_file), "PYDEVD_DISABLE_FILE_VALIDATION": "1", **chosen}
 
     def close(self) -> None:
         kill_marked(self.mark)
@@ -629,7 +645,7 @@ def watch(session: RankSession, ended: threading.Event, seconds: float = 1.0) ->
     while not ended.wait(seconds):
         beats += 1
         if beats % 2: session.status.update()
-        found = read_failure(session.folder, session.place.attempt, session.began) or vanished(session)
+        found = read_failure(session.folder, session.place.attempt, session.since) or vanished(session)
         if found and found["rank"] != session.place.rank and session.failure is None:
             if ended.wait(3): return  # our own error, if it comes by itself, tells more
             session.failure = dict(found, consequence=True)
@@ -640,11 +656,11 @@ def vanished(session: RankSession) -> Optional[dict]: # the claimed failure of a
     "Speak for a worker that was killed and cannot speak for itself."
     for rank in session.place.local_ranks:
         other = read_json(session.folder.status(rank)) if rank != session.place.rank else None
-        if other is None or other["started"] < session.began - 60 or other["attempt"] != session.place.attempt: continue
+        if other is None or other["started"] < session.since - 2 or other["attempt"] != session.place.attempt: continue
         if other["state"] in FINAL or is_alive(other) or (read_json(session.folder.status(rank)) or other)["state"] in FINAL: continue
         return claim_failure(session.folder, dict(
             rank=rank, attempt=session.place.attempt, host=other["host"], time=time.time(), cell=other["cell"], notebook=other["notebook"],
-            ename="WorkerKilled", evalue=f"the worker process {other['pid']} was killed", traceback=""), session.began)
+            ename="WorkerKilled", evalue=f"the worker process {other['pid']} was killed", traceback=""), session.since)
     return None
 
 # %% ../nbs/02a_launch.ipynb #signals
@@ -653,7 +669,7 @@ def handle_signals(session: RankSession) -> None: # main thread only
     first: list[float] = []
     def on_signal(number: int, frame: Any) -> None:
         first.append(time.monotonic())
-        found = read_failure(session.folder, session.place.attempt, session.began) or vanished(session)
+        found = read_failure(session.folder, session.place.attempt, session.since) or vanished(session)
         if found:  # torchrun clears up after a rank that is gone
             if session.failure is None: session.failure = dict(found, consequence=True)
             kill_marked(session.mark)
@@ -684,17 +700,6 @@ def report_to_torchrun(session: RankSession) -> None: # does nothing without tor
     if not path or not session.failure or session.failure.get("consequence"): return
     extra = {"py_callstack": failure_words(session.failure), "timestamp": str(int(session.failure["time"]))}
     write_atomically(Path(path), json.dumps({"message": {"message": session.failure["evalue"], "extraInfo": extra}}))
-
-# %% ../nbs/02a_launch.ipynb #process-helpers
-def quiet(log: Path) -> None:
-    "Send what this process and its libraries print to a rank's log."
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    for number in (1, 2): os.dup2(descriptor, number)
-
-def process_began(pid: int) -> float: # seconds since the epoch; now, where /proc is missing
-    "When a process started."
-    try: return Path(f"/proc/{pid}").stat().st_mtime
-    except OSError: return time.time()
 
 # %% ../nbs/02a_launch.ipynb #failure-words
 def failure_words(failure: dict) -> str: # several lines, the error itself last
@@ -812,16 +817,10 @@ class Launcher:
         name = signal.Signals(number).name
         if self.told_twice:
             print(f"proxy-sft: {name} again, killing all processes.", file=sys.stderr, flush=True)
-            self.sweep()
+            sweep_run(self.run)
         elif len(self.signalled) == 1:
             request_stop(self.folder.stop_file, f"{name} to the launcher")
             print(f"proxy-sft: {name}: asked all ranks to save and stop; once more kills them.", file=sys.stderr, flush=True)
-
-    def sweep(self) -> None: # guards end by themselves, after they have cleaned up
-        "Kill what is left of this run on this machine."
-        kill_marked(f"PROXY_SFT_RUN={self.run}", spare=frozenset(guards()))
-        end = time.monotonic() + 5
-        while marked_processes(f"PROXY_SFT_RUN={self.run}") and time.monotonic() < end: time.sleep(0.02)
 
     def states(self) -> list[dict]: # by rank
         "The states of the ranks that we started."
@@ -878,7 +877,7 @@ def run_command(
     print(f"proxy-sft: {args.notebook} on {args.nproc} process(es), run folder {request.folder.root}", flush=True)
     launcher.start(torchrun_command(args, worker, str(launcher.private)))
     code = launcher.child.wait()
-    launcher.sweep()
+    sweep_run(launcher.run)
     request.folder.stop_file.unlink(missing_ok=True)
     result = outcome(launcher, code)
     finish()
