@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CHECKPOINTING', 'TrainError', 'require_certificate', 'marked_text', 'uses_deepspeed', 'attention_for', 'load_model',
            'training_arguments', 'deepspeed_file', 'ToolTrainer', 'PlainProgress', 'model_card', 'begin_run',
-           'start_processes', 'build_trainer', 'trainer_columns', 'TrainResult', 'is_finished', 'train', 'check_batch']
+           'start_processes', 'leave_reductions_to_gloo', 'build_trainer', 'trainer_columns', 'TrainResult',
+           'is_finished', 'train', 'check_batch']
 
 # %% ../nbs/02_train.ipynb #imports
 import json
@@ -203,8 +204,15 @@ def start_processes(settings: Settings) -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(settings.run_dir / "logs" / "tensorboard")
-    if settings.device == "cpu" or not torch.cuda.is_available(): os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if settings.device == "cpu" or not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if uses_deepspeed(settings): leave_reductions_to_gloo()
     training_arguments(settings, resumed=False).distributed_state
+
+def leave_reductions_to_gloo() -> None:
+    "Without a GPU DeepSpeed would first compile C++ for shared-memory reductions; a killed compile leaves a lock that hangs the next run."
+    import deepspeed
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 def build_trainer(settings: Settings, prepared: Prepared, facts: dict[str, Any], resumed: bool) -> ToolTrainer:
     "Model, data and arguments joined."
