@@ -494,11 +494,10 @@ class RankSession(SessionHooks):
     began: float = field(default_factory=time.time)
     mark: str = field(default_factory=lambda: f"PROXY_SFT_MARK={uuid.uuid4().hex}")
     cell: int = 0 # 1-based
-    kernel_exit: Optional[int] = None
     failure: Optional[dict] = None # how this rank failed, or for which other rank's failure it was ended
 
     def __post_init__(self):
-        self.folder, self.private = self.request.folder, short_private_folder()
+        self.folder, self.private, self.kernel_exit = self.request.folder, short_private_folder(), None
         self.output, self.secrets = self.folder.notebook(self.place.rank), secrets_of(dict(os.environ))
         self.since = float(os.environ.get("PROXY_SFT_BEGAN", self.began)) # when the run began, which may be before this rank
         self.live = LiveLog(self.folder.log(self.place.rank), self.terminal, self.secrets)
@@ -985,6 +984,7 @@ def worker_main(argv: list[str]) -> int: # exit code of this rank
     "`python -m proxy_sft.launch`: one rank, started by torchrun or by the launcher."
     parser = argparse.ArgumentParser(prog="python -m proxy_sft.launch", description="Execute a notebook as one rank.", allow_abbrev=False)
     add_notebook_arguments(parser)
+    sys.modules.setdefault("rfc3987_syntax", None)  # papermill imports jsonschema, which builds this grammar for two seconds, unused
     def work() -> int:
         rest, _, parameters = split_parameters(argv)
         args = parser.parse_args(rest)
