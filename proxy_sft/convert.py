@@ -9,8 +9,8 @@ __all__ = ['TAG', 'DOLCI_SENTENCES', 'SENTENCE', 'FILLED_TAG', 'THINK', 'ROLES',
            'read_calls_of_others', 'add_plain', 'read_talk', 'finish_talk', 'read_tools', 'parsed_back',
            'check_controls', 'mended', 'read_once', 'read_mended', 'read_row', 'convert_row', 'Choices', 'source_of',
            'is_tool_row', 'left_out', 'content_hash', 'is_heldout', 'Piece', 'json_line', 'excerpt', 'convert_into',
-           'Part', 'rows_of', 'read_odd_line', 'not_json', 'convert_part', 'convert_plain', 'input_files', 'opened',
-           'parts_of', 'parquet_parts', 'process_count', 'converted_parts', 'bars_are_hidden', 'Progress',
+           'Part', 'rows_of', 'read_odd_line', 'not_json', 'convert_part', 'convert_plain', 'input_files', 'unreadable',
+           'opened', 'parts_of', 'parquet_parts', 'process_count', 'converted_parts', 'bars_are_hidden', 'Progress',
            'rows_to_drop', 'drop_rows', 'ConvertReport', 'report_lines', 'report_text', 'report_html', 'report_from',
            'counted_facts', 'write_parts', 'select_rows', 'publish', 'folder_aside', 'line_count', 'check_sums',
            'convert_file', 'hashes', 'check_choices', 'code_version', 'what_changed', 'convert']
@@ -46,12 +46,13 @@ from blake3 import blake3
 from tqdm.auto import tqdm
 
 from .calls import CallError, parse_calls
-from .schema import DefectError, action, check_call, functions_by_name, meaning, pair_results, parse_tools, without_copies, write_json
+from .schema import (DefectError, action, check_call, functions_by_name, meaning, pair_results, parse_tools,
+                              without_copies, write_json)
 from .sealed import file_hash, flush, write_flushed
 
 # %% ../nbs/01_convert.ipynb #convert-error
 class ConvertError(ValueError):
-    "A row or a file that cannot be converted: `.reason` is a code, `.row_id` the row's id, `.found` what was found (at most 200 characters)."
+    "A row or a file that cannot be converted: `.reason` is a code, `.row_id` the row's id, `.found` what was found."
     def __init__(self,
         reason: str, # a code of the policy table, or of the file: missing_file, empty_file, not_json, all_rejected, …
         found: str, # what was found
@@ -79,7 +80,8 @@ def without_tag_sentences(
 ) -> str: # the text without the sentences about tags; DefectError(tools_in_text) when tools stand in the text itself
     "The system text as Qwen3 should see it."
     if TAG.search(text) is None: return text
-    if has_tools and FILLED_TAG.search(text): raise DefectError("tools_in_text", text[FILLED_TAG.search(text).start():][:120], 0)
+    filled = FILLED_TAG.search(text) if has_tools else None
+    if filled: raise DefectError("tools_in_text", text[filled.start():][:120], 0)
     lines = DOLCI_SENTENCES.sub("\0", text).split("\n")  # NUL holds the place, so that emptied lines are known
     for i, line in enumerate(lines):
         if "\0" not in line and not (has_tools and TAG.search(line)): continue
@@ -102,7 +104,8 @@ def split_reasoning(
     spans, rest = THINK.findall(text), THINK.sub("", text)
     if "</think>" not in rest: return rest, "\n\n".join(s.strip("\n") for s in spans), "think_moved"
     before, _, after = rest.partition("</think>")
-    if before.strip() or spans or "think>" in after: raise DefectError("stray_think", f"a </think> without its opening: {text[:150]!r}")
+    if before.strip() or spans or "think>" in after:
+        raise DefectError("stray_think", f"a </think> without its opening: {text[:150]!r}")
     return after.lstrip(), "", "stray_think_dropped"
 
 # %% ../nbs/01_convert.ipynb #convert-talk
@@ -180,6 +183,7 @@ def read_turn(talk: Talk, start: int, end: int) -> tuple[str, str, list[dict]]: 
         calls += here
     return "\n\n".join(texts), "\n\n".join(filter(None, reasonings)), calls
 
+# %% ../nbs/01_convert.ipynb #convert-turn-add
 def add_turn(talk: Talk, start: int, end: int, after: int) -> None: # `after`: first message behind the results
     "Write the turn and its results in Qwen3's form."
     text, reasoning, calls = read_turn(talk, start, end)
@@ -225,6 +229,7 @@ def add_plain(talk: Talk, role: str, index: int) -> None:
     if talk.messages: talk.meet("late_system", index)
     talk.messages.append({"role": "system", "content": text})
 
+# %% ../nbs/01_convert.ipynb #convert-messages-read
 def read_talk(talk: Talk) -> None:
     "Read all messages of a row into `talk.messages`."
     source, at = talk.source, 0
@@ -278,9 +283,11 @@ def parsed_back(
     "Write the turns as Qwen3's template does, and read the calls out of that text."
     turns = []
     for message in messages:
-        blocks = [f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments, ensure_ascii=False)}}}\n</tool_call>'
-                  for name, arguments in (call["function"].values() for call in message.get("tool_calls", ()))]
-        turns.append(f"<|im_start|>{message['role']}\n" + "\n".join(filter(None, [message["content"], *blocks])) + "<|im_end|>\n")
+        parts = [message["content"]]
+        for name, arguments in (call["function"].values() for call in message.get("tool_calls", ())):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+            parts.append(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
+        turns.append(f"<|im_start|>{message['role']}\n" + "\n".join(filter(None, parts)) + "<|im_end|>\n")
     found = []
     for turn in re.findall(r"<\|im_start\|>assistant\n(.*?)<\|im_end\|>", "".join(turns), re.DOTALL):
         for block in BLOCK.findall(turn):
@@ -300,7 +307,8 @@ def check_controls(talk: Talk, written: str) -> None:
 def mended(message: dict) -> dict:
     "A message whose text has U+FFFD in place of half surrogate pairs."
     text = message.get("content")
-    return {**message, "content": text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")} if type(text) is str else message
+    if type(text) is not str: return message
+    return {**message, "content": text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")}
 
 def read_once(source: list[dict], strictness: str) -> tuple[Talk, str, str]: # the talk, messages_json, tools_json
     "Read a row's messages and write them as JSON."
@@ -317,16 +325,18 @@ def read_mended(source: list[dict], strictness: str) -> tuple[Talk, str, str]:
     try: return read_once(source, strictness)
     except UnicodeEncodeError:
         try: read = read_once([mended(message) for message in source], strictness)
-        except UnicodeEncodeError: raise DefectError("surrogate_in_call", "half a surrogate pair in a call or a tool") from None
+        except UnicodeEncodeError:
+            raise DefectError("surrogate_in_call", "half a surrogate pair in a call or a tool") from None
     read[0].meet("surrogate_replaced", -1)
     return read
 
 # %% ../nbs/01_convert.ipynb #convert-row
 def read_row(row: dict, strictness: str = "default") -> tuple[Talk, str, str]: # the talk, messages_json, tools_json
-    "Read a Dolci row; DefectError when the policy rejects it. Lenient: up to the defect, where something whole stands before it."
+    "Read a Dolci row; DefectError when the policy rejects it. Lenient: up to the defect, if something stands before it."
     source = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(source, list) or not source:
-        raise DefectError("no_messages", f"expected a list of messages, found columns {list(row)[:8] if isinstance(row, dict) else type(row).__name__}")
+        found = f"columns {list(row)[:8]}" if isinstance(row, dict) else type(row).__name__
+        raise DefectError("no_messages", f"expected a list of messages, found {found}")
     try: return read_mended(source, strictness)
     except DefectError as defect:
         if action(defect.reason, strictness) != "cut": raise
@@ -345,7 +355,8 @@ def convert_row(
     "One row in the form of Qwen3's chat template; ConvertError with `.reason` when the policy rejects it."
     try: _, messages, tools = read_row(row, strictness)
     except DefectError as error:
-        raise ConvertError(error.reason, error.found, row.get("id") if isinstance(row, dict) else None, error.index) from None
+        row_id = row.get("id") if isinstance(row, dict) else None
+        raise ConvertError(error.reason, error.found, row_id, error.index) from None
     return {"messages_json": messages, "tools_json": tools}
 
 # %% ../nbs/01_convert.ipynb #convert-choices
@@ -368,6 +379,7 @@ class Choices:
     def selects(self) -> bool: # some of the kept rows go again, once all are known
         return self.drop_duplicates or self.tool_chat_ratio is not None
 
+# %% ../nbs/01_convert.ipynb #convert-choices-left
 def source_of(row: dict) -> str:
     "Which part of the mixture a row is from; the three releases name the column differently."
     return str(row.get("source_dataset") or row.get("dataset_source") or row.get("source") or "unknown")
@@ -384,7 +396,7 @@ def left_out(row: dict, choices: Choices) -> Optional[str]: # a key of `LEFT_OUT
     return "chat_row" if choices.tool_rows_only and not is_tool_row(row) else None
 
 # %% ../nbs/01_convert.ipynb #convert-mark
-MARK = struct.Struct("<16sQQ?")  # content hash, hash for the mix, line, has tools: what is remembered of a kept row (33 bytes)
+MARK = struct.Struct("<16sQQ?")  # remembered of a kept row: content hash, hash for the mix, line, has tools
 
 def content_hash(messages: str, tools: str, seed: int) -> tuple[bytes, int, int]: # identity, held-out roll, mix roll
     "Hash a converted row: who it is, and two dice that depend on nothing else but the seed."
@@ -434,8 +446,8 @@ def json_line(value: dict) -> bytes:
 def excerpt(row: dict, index: int) -> str: # at most 200 characters
     "The message that a reject is about, calls first."
     messages = row.get("messages")
-    if not isinstance(messages, list) or not -1 < index < len(messages) or not isinstance(messages[index], dict): return ""
-    message = messages[index]
+    message = messages[index] if isinstance(messages, list) and -1 < index < len(messages) else None
+    if not isinstance(message, dict): return ""
     return str(message.get("function_calls") or message.get("content") or "")[:200]
 
 def convert_into(piece: Piece, row, line: int, choices: Choices) -> None:
@@ -458,7 +470,9 @@ def rows_of(part: Part):
     "The rows of a part with their line numbers; ConvertError(not_json) for a line that is no JSON object."
     if part.lines is None:
         import pyarrow.parquet
-        yield from enumerate(pyarrow.parquet.ParquetFile(part.path).read_row_group(part.row_group).to_pylist(), part.line)
+        try: rows = pyarrow.parquet.ParquetFile(part.path).read_row_group(part.row_group).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error: raise unreadable(part.path, error) from error
+        yield from enumerate(rows, part.line)
         return
     for number, line in enumerate(part.lines.split(b"\n"), part.line):
         if not line or line.isspace(): continue
@@ -467,6 +481,7 @@ def rows_of(part: Part):
         if type(row) is not dict: raise not_json(part, number, line, f"a JSON {type(row).__name__}")
         yield number, row
 
+# %% ../nbs/01_convert.ipynb #convert-part
 def read_odd_line(part: Part, number: int, line: bytes):
     "A line that orjson refuses: half surrogate pairs and NaN are read, anything else is a fault of the file."
     try: return json.loads(line)
@@ -474,8 +489,9 @@ def read_odd_line(part: Part, number: int, line: bytes):
 
 def not_json(part: Part, number: int, line: bytes, found: str) -> ConvertError:
     "The error for a line that is not a row."
-    return ConvertError("not_json", f"{part.path}, line {number}: found {found}: {line[:80].decode('utf-8', 'replace')!r}. Expected one JSON object "
-                                    "with `messages` per line. Was the file cut off, or is it another file? Download it again, or mend the line.")
+    text = line[:80].decode("utf-8", "replace")
+    return ConvertError("not_json", f"{part.path}, line {number}: found {found}: {text!r}. Expected one JSON object with `messages` per "
+                                    "line. Was the file cut off, or is it another file? Download it again, or mend the line.")
 
 def convert_part(part: Part, choices: Choices) -> Piece: # bytes, ready to write
     "Convert a part of the input."
@@ -502,12 +518,21 @@ def input_files(
     found = []
     for path in map(Path, source if isinstance(source, (list, tuple)) else [source]):
         inside = sorted(p for p in path.iterdir() if p.name.endswith(ENDINGS)) if path.is_dir() else [path]
-        if not path.exists(): raise ConvertError("missing_file", f"there is no {path}. Run nbs/00_download.ipynb first, name another file, or take `-p profile demo`.")
+        if not path.exists():
+            raise ConvertError("missing_file", f"there is no {path}. Run nbs/00_download.ipynb first, name another file, "
+                                               "or take `-p profile demo`.")
         if not inside: raise ConvertError("missing_file", f"the folder {path} holds no {', '.join(ENDINGS[::2])} file.")
         found += inside
     for path in found:
-        if path.stat().st_size == 0: raise ConvertError("empty_file", f"{path} is empty; expected one conversation per line. Download it again.")
+        if path.stat().st_size == 0:
+            raise ConvertError("empty_file", f"{path} is empty; expected one conversation per line. Download it again.")
     return found
+
+# %% ../nbs/01_convert.ipynb #convert-opened
+def unreadable(path, error: Exception) -> ConvertError:
+    "The error for a damaged file, on one line."
+    words = " ".join(str(error).split())[:200]
+    return ConvertError("unreadable_file", f"{path}: {words}. The file is damaged or cut off; download it again.")
 
 @contextlib.contextmanager
 def opened(path: Path):
@@ -517,11 +542,13 @@ def opened(path: Path):
             raw = stack.enter_context(open(path, "rb"))
             if path.name.endswith(".gz"): raw = stack.enter_context(gzip.open(raw))
             if path.name.endswith(".zst"):
-                raw = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), BLOCK_BYTES)
+                plain = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+                raw = io.BufferedReader(plain, BLOCK_BYTES)
             yield raw
     except (OSError, EOFError, zstandard.ZstdError) as error:
-        raise ConvertError("unreadable_file", f"{path}: {error}. The file is damaged or cut off; download it again.") from error
+        raise unreadable(path, error) from error
 
+# %% ../nbs/01_convert.ipynb #convert-blocks
 def parts_of(files: list[Path]):
     "The input in parts, in order."
     line = 1
@@ -542,7 +569,7 @@ def parquet_parts(path: Path, line: int):
     import pyarrow
     import pyarrow.parquet
     try: groups = pyarrow.parquet.ParquetFile(path).metadata
-    except pyarrow.ArrowInvalid as error: raise ConvertError("unreadable_file", f"{path}: {error}. Download it again.") from error
+    except (pyarrow.ArrowException, OSError) as error: raise unreadable(path, error) from error
     for group in range(groups.num_row_groups):
         rows = groups.row_group(group).num_rows
         yield Part(str(path), line, None, group), rows
@@ -561,7 +588,7 @@ def converted_parts(parts, choices: Choices, num_proc: int):
     parts = iter(parts)
     context = multiprocessing.get_context("spawn")  # a kernel has threads, and a fork of threads can hang
     pool = ProcessPoolExecutor(num_proc, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    work = importlib.import_module("proxy_sft.convert").convert_plain  # other processes know the module, not the notebook
+    work = importlib.import_module("proxy_sft.convert").convert_plain  # others know the module, not the notebook
     def submit(part): return part, pool.submit(work, astuple(part), astuple(choices))
     try:
         waiting = deque(map(submit, itertools.islice(parts, 2 * num_proc)))
@@ -571,7 +598,8 @@ def converted_parts(parts, choices: Choices, num_proc: int):
             waiting.extend(map(submit, itertools.islice(parts, 1)))
             yield part, piece
     except BrokenProcessPool as error:
-        raise ConvertError("process_died", "a converting process was killed, mostly for want of memory. Set num_proc lower.") from error
+        raise ConvertError("process_died", "a converting process was killed, mostly for want of memory. Set num_proc lower; "
+                           "a script that calls this needs `if __name__ == '__main__':`.") from error
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../nbs/01_convert.ipynb #convert-progress
@@ -584,7 +612,8 @@ class Progress:
     def __init__(self, total: int, show: bool = True):
         shape = "{percentage:3.0f}%|{bar:20}| {elapsed} of {remaining} more{postfix}"
         interval = 0.5 if os.isatty(2) else 30.0
-        self.bar = tqdm(total=total, disable=not show or bars_are_hidden(), delay=2, mininterval=interval, maxinterval=interval, bar_format=shape, desc="convert")
+        self.bar = tqdm(total=total, disable=not show or bars_are_hidden(), delay=2, mininterval=interval,
+                        maxinterval=interval, bar_format=shape, desc="convert")
         self.rows, self.rejected, self.start = 0, 0, time.monotonic()
 
     def add(self, size: int, counts: Counter) -> None:
@@ -617,6 +646,7 @@ def rows_to_drop(
         dropped |= dict.fromkeys(by_die[wanted:].tolist(), "mix")
     return dropped
 
+# %% ../nbs/01_convert.ipynb #convert-drop
 def drop_rows(path: Path, marks: np.ndarray, dropped: dict[int, str], ledger: Piece) -> None:
     "Write a file anew without the dropped rows, which go into the ledger."
     aside = path.with_suffix(".thin")
@@ -657,35 +687,42 @@ class ConvertReport:
             return list(itertools.islice(hits, count))
 
     def table(self) -> list[list]: # header first
-        "Reason by source, the commonest first."
-        sources = sorted(self.by_source, key=lambda s: (-self.by_source[s]["rows"], s))[:6]
+        "Reason by source, the commonest first; small sources together."
+        sources = sorted(self.by_source, key=lambda s: (-self.by_source[s]["rows"], s))
+        columns = [[source] for source in sources[:3]] + [sources[3:]] * bool(sources[3:])
+        def line(name, count): return [name, count(self.by_source), *(count(column) for column in columns)]
+        def of(key): return lambda names: sum(self.by_source[name][key] for name in names)
+        def why(reason): return lambda names: sum(self.by_source[name]["rejected"].get(reason, 0) for name in names)
+        names = [column[0] if len(column) == 1 else f"{len(column)} others" for column in columns]
         reasons = sorted(self.rejected, key=lambda r: (-self.rejected[r], r))
-        rows = [[reason, self.rejected[reason], *(self.by_source[s]["rejected"].get(reason, 0) for s in sources)] for reason in reasons]
-        kept = ["kept", self.kept, *(self.by_source[s]["kept"] for s in sources)]
-        total = ["rows", self.rows, *(self.by_source[s]["rows"] for s in sources)]
-        return [["", "all", *sources], total, kept, *rows]
+        counted = [line("rows", of("rows")), line("kept", of("kept")), *(line(r, why(r)) for r in reasons)]
+        return [["", "all", *names], *counted]
 
 # %% ../nbs/01_convert.ipynb #convert-report-shown
 def report_lines(report: ConvertReport) -> list[str]:
     "The counts that are no table."
-    def listed(counts): return ", ".join(f"{code} {n:,}" for code, n in sorted(counts.items(), key=lambda c: (-c[1], c[0]))) or "none"
-    share = report.kept / max(report.rows, 1)
-    return [f"{report.rows:,} rows: {report.kept:,} kept ({share:.1%}; {report.heldout:,} held out), {sum(report.rejected.values()):,} rejected",
-            f"repaired: {listed(report.repaired)}", f"flagged: {listed(report.flags)}", *([report.why] if report.why else [])]
+    def listed(counts):
+        return ", ".join(f"{code} {n:,}" for code, n in sorted(counts.items(), key=lambda c: (-c[1], c[0]))) or "none"
+    share, rejected = report.kept / max(report.rows, 1), sum(report.rejected.values())
+    first = f"{report.rows:,} rows: {report.kept:,} kept ({share:.1%}; {report.heldout:,} held out), {rejected:,} rejected"
+    lines = [first, f"repaired: {listed(report.repaired)}", f"flagged: {listed(report.flags)}"]
+    return lines + [report.why] if report.why else lines
 
 def report_text(report: ConvertReport) -> str:
     "The report for a terminal."
     table = [[f"{cell:,}" if isinstance(cell, int) else cell[:28] for cell in row] for row in report.table()]
     widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in table]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]) for row in table]
     return "\n".join([report_lines(report)[0], *lines, *report_lines(report)[1:]])
 
 def report_html(report: ConvertReport) -> str:
     "The report for a notebook."
-    def row(tag, cells): return "<tr>" + "".join(f"<{tag}>{html.escape(f'{c:,}' if isinstance(c, int) else c)}</{tag}>" for c in cells) + "</tr>"
+    def cell(tag, value): return f"<{tag}>{html.escape(f'{value:,}' if isinstance(value, int) else value)}</{tag}>"
+    def row(tag, values): return "<tr>" + "".join(cell(tag, value) for value in values) + "</tr>"
     head, *body = report.table()
     text = "".join(f"<p>{html.escape(line)}</p>" for line in report_lines(report))
-    return f"{text}<table><thead>{row('th', head)}</thead><tbody>{''.join(row('td', cells) for cells in body)}</tbody></table>"
+    rows = "".join(row("td", values) for values in body)
+    return f"{text}<table><thead>{row('th', head)}</thead><tbody>{rows}</tbody></table>"
 
 ConvertReport.__repr__, ConvertReport._repr_html_ = report_text, report_html
 
@@ -751,26 +788,30 @@ def folder_aside(target: Path):
         for left in target.parent.glob(".convert-*.part"): shutil.rmtree(left, ignore_errors=True)  # a killed run's
         aside = Path(tempfile.mkdtemp(prefix=".convert-", suffix=".part", dir=target.parent))
     except OSError as error:
-        raise ConvertError("unwritable", f"cannot write to {target.parent}: {error}. Name another folder, or change its rights.") from error
+        raise ConvertError("unwritable", f"cannot write to {target.parent}: {error}. Name another folder, "
+                                         "or change its rights.") from error
     try: yield aside
     finally: shutil.rmtree(aside, ignore_errors=True)
 
 # %% ../nbs/01_convert.ipynb #convert-check-counts
 def line_count(path: Path) -> int:
     "Lines of a file, in constant memory."
-    with open(path, "rb") as stream: return sum(block.count(b"\n") for block in iter(lambda: stream.read(BLOCK_BYTES), b""))
+    with open(path, "rb") as stream:
+        return sum(block.count(b"\n") for block in iter(lambda: stream.read(BLOCK_BYTES), b""))
 
 def check_sums(aside: Path, facts: dict, files: list[Path]) -> None:
     "Rows in = kept + rejected, counted in the files themselves; ConvertError when nothing was kept."
     written = {name: line_count(aside / f"{name}.jsonl") for name in ("train", "heldout", "rejected")}
-    assert written["train"] + written["heldout"] == facts["kept"] and written["rejected"] == sum(facts["rejected"].values()), (written, facts)
+    assert written["train"] + written["heldout"] == facts["kept"], (written, facts)
+    assert written["rejected"] == sum(facts["rejected"].values()), (written, facts)
     names = ", ".join(str(path) for path in files[:3])
     if not facts["rows"]: raise ConvertError("empty_file", f"{names} holds no rows, only blank lines.")
     if facts["kept"]: return
     with open(aside / "rejected.jsonl", "rb") as stream: first = orjson.loads(stream.readline())
     reasons = ", ".join(f"{reason} {n:,}" for reason, n in sorted(facts["rejected"].items()))
     raise ConvertError("all_rejected", f"none of the {facts['rows']:,} rows of {names} could be kept ({reasons}). "
-                                       f"The first, line {first['line']}: {first['message']}. Is this a Dolci file, and are the choices meant so?")
+                                       f"The first, line {first['line']}: {first['message']}. "
+                                       "Is this a Dolci file, and are the choices meant so?")
 
 # %% ../nbs/01_convert.ipynb #convert-file
 def convert_file(
@@ -788,10 +829,11 @@ def convert_file(
     num_proc: int = 1, # processes; the result does not depend on it
     progress: bool = True, # show a progress bar when it takes longer than two seconds
     about: Optional[dict] = None, # further facts for report.json
-) -> ConvertReport: # counts by reason and source; ConvertError when a file cannot be read or written, or nothing is kept
+) -> ConvertReport: # counts by reason and source; ConvertError when a file cannot be used, or nothing is kept
     "Convert a dataset: all rows, or an error and no files."
-    choices = Choices(strictness, tool_rows_only, tool_chat_ratio, None if include_sources is None else tuple(include_sources),
-                      tuple(exclude_sources), drop_duplicates, heldout_fraction, seed)
+    included = None if include_sources is None else tuple(include_sources)
+    choices = Choices(strictness, tool_rows_only, tool_chat_ratio, included, tuple(exclude_sources), drop_duplicates,
+                      heldout_fraction, seed)
     target, files = Path(target), input_files(source)
     if target.is_dir(): target = target / "train.jsonl"
     check_choices(choices, target, files)
@@ -801,7 +843,7 @@ def convert_file(
         facts = counted_facts(counts)
         check_sums(aside, facts, files)
         if not heldout_fraction: (aside / "heldout.jsonl").unlink()
-        facts |= {"choices": choices.__dict__, "inputs": hashes(files), "files": hashes(sorted(aside.iterdir())), **(about or {})}
+        facts |= {"choices": choices.__dict__, "inputs": hashes(files), "files": hashes(sorted(aside.iterdir()))} | (about or {})
         publish(aside, target, facts)
     return report_from(facts, target.parent)
 
@@ -814,20 +856,24 @@ def check_choices(choices: Choices, target: Path, files: list[Path]) -> None:
     "ConvertError for choices that cannot be meant."
     beside = {target, *(target.parent / f"{name}.jsonl" for name in ("heldout", "rejected", "repaired"))}
     if overwritten := {path.resolve() for path in beside} & {path.resolve() for path in files}:
-        raise ConvertError("overwrites_source", f"{overwritten.pop()} is the input and would be overwritten. Name another target.")
+        raise ConvertError("overwrites_source", f"{overwritten.pop()} is the input and would be overwritten. "
+                                                "Name another target.")
     if choices.strictness not in ("strict", "default", "lenient"):
         raise ConvertError("bad_choice", f"strictness is {choices.strictness!r}; expected strict, default or lenient.")
     if not 0 <= choices.heldout_fraction < 1:
-        raise ConvertError("bad_choice", f"heldout_fraction is {choices.heldout_fraction}; expected a share from 0 up to, not including, 1.")
+        raise ConvertError("bad_choice", f"heldout_fraction is {choices.heldout_fraction}; expected a share from 0 up to, "
+                                         "not including, 1.")
     if choices.tool_chat_ratio is not None and not choices.tool_chat_ratio > 0:
-        raise ConvertError("bad_choice", f"tool_chat_ratio is {choices.tool_chat_ratio}; expected tool rows per chat row, more than 0.")
+        raise ConvertError("bad_choice", f"tool_chat_ratio is {choices.tool_chat_ratio}; expected tool rows per chat row, "
+                                         "more than 0.")
 
 # %% ../nbs/01_convert.ipynb #convert-code
 def code_version() -> str: # 16 hex digits
     "A hash of the modules that decide about the bytes."
     import proxy_sft.calls
     folder = Path(proxy_sft.calls.__file__).parent
-    return blake3(b"".join((folder / f"{name}.py").read_bytes() for name in ("calls", "schema", "convert"))).hexdigest()[:16]
+    modules = [folder / f"{name}.py" for name in ("calls", "schema", "convert")]
+    return blake3(b"".join(module.read_bytes() for module in modules)).hexdigest()[:16]
 
 def what_changed(folder: Path, target: Path, wanted: dict) -> str: # in words; "" when nothing did
     "Why a conversion has to be done."
@@ -837,10 +883,12 @@ def what_changed(folder: Path, target: Path, wanted: dict) -> str: # in words; "
     named = {"inputs": "the input", "choices": "the settings", "code": "the code"}
     changed = [words for key, words in named.items() if facts.get(key) != json.loads(json.dumps(wanted[key]))]
     sizes = {entry["name"]: entry["bytes"] for entry in facts.get("files", [])}
-    gone = [name for name, size in sizes.items() if not (folder / name).is_file() or (folder / name).stat().st_size != size]
+    def stands(name): return (folder / name).is_file() and (folder / name).stat().st_size == sizes[name]
+    gone = [name for name in sizes if not stands(name)]
     if gone: changed.append(f"{gone[0]} is missing or has another size")
     return f"converted anew: {', '.join(changed)} changed" if changed else ""
 
+# %% ../nbs/01_convert.ipynb #convert-convert
 def convert(
     settings, # of `proxy_sft.settings`
     progress: bool = True, # show a progress bar when it takes longer than two seconds
@@ -856,6 +904,7 @@ def convert(
     if not why:
         facts = json.loads((target.parent / "report.json").read_text(encoding="utf-8"))
         return report_from(facts, target.parent, "nothing has changed since the last conversion")
-    report = convert_file(files, target, **choices.__dict__, num_proc=process_count(settings.num_proc), progress=progress, about=about)
+    num_proc = process_count(settings.num_proc)
+    report = convert_file(files, target, **choices.__dict__, num_proc=num_proc, progress=progress, about=about)
     report.why = why
     return report
