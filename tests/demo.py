@@ -1,4 +1,5 @@
 """`make demo`: the four notebooks through papermill on the embedded demo, then training again on two ranks with ZeRO-2."""
+import json
 import os
 import subprocess
 import sys
@@ -36,14 +37,18 @@ def main(workspace: Path) -> None:
 def summary(workspace: Path, executed: Path, seconds: float) -> None:
     "What was made, and where it lies."
     from proxy_sft.checkpoint import complete_checkpoints
+    from proxy_sft.evaluate import METRICS
     from proxy_sft.train import TrainResult
     for name in ("demo", "demo-zero2"):
         run_dir = workspace / "runs" / name
         say(f"Run {name}, in {os.path.relpath(run_dir, ROOT)}")
         print(TrainResult(run_dir))
         print("window on disk: ", ", ".join(f.name for f in complete_checkpoints(run_dir)))
-    evaluation = workspace / "runs" / "demo" / "evaluation.txt"
-    if evaluation.is_file(): print("\nCan it call tools now?\n" + evaluation.read_text(encoding="utf-8"))
+    print("\nCan it call tools now? Right answers of those asked, on held-out conversations, before and after training:")
+    metrics = json.loads((workspace / "runs" / "demo" / "evaluation.json").read_text(encoding="utf-8"))["metrics"]
+    for name, meaning in METRICS.items():
+        before, after = (f"{metrics[m][name]['right']}/{metrics[m][name]['of']}" for m in ("base", "tuned"))
+        print(f"  {meaning:40} {before:>9} -> {after:>9}")
     say(f"Done in {seconds / 60:.1f} minutes. The executed notebooks lie in {os.path.relpath(executed, ROOT)}, "
         f"those of the two ranks in {os.path.relpath(workspace, ROOT)}/runs/demo-zero2/notebooks.")
 
