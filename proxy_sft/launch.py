@@ -51,11 +51,14 @@ def notebook_defaults(
 ) -> dict[str, Any]: # parameter name -> its literal default, None where it is no literal; LaunchError for no notebook
     "The parameters that a notebook declares."
     try: cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    except FileNotFoundError: raise LaunchError(f"There is no notebook {notebook}. Give a path such as nbs/02_train.ipynb.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error: raise LaunchError(f"{notebook} is not a notebook: {error!r}.") from error
+    except FileNotFoundError:
+        raise LaunchError(f"There is no notebook {notebook}. Give a path such as nbs/02_train.ipynb.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LaunchError(f"{notebook} is not a notebook: {error!r}.") from error
     source = next(("".join(c["source"]) for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])), "")
     try: statements = ast.parse(re.sub(r"(?m)^\s*[%!].*$", "", source)).body
-    except SyntaxError as error: raise LaunchError(f"The parameters cell of {notebook} is not valid Python: {error}.") from error
+    except SyntaxError as error:
+        raise LaunchError(f"The parameters cell of {notebook} is not valid Python: {error}.") from error
     pairs = [(target, s.value) for s in statements if isinstance(s, (ast.Assign, ast.AnnAssign))
              for target in (s.targets if isinstance(s, ast.Assign) else [s.target])]
     return {target.id: literal(value) for target, value in pairs if isinstance(target, ast.Name)}
@@ -67,8 +70,8 @@ def literal(node: Optional[ast.expr]) -> Any: # a Python value, None for anythin
 
 # %% ../nbs/02a_launch.ipynb #parameter-value
 CONSTANTS = {"True": True, "False": False, "None": None}
-PARAMETER_OPTIONS = {"-p": "pair", "--p": "pair", "--parameters": "pair", "-r": "raw", "--parameters_raw": "raw", "-f": "file",
-                     "--parameters_file": "file", "-y": "yaml", "--parameters_yaml": "yaml"}
+PARAMETER_OPTIONS = {"-p": "pair", "--p": "pair", "--parameters": "pair", "-r": "raw", "--parameters_raw": "raw",
+                     "-f": "file", "--parameters_file": "file", "-y": "yaml", "--parameters_yaml": "yaml"}
 
 def parameter_value(text: str) -> Any: # bool, None, int, float or the text itself
     "One `-p` value, read as papermill reads it."
@@ -91,7 +94,8 @@ def split_parameters(
             rest.append(argv[i]); i += 1; continue
         wanted = 2 if kind in ("pair", "raw") else 1
         values = ([inline] if inline else []) + argv[i + 1:i + 1 + wanted - bool(inline)]
-        if len(values) < wanted: raise LaunchError(f"{name} needs {'a name and a value' if wanted == 2 else 'a value'} after it.")
+        if len(values) < wanted:
+            raise LaunchError(f"{name} needs {'a name and a value' if wanted == 2 else 'a value'} after it.")
         found[kind].append(values)
         taken += [name, *values]
         i += 1 + wanted - bool(inline)
@@ -103,7 +107,8 @@ def merge_parameters(found: dict[str, list[list[str]]]) -> dict[str, Any]: # par
     parameters: dict[str, Any] = {}
     for (path,) in found["file"]:
         try: parameters.update(yaml_mapping(Path(path).read_text(encoding="utf-8"), path))
-        except OSError as error: raise LaunchError(f"Parameter file {path} cannot be read: {error.strerror}.") from error
+        except OSError as error:
+            raise LaunchError(f"Parameter file {path} cannot be read: {error.strerror}.") from error
     for (text,) in found["yaml"]: parameters.update(yaml_mapping(text, "-y"))
     parameters.update((name, parameter_value(value)) for name, value in found["pair"])
     parameters.update((name, value) for name, value in found["raw"])
@@ -114,8 +119,10 @@ def yaml_mapping(text: str, source: str) -> dict[str, Any]: # what the YAML says
     import yaml
     from papermill.iorw import NoDatesSafeLoader  # here, not above: papermill takes two seconds to import
     try: value = yaml.load(text, Loader=NoDatesSafeLoader) or {}
-    except yaml.YAMLError as error: raise LaunchError(f"The parameters in {source} are not valid YAML: {error}.") from error
-    if not isinstance(value, dict): raise LaunchError(f"The parameters in {source} are a {type(value).__name__}; expected `name: value`.")
+    except yaml.YAMLError as error:
+        raise LaunchError(f"The parameters in {source} are not valid YAML: {error}.") from error
+    if not isinstance(value, dict):
+        raise LaunchError(f"The parameters in {source} are a {type(value).__name__}; expected `name: value`.")
     return value
 
 # %% ../nbs/02a_launch.ipynb #request
@@ -142,11 +149,12 @@ def read_request(
     known = [*declared, *(name for name in Settings.model_fields if name not in declared)]
     for name in parameters:
         if name not in known:
-            raise LaunchError(f"Unknown parameter {name!r}.{did_you_mean(name, known)} Known are the parameters of {notebook} and the "
-                              "settings, which `--dry-run` lists. Nothing was started.")
+            raise LaunchError(f"Unknown parameter {name!r}.{did_you_mean(name, known)} Known are the parameters of "
+                              f"{notebook} and the settings, which `--dry-run` lists. Nothing was started.")
     chosen = {k: v for k, v in {**declared, **parameters}.items() if k in Settings.model_fields}
     settings = load_settings(chosen.pop("profile", "") or "", **chosen)
-    return Request(Path(notebook), parameters, settings, *(Path(p).absolute() if p else None for p in (output, log_dir)), kernel)
+    places = (Path(p).absolute() if p else None for p in (output, log_dir))
+    return Request(Path(notebook), parameters, settings, *places, kernel)
 
 # %% ../nbs/02a_launch.ipynb #folder
 @dataclass(frozen=True)
@@ -164,17 +172,21 @@ class RunFolder:
     def logs(self) -> Path: return self.log_dir or self.root / "logs"
     def log(self, rank: int) -> Path: return self.logs / f"rank-{rank}.log"
     def status(self, rank: int) -> Path: return self.root / "status" / f"rank-{rank}.json"
-    def statuses(self) -> list[dict]: return [s for p in (self.root / "status").glob("rank-*.json") if (s := read_json(p))]
+    def statuses(self) -> list[dict]:
+        return [s for p in (self.root / "status").glob("rank-*.json") if (s := read_json(p))]
     def notebook(self, rank: int) -> Path:
         if self.output is None: return self.root / "notebooks" / f"rank-{rank}.ipynb"
-        return self.output if rank == 0 else self.output.with_name(f"{self.output.stem}.rank-{rank}{self.output.suffix}")
+        if rank == 0: return self.output
+        return self.output.with_name(f"{self.output.stem}.rank-{rank}{self.output.suffix}")
 
     def make(self) -> None: # LaunchError when it cannot be written
         "Create the folders and see that they can be written."
         try:
-            for path in (self.logs, self.root / "status", self.notebook(0).parent): path.mkdir(parents=True, exist_ok=True)
+            for path in (self.logs, self.root / "status", self.notebook(0).parent):
+                path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root): pass
-        except OSError as error: raise LaunchError(f"The run folder {self.root} cannot be written: {error.strerror}.") from error
+        except OSError as error:
+            raise LaunchError(f"The run folder {self.root} cannot be written: {error.strerror}.") from error
 
 # %% ../nbs/02a_launch.ipynb #files
 def write_atomically(path: Path, text: str) -> None: # the folder must exist
@@ -194,7 +206,8 @@ SECRET_NAME = re.compile(r"(?i)token|secret|passw|api_?key|access_?key|credentia
 
 def secrets_of(environment: dict[str, str]) -> list[str]: # values of at least 8 characters, longest first
     "The values in an environment that must not be written down."
-    return sorted({v for k, v in environment.items() if SECRET_NAME.search(k) and len(v) >= 8 and not v.isdigit()}, key=len, reverse=True)
+    found = {v for k, v in environment.items() if SECRET_NAME.search(k) and len(v) >= 8 and not v.isdigit()}
+    return sorted(found, key=len, reverse=True)
 
 def redact(text: str, secrets: list[str]) -> str: # the text with `***` in their place
     "Hide secrets, plain or as they look inside JSON."
@@ -235,8 +248,8 @@ class LiveLog:
     "A rank's log file, and for rank 0 the terminal: whole lines, of a progress bar one state in 30 seconds."
     def __init__(self, path: Path, terminal: Optional[TextIO] = None, secrets: Optional[list[str]] = None):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file, self.terminal, self.secrets = open(path, "a", encoding="utf-8", errors="replace"), terminal, secrets or []
-        self.pending, self.last_shown = "", time.monotonic()
+        self.file, self.pending = open(path, "a", encoding="utf-8", errors="replace"), ""
+        self.terminal, self.secrets, self.last_shown = terminal, secrets or [], time.monotonic()
 
     def write(self, text: str) -> None:
         lines, newline, rest = (self.pending + text).rpartition("\n")
@@ -252,7 +265,8 @@ class LiveLog:
         try:
             stream.write(redact(text, self.secrets))
             stream.flush()
-        except (OSError, ValueError): self.terminal = None if stream is self.terminal else self.terminal  # closed, or disk full
+        except (OSError, ValueError):  # closed, or the disk is full: the notebook still has it
+            if stream is self.terminal: self.terminal = None
 
     def flush(self) -> None: pass # papermill calls it; `put` has flushed
 
@@ -311,7 +325,8 @@ def start_guard(
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1): signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
         os.setsid()
         os.close(writer)
         null = os.open(os.devnull, os.O_RDWR)
@@ -404,7 +419,8 @@ def is_alive(status: dict) -> bool: # for another machine: whether the heartbeat
     return not read_text(Path(f"/proc/{status['pid']}/stat")).rpartition(")")[2].startswith(" Z")
 
 # %% ../nbs/02a_launch.ipynb #failure
-CONSEQUENCE = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|socket timeout|nccl|gloo|distbackend|diststore|timed out|peer")
+CONSEQUENCE = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|socket timeout|nccl|gloo|distbackend"
+                         r"|diststore|timed out|peer")
 
 def claim_failure(
     folder: RunFolder,
@@ -470,7 +486,8 @@ class SessionHooks:
     def cell_error(self, cell, cell_index, execute_reply) -> None:
         reply = execute_reply["content"]
         if "raises-exception" in cell.metadata.get("tags", []): return
-        if reply["ename"] != "StopRequested": self.fail(reply["ename"], reply["evalue"], "\n".join(reply["traceback"][-200:]))
+        if reply["ename"] != "StopRequested":
+            self.fail(reply["ename"], reply["evalue"], "\n".join(reply["traceback"][-200:]))
 
     def cell_executed(self, cell, cell_index, execute_reply) -> None:
         sources = [p.get("source") for p in execute_reply["content"].get("payload", [])]
@@ -479,8 +496,9 @@ class SessionHooks:
     def fail(self, ename: str, evalue: str, traceback: str) -> dict: # the failure that counts, perhaps another rank's
         "Note our failure and claim it for the run."
         plain = redact(re.sub("\x1b\\[[0-9;]*[A-Za-z]", "", traceback)[-20_000:], self.secrets)
-        self.failure = dict(rank=self.place.rank, attempt=self.place.attempt, host=socket.gethostname(), time=time.time(), cell=self.cell,
-                            notebook=str(self.output), ename=ename, evalue=redact(evalue[:2000], self.secrets), traceback=plain)
+        self.failure = dict(rank=self.place.rank, attempt=self.place.attempt, host=socket.gethostname(),
+                            time=time.time(), cell=self.cell, notebook=str(self.output), ename=ename,
+                            evalue=redact(evalue[:2000], self.secrets), traceback=plain)
         self.first_failure = claim_failure(self.folder, self.failure, self.since)
         return self.first_failure
 
@@ -499,17 +517,18 @@ class RankSession(SessionHooks):
     def __post_init__(self):
         self.folder, self.private, self.kernel_exit = self.request.folder, short_private_folder(), None
         self.output, self.secrets = self.folder.notebook(self.place.rank), secrets_of(dict(os.environ))
-        self.since = float(os.environ.get("PROXY_SFT_BEGAN", self.began)) # when the run began, which may be before this rank
+        self.since = float(os.environ.get("PROXY_SFT_BEGAN", self.began)) # when the whole run began
         self.live = LiveLog(self.folder.log(self.place.rank), self.terminal, self.secrets)
-        self.status = RankStatus(self.folder.status(self.place.rank), rank=self.place.rank, world_size=self.place.world_size, cell=0,
-                                 attempt=self.place.attempt, run=os.environ.get("PROXY_SFT_RUN", ""), notebook=str(self.output))
+        self.status = RankStatus(self.folder.status(self.place.rank), rank=self.place.rank, cell=0,
+                                 world_size=self.place.world_size, attempt=self.place.attempt,
+                                 run=os.environ.get("PROXY_SFT_RUN", ""), notebook=str(self.output))
 
     @property
     def kernel_environment(self) -> dict[str, str]: # for the kernel alone
         name, value = self.mark.split("=")
         threads = threads_per_rank(self.place, read_text(Path(f"/proc/{os.getppid()}/environ")))
-        chosen = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-        return {**os.environ, name: value, "PROXY_SFT_STOP_FILE": str(self.folder.stop_file), "PYDEVD_DISABLE_FILE_VALIDATION": "1", **chosen}
+        return {**os.environ, name: value, "PROXY_SFT_STOP_FILE": str(self.folder.stop_file),
+                **({"OMP_NUM_THREADS": str(threads)} if threads else {}), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
     def close(self) -> None:
         kill_marked(self.mark)
@@ -520,8 +539,10 @@ class RankSession(SessionHooks):
 def short_private_folder() -> Path: # only its owner can look inside
     "A temporary folder whose path leaves room for a socket's name: Linux allows 107 bytes for both."
     for parent in (tempfile.gettempdir(), "/tmp", "/dev/shm"):
-        if len(os.fsencode(parent)) <= 80 and os.access(parent, os.W_OK): return Path(tempfile.mkdtemp(prefix="sft-", dir=parent))
-    raise LaunchError(f"No temporary folder with a path of at most 80 bytes can be written; set TMPDIR (it is {tempfile.gettempdir()!r}).")
+        if len(os.fsencode(parent)) <= 80 and os.access(parent, os.W_OK):
+            return Path(tempfile.mkdtemp(prefix="sft-", dir=parent))
+    raise LaunchError("No temporary folder with a path of at most 80 bytes can be written; set TMPDIR "
+                      f"(it is {tempfile.gettempdir()!r}).")
 
 def find_kernels(name: str, private: Path):  # a KernelSpecManager that knows `name`
     "Kernels as installed; for a name that is not installed, the running interpreter under that name."
@@ -575,7 +596,7 @@ def bound_outputs(
         new.data = {"text/plain": "[left out: this cell's outputs are too large]"}
 
 # %% ../nbs/02a_launch.ipynb #engine
-def register_engine(session: RankSession) -> None: # afterwards papermill knows the engine `proxy_sft` and our notebook handler
+def register_engine(session: RankSession) -> None: # papermill then knows the engine `proxy_sft` and our handler
     "Give papermill this session's client and IO handler, through its own registries."
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
@@ -601,11 +622,13 @@ def run_rank(session: RankSession) -> int: # 0 done, 1 failed, 75 stopped
     try:
         notebook = execute(session)
         failed = [c for c in notebook.cells if c.metadata.get("papermill", {}).get("status") == "failed"]
-        if failed and session.failure is None: session.fail("SystemExit", "a cell ended the notebook", failed[0].source[:2000])
+        if failed and session.failure is None:
+            session.fail("SystemExit", "a cell ended the notebook", failed[0].source[:2000])
         state = "failed" if session.failure else "done"
     except PapermillExecutionError as error:
         state = "stopped" if error.ename == "StopRequested" else "failed"
-        if state == "failed" and session.failure is None: session.fail(error.ename, error.evalue, "\n".join(error.traceback))
+        if state == "failed" and session.failure is None:
+            session.fail(error.ename, error.evalue, "\n".join(error.traceback))
     except StoppedBetweenCells: state = "stopped"
     except DeadKernelError:
         state = "failed"
@@ -622,7 +645,7 @@ def execute(session: RankSession): # the executed notebook
     "Papermill with our engine; braces in a path are no parameters."
     import logging
     from papermill.execute import execute_notebook
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # its words are in the state file, and unknown parameters were refused
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # its words are in the state file
     register_engine(session)
     source, target = (str(p).replace("{", "{{").replace("}", "}}") for p in (session.request.notebook, session.output))
     kernelspec = (read_json(session.request.notebook) or {}).get("metadata", {}).get("kernelspec", {})
@@ -638,7 +661,7 @@ def kernel_words(exit_code: Optional[int]) -> str: # a sentence
     return f"the kernel was killed by {signal.Signals(-exit_code).name}{hint}"
 
 # %% ../nbs/02a_launch.ipynb #watch
-def watch(session: RankSession, ended: threading.Event, seconds: float = 1.0) -> None: # runs in a thread until `ended` is set
+def watch(session: RankSession, ended: threading.Event, seconds: float = 1.0) -> None: # in a thread, until `ended`
     "Renew the heartbeat; when another rank failed, say so and kill our kernel."
     parent, beats = os.getppid(), 0
     while not ended.wait(seconds):
@@ -651,15 +674,17 @@ def watch(session: RankSession, ended: threading.Event, seconds: float = 1.0) ->
             kill_marked(session.mark)
         if session.place.under_torchrun and os.getppid() != parent: kill_now(session, signal.SIGKILL)
 
-def vanished(session: RankSession) -> Optional[dict]: # the claimed failure of a rank of this machine whose worker is gone
+def vanished(session: RankSession) -> Optional[dict]: # the failure of a rank of this machine whose worker is gone
     "Speak for a worker that was killed and cannot speak for itself."
     for rank in session.place.local_ranks:
         other = read_json(session.folder.status(rank)) if rank != session.place.rank else None
         if other is None or other["started"] < session.since - 2 or other["attempt"] != session.place.attempt: continue
-        if other["state"] in FINAL or is_alive(other) or (read_json(session.folder.status(rank)) or other)["state"] in FINAL: continue
+        if other["state"] in FINAL or is_alive(other): continue
+        if (read_json(session.folder.status(rank)) or other)["state"] in FINAL: continue  # ended since we read it
         return claim_failure(session.folder, dict(
-            rank=rank, attempt=session.place.attempt, host=other["host"], time=time.time(), cell=other["cell"], notebook=other["notebook"],
-            ename="WorkerKilled", evalue=f"the worker process {other['pid']} was killed", traceback=""), session.since)
+            rank=rank, attempt=session.place.attempt, host=other["host"], time=time.time(), cell=other["cell"],
+            notebook=other["notebook"], ename="WorkerKilled", traceback="",
+            evalue=f"the worker process {other['pid']} was killed"), session.since)
     return None
 
 # %% ../nbs/02a_launch.ipynb #signals
@@ -688,8 +713,10 @@ def wait_for_others(session: RankSession, seconds: float = 600) -> None:
     "After a stop: until every rank of this machine has ended, or its worker is gone."
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        states = [read_json(session.folder.status(rank)) for rank in session.place.local_ranks if rank != session.place.rank]
-        if all(s is None or s["state"] in FINAL or s["attempt"] != session.place.attempt or not is_alive(s) for s in states): return
+        others = [rank for rank in session.place.local_ranks if rank != session.place.rank]
+        states = [s for rank in others if (s := read_json(session.folder.status(rank)))]
+        working = [s for s in states if s["state"] not in FINAL and s["attempt"] == session.place.attempt]
+        if not any(is_alive(s) for s in working): return
         session.status.update()
         time.sleep(0.2)
 
@@ -717,7 +744,8 @@ def run_worker(request: Request) -> int: # exit code of this rank
     if place.under_torchrun: os.environ.setdefault("PROXY_SFT_BEGAN", str(process_began(os.getppid())))
     request.folder.make()
     session = RankSession(request, place, terminal=sys.stdout if place.rank == 0 else None)
-    if not stop_requested(session.folder.stop_file, session.since): session.folder.stop_file.unlink(missing_ok=True)  # an old one
+    if not stop_requested(session.folder.stop_file, session.since):  # an old one
+        session.folder.stop_file.unlink(missing_ok=True)
     finish = start_guard(session.mark, session.private)
     if place.rank != 0: quiet(request.folder.log(place.rank))
     handle_signals(session)
@@ -731,7 +759,8 @@ def run_worker(request: Request) -> int: # exit code of this rank
         wait_for_others(session)
         if place.rank == 0: session.folder.stop_file.unlink(missing_ok=True)  # it has been answered
     report_to_torchrun(session)
-    if session.failure and not place.under_torchrun and not launched: print(failure_words(session.failure), file=sys.stderr)
+    if session.failure and not place.under_torchrun and not launched:
+        print(failure_words(session.failure), file=sys.stderr)
     session.close()
     finish()
     return code
@@ -752,7 +781,8 @@ def torchrun_command(
         options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", args.rdzv_endpoint, "--rdzv-id", args.rdzv_id,
                     "--rdzv-conf", f"is_host={int(args.node_rank == 0)}"]
     elif args.nnodes != "1" or args.master_port:
-        options += ["--node-rank", str(args.node_rank), "--master-addr", args.master_addr, "--master-port", str(args.master_port or 29500)]
+        options += ["--node-rank", str(args.node_rank), "--master-addr", args.master_addr,
+                    "--master-port", str(args.master_port or 29500)]
     else: options += ["--local-addr", "127.0.0.1"]
     return [sys.executable, "-m", "torch.distributed.run", *options, *module]
 
@@ -760,7 +790,7 @@ def torchrun_command(
 def add_parameter_arguments(parser: argparse.ArgumentParser) -> None:
     "Papermill's parameter options; `split_parameters` reads them, this is for `--help`."
     add, pair, many = parser.add_argument, ("NAME", "VALUE"), dict(action="append", default=[])
-    add("-p", "--p", "--parameters", nargs=2, metavar=pair, help="a parameter; None: as the profile says; null: no value", **many)
+    add("-p", "--p", "--parameters", nargs=2, metavar=pair, help="a parameter; None: as the profile says", **many)
     add("-r", "--parameters_raw", nargs=2, metavar=pair, help="a parameter whose value stays text", **many)
     add("-f", "--parameters_file", metavar="FILE", help="YAML file of parameters", **many)
     add("-y", "--parameters_yaml", metavar="YAML", help="parameters as YAML text", **many)
@@ -769,7 +799,8 @@ def add_notebook_arguments(parser: argparse.ArgumentParser) -> None:
     "What launcher and worker both understand."
     add = parser.add_argument
     add("notebook", help="the notebook to execute")
-    add("output", nargs="?", help="executed notebook of rank 0, others beside it as OUT.rank-1.ipynb (default: notebooks/ in the run folder)")
+    add("output", nargs="?",
+        help="executed notebook of rank 0, others beside it (default: notebooks/ in the run folder)")
     add_parameter_arguments(parser)
     add("--log-dir", metavar="DIR", help="folder for logs (default: logs/ in the run folder)")
     add("--kernel", "-k", metavar="NAME", help="kernel to use instead of the notebook's own")
@@ -784,14 +815,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     "What `proxy-sft run` understands besides."
     add_notebook_arguments(parser)
     add = parser.add_argument
-    add("--nproc", default="1", type=process_count, metavar="N", help="processes on this machine, one per GPU; or gpu, auto (default: 1)")
+    add("--nproc", default="1", type=process_count, metavar="N",
+        help="processes on this machine, one per GPU; or gpu, auto (default: 1)")
     add("--nnodes", default="1", metavar="N", help="machines (default: 1)")
     add("--node-rank", default=0, type=int, metavar="I", help="number of this machine, from 0")
     add("--master-addr", default="127.0.0.1", metavar="HOST", help="address of machine 0")
     add("--master-port", type=int, metavar="PORT", help="free port on machine 0 (default: 29500 for several machines)")
     add("--rdzv-endpoint", metavar="HOST:PORT", help="elastic rendezvous instead of fixed machine numbers")
     add("--rdzv-id", default="proxy_sft", metavar="ID", help="name of the elastic rendezvous")
-    add("--max-restarts", default=0, type=int, metavar="N", help="start all ranks again after a failure, at most N times")
+    add("--max-restarts", default=0, type=int, metavar="N", help="start all ranks again after a failure, so often")
     add("--dry-run", action="store_true", help="print settings and command, start nothing")
 
 # %% ../nbs/02a_launch.ipynb #launcher
@@ -802,11 +834,11 @@ class Launcher:
         self.began, self.signalled, self.child = time.time(), [], None
         self.private = short_private_folder()
 
-    def start(self, command: list[str]) -> None: # `command` gets its own session, dies with us, and has nothing to say on the terminal
+    def start(self, command: list[str]) -> None: # it gets a session of its own, dies with us, and logs its errors
         env = {**os.environ, "PROXY_SFT_RUN": self.run, "PROXY_SFT_BEGAN": str(self.began), "PYTHONUNBUFFERED": "1"}
         with open(self.folder.logs / "torchrun.log", "a", encoding="utf-8") as errors:
-            self.child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=errors, start_new_session=True,
-                                          preexec_fn=die_with_parent)
+            self.child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=errors,
+                                          start_new_session=True, preexec_fn=die_with_parent)
 
     @property
     def told_twice(self) -> bool: return bool(self.signalled) and self.signalled[-1][0] - self.signalled[0][0] > 1
@@ -819,7 +851,7 @@ class Launcher:
             sweep_run(self.run)
         elif len(self.signalled) == 1:
             request_stop(self.folder.stop_file, f"{name} to the launcher")
-            print(f"proxy-sft: {name}: asked all ranks to save and stop; once more kills them.", file=sys.stderr, flush=True)
+            print(f"proxy-sft: {name}: asked all ranks to stop; once more kills them.", file=sys.stderr, flush=True)
 
     def states(self) -> list[dict]: # by rank
         "The states of the ranks that we started."
@@ -834,7 +866,8 @@ def outcome(
     states = launcher.states()
     took = f"{time.time() - launcher.began:.0f} s"
     if code == 0 and states and all(s["state"] == "done" for s in states):
-        print(f"proxy-sft: {len(states)} of {len(states)} ranks done in {took}. Notebooks: {launcher.folder.notebook(0).parent}", flush=True)
+        where = launcher.folder.notebook(0).parent
+        print(f"proxy-sft: {len(states)} of {len(states)} ranks done in {took}. Notebooks: {where}", flush=True)
         return 0
     if launcher.told_twice: return 128 + launcher.signalled[-1][1]
     if states and all(s["state"] in ("stopped", "done") for s in states):
@@ -863,9 +896,11 @@ def run_command(
     "`proxy-sft run`: check, start, wait, report."
     request = read_request(args.notebook, parameters, args.output, args.log_dir, args.kernel)
     worker = [args.notebook, *([args.output] if args.output else []), *options]
-    worker += [*(["--log-dir", args.log_dir] if args.log_dir else []), *(["--kernel", args.kernel] if args.kernel else [])]
+    given = {"--log-dir": args.log_dir, "--kernel": args.kernel}
+    worker += [word for name, value in given.items() if value for word in (name, value)]
     if args.dry_run:
-        print(settings_table(request.settings), "", f"run folder: {request.folder.root}", shlex.join(torchrun_command(args, worker)), sep="\n")
+        print(settings_table(request.settings), "", f"run folder: {request.folder.root}", sep="\n")
+        print(shlex.join(torchrun_command(args, worker)))
         return 0
     request.folder.make()
     refuse_second_run(args, request.folder)
@@ -891,7 +926,8 @@ def refuse_second_run(args: argparse.Namespace, folder: RunFolder) -> None: # La
         ours = count is None or state["rank"] // count == args.node_rank
         if not ours: continue
         if state["state"] not in FINAL and state["host"] == socket.gethostname() and is_alive(state):
-            raise LaunchError(f"The run folder {folder.root} is in use by process {state['pid']}. Stop that run, or choose another run_name.")
+            raise LaunchError(f"The run folder {folder.root} is in use by process {state['pid']}. Stop that run, "
+                              "or choose another run_name.")
         folder.status(state["rank"]).unlink(missing_ok=True)
     if args.node_rank == 0: folder.failure_file.unlink(missing_ok=True)
 
@@ -899,7 +935,8 @@ def refuse_second_run(args: argparse.Namespace, folder: RunFolder) -> None: # La
 def run_states(folder: Path) -> list[dict]: # by rank; LaunchError when nothing ran there
     "What every rank of a run says, and whether it is still there."
     states = sorted(RunFolder(folder).statuses(), key=lambda s: s["rank"])
-    if not states: raise LaunchError(f"There is no run in {folder}. Give a run's folder, or its name in workspace/runs.")
+    if not states:
+        raise LaunchError(f"There is no run in {folder}. Give a run's folder, or its name in workspace/runs.")
     for state in states:
         state["alive"] = state["state"] not in FINAL and is_alive(state)
         if state["state"] not in FINAL and not state["alive"]: state["state"] = "lost"
@@ -909,8 +946,10 @@ def status_table(states: list[dict], now: float) -> str: # one line per rank bel
     "States as a table for a terminal."
     lines = [f"{'rank':>4}  {'state':<8}  {'cell':>4}  {'last seen':>10}  {'ran':>8}  host:pid"]
     for s in states:
-        lines.append(f"{s['rank']:>4}  {s['state']:<8}  {s['cell']:>4}  {now - s['heartbeat']:>8.0f} s  {s['heartbeat'] - s['started']:>6.0f} s  "
-                     f"{s['host']}:{s['pid']}" + (f"  {s['failure']['ename']}: {s['failure']['evalue'][:80]}" if s.get("failure") else ""))
+        seen, ran, failure = now - s["heartbeat"], s["heartbeat"] - s["started"], s.get("failure")
+        why = f"  {failure['ename']}: {failure['evalue'][:80]}" if failure else ""
+        lines.append(f"{s['rank']:>4}  {s['state']:<8}  {s['cell']:>4}  {seen:>8.0f} s  {ran:>6.0f} s  "
+                     f"{s['host']}:{s['pid']}{why}")
     return "\n".join(lines)
 
 def status_command(args: argparse.Namespace) -> int: # exit code
@@ -951,7 +990,7 @@ def main(argv: Optional[list[str]] = None) -> int: # exit code; argparse itself 
     "The command `proxy-sft`."
     argv = list(sys.argv[1:] if argv is None else argv)
     chosen = argv[0] if argv else ""
-    parser = argparse.ArgumentParser(prog="proxy-sft", description="Qwen3-8B as a tool-calling model: prepare, train, inspect.")
+    parser = argparse.ArgumentParser(prog="proxy-sft", description="Qwen3-8B as a tool-calling model.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, words in COMMANDS.items():
         sub = commands.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.", allow_abbrev=False)
@@ -960,8 +999,9 @@ def main(argv: Optional[list[str]] = None) -> int: # exit code; argparse itself 
 
 def run_main(parser: argparse.ArgumentParser, argv: list[str], chosen: str) -> int: # exit code
     "Parse, then do it."
-    asks_help = {"-h", "--help"} & set(argv)
-    rest, options, parameters = split_parameters(argv) if chosen in ("run", "prepare") and not asks_help else (argv, [], {})
+    rest, options, parameters = argv, [], {}
+    if chosen in ("run", "prepare") and not {"-h", "--help"} & set(argv):
+        rest, options, parameters = split_parameters(argv)
     args = parser.parse_args(rest)
     if args.command == "run": return run_command(args, parameters, options)
     if args.command == "prepare": return prepare_command(parameters)
@@ -970,7 +1010,7 @@ def run_main(parser: argparse.ArgumentParser, argv: list[str], chosen: str) -> i
     return inspect_command(args)
 
 # %% ../nbs/02a_launch.ipynb #worker-main
-def in_plain_words(command: Callable[[], int]) -> int: # the command's exit code; 2 for a refused request, 1 for an error of ours
+def in_plain_words(command: Callable[[], int]) -> int: # the command's exit code; 2: refused; 1: another error of ours
     "Show errors that were written for people without a traceback."
     try: return command()
     except (LaunchError, SettingsError) as error: code, words = 2, error
@@ -982,9 +1022,10 @@ def in_plain_words(command: Callable[[], int]) -> int: # the command's exit code
 
 def worker_main(argv: list[str]) -> int: # exit code of this rank
     "`python -m proxy_sft.launch`: one rank, started by torchrun or by the launcher."
-    parser = argparse.ArgumentParser(prog="python -m proxy_sft.launch", description="Execute a notebook as one rank.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m proxy_sft.launch", allow_abbrev=False)
     add_notebook_arguments(parser)
-    sys.modules.setdefault("rfc3987_syntax", None)  # papermill imports jsonschema, which builds this grammar for two seconds, unused
+    # Papermill imports jsonschema, which would build this grammar for two seconds and never use it here.
+    sys.modules.setdefault("rfc3987_syntax", None)
     def work() -> int:
         rest, _, parameters = split_parameters(argv)
         args = parser.parse_args(rest)
