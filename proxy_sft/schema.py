@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CALL_POLICIES', 'TALK_POLICIES', 'POLICY', 'REASONS', 'DIGITS_AS_ZERO', 'TYPE_NAMES', 'SCHEMAS', 'LISTS', 'NUMBERS',
-           'LENGTHS', 'PLAIN_TOP', 'PLAIN_PROPERTY', 'PLAIN_TYPES', 'ITEM_TYPES', 'VALUES', 'GAP', 'Policy',
-           'PolicyTable', 'DefectError', 'action', 'meaning', 'may_hold_big_integers', 'read_json', 'write_json',
-           'wrap_tool', 'parse_tools', 'without_copies', 'functions_by_name', 'type_name', 'is_number',
+           'LENGTHS', 'OBJECT', 'PLAIN_TOP', 'PLAIN_PROPERTY', 'PLAIN_TYPES', 'ITEM_TYPES', 'VALUES', 'GAP', 'Policy',
+           'PolicyTable', 'DefectError', 'action', 'meaning', 'may_hold_big_integers', 'read_json', 'dump_json',
+           'write_json', 'wrap_tool', 'parse_tools', 'without_copies', 'functions_by_name', 'type_name', 'is_number',
            'plain_keywords', 'checking_schema', 'checked_properties', 'parameters_of', 'resolves',
            'without_dead_references', 'validator', 'plainly_fits', 'plain_items', 'equals_default', 'violation',
            'check_call', 'json_values', 'lines_of_json', 'pair_results']
@@ -132,7 +132,9 @@ DIGITS_AS_ZERO = bytes.maketrans(b"123456789", b"0" * 9)
 
 def may_hold_big_integers(text: str) -> bool:
     "Whether some run of digits is long enough for an integer beyond 64 bits, which orjson turns into a float."
-    return b"0" * 19 in text.encode("utf-8", "replace").translate(DIGITS_AS_ZERO)
+    written = text.encode("utf-8", "replace")
+    if b"000" not in written[::6].translate(DIGITS_AS_ZERO): return False  # nineteen digits in a row meet every sixth byte three times
+    return b"0" * 19 in written.translate(DIGITS_AS_ZERO)
 
 def read_json(
     text: str, # JSON
@@ -144,15 +146,17 @@ def read_json(
     def refuse(name): raise ValueError(f"{name} is not JSON")
     return json.loads(text, parse_constant=refuse)
 
-def write_json(
+def dump_json(
     value, # made of dict, list, str, int, float, bool, None
-) -> str: # compact JSON, not ASCII-escaped
+) -> bytes: # compact JSON in UTF-8, not ASCII-escaped
     "The inverse of `read_json`; ValueError for NaN or half a surrogate pair."
-    try: return orjson.dumps(value).decode()
+    try: return orjson.dumps(value)
     except TypeError:  # an integer beyond 64 bits or half a surrogate pair
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        text.encode()
-        return text
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+def write_json(value) -> str: # `dump_json` as text
+    "The inverse of `read_json`, as text."
+    return dump_json(value).decode()
 
 # %% ../nbs/00b_schema.ipynb #schema-tools
 def wrap_tool(
@@ -316,6 +320,7 @@ def validator(
     return Draft202012Validator(without_dead_references(schema, schema))
 
 # %% ../nbs/00b_schema.ipynb #schema-plain
+OBJECT = ("object", "dict")
 PLAIN_TOP = frozenset(("type", "properties", "required", "title", "description", "default"))
 PLAIN_PROPERTY = frozenset(("type", "description", "default", "title", "format", "enum", "items", "example", "examples", "optional"))
 PLAIN_TYPES = {name: (str,) for name in ("string", "str")} | {name: (int,) for name in ("integer", "int")} | {
@@ -330,15 +335,16 @@ def plainly_fits(
     "Whether arguments fit a flat schema beyond doubt."
     try:
         properties = parameters["properties"]
-        if parameters["type"] not in ("object", "dict") or not parameters.keys() <= PLAIN_TOP: return False
+        if parameters["type"] not in OBJECT or not PLAIN_TOP.issuperset(parameters): return False
         for key in parameters.get("required", ()):
             if key not in arguments: return False
         for key, value in arguments.items():
             declared = properties[key]
-            if type(value) not in PLAIN_TYPES[declared["type"]] or not declared.keys() <= PLAIN_PROPERTY: return False
+            if type(value) not in PLAIN_TYPES[declared["type"]] or not PLAIN_PROPERTY.issuperset(declared): return False
             if "enum" in declared and (type(value) is not str or value not in declared["enum"]): return False
             if type(value) is list and "items" in declared and not plain_items(declared["items"], value): return False
-        return not any("required" in declared for declared in properties.values())
+        if len(arguments) == len(properties): return True
+        return not any(["required" in declared for declared in properties.values()])
     except (KeyError, TypeError, AttributeError):  # not a plain schema
         return False
 
@@ -359,8 +365,8 @@ def violation(
     arguments: dict, # a call's arguments
 ) -> str | None: # what does not fit, None when all fits
     "The first contradiction between arguments and schema, in words."
+    if plainly_fits(function.get("parameters"), arguments): return None
     parameters = parameters_of(function)
-    if plainly_fits(parameters, arguments): return None
     try:
         for error in validator(write_json(parameters)).iter_errors(arguments):
             path = list(error.absolute_path)

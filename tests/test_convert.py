@@ -304,16 +304,9 @@ def test_rows_in_are_rows_kept_and_rows_rejected(demo_file, tmp_path):
 def test_same_bytes_for_any_number_of_processes(demo_file, tmp_path, monkeypatch):
     monkeypatch.setattr(converting, "BLOCK_BYTES", 100_000)  # many parts
     monkeypatch.setattr(converting, "SMALL", 0)  # not too small for several processes
-    for num_proc in (1, 2, 3):
+    for num_proc in (1, 3):
         convert_file(demo_file, tmp_path / str(num_proc) / "train.jsonl", heldout_fraction=0.1, drop_duplicates=True, num_proc=num_proc)
-    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
-
-
-def test_more_than_one_process_really_works(tmp_path):
-    rows = demo_rows(400) * 20
-    source = write_rows(tmp_path / "many.jsonl", rows)
-    one, two = (convert_file(source, tmp_path / str(n) / "train.jsonl", num_proc=n) for n in (1, 2))
-    assert one.rows == two.rows == len(rows) and contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
 def test_inputs_of_all_kinds_give_the_same_rows(tmp_path):
@@ -396,10 +389,11 @@ def test_files_that_cannot_be_used(tmp_path, name, words):
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-def test_a_fault_in_another_process_is_told_as_well(tmp_path):
+def test_a_fault_in_another_process_is_told_as_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(converting, "SMALL", 0)
     good = json.dumps(simple()) + "\n"
-    (tmp_path / "in.jsonl").write_text(good * 12_000 + "oh no\n" + good * 2_000)
-    with pytest.raises(ConvertError, match="line 12001"): convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl", num_proc=2)
+    (tmp_path / "in.jsonl").write_text(good * 2_000 + "oh no\n" + good * 500)
+    with pytest.raises(ConvertError, match="line 2001"): convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl", num_proc=2)
     assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob(".*"))
 
 
@@ -419,7 +413,7 @@ def test_a_row_that_fails_leaves_the_old_files_alone(tmp_path):
 
 
 def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
-    source = write_rows(tmp_path / "in.jsonl", demo_rows(800) * 12)
+    source = write_rows(tmp_path / "in.jsonl", demo_rows(400) * 8)
     code = f"from proxy_sft.convert import convert_file; convert_file({str(source)!r}, {str(tmp_path / 'out' / 'train.jsonl')!r})"
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while run.poll() is None and not list(tmp_path.glob("out/.*/train.jsonl")): time.sleep(0.01)
@@ -427,7 +421,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
     run.wait()
     assert not list((tmp_path / "out").glob("*.json*")), "a file that looks finished"
     report = convert_file(source, tmp_path / "out" / "train.jsonl")
-    assert report.rows == 9600 and not list((tmp_path / "out").glob(".*")), "what the killed run left is gone"
+    assert report.rows == 3200 and not list((tmp_path / "out").glob(".*")), "what the killed run left is gone"
 
 
 # By settings
