@@ -8,18 +8,18 @@ __all__ = ['CALL_POLICIES', 'TALK_POLICIES', 'POLICY', 'REASONS', 'DIGITS_AS_ZER
            'PolicyTable', 'DefectError', 'action', 'meaning', 'may_hold_big_integers', 'read_json', 'dump_json',
            'write_json', 'wrap_tool', 'parse_tools', 'without_copies', 'functions_by_name', 'type_name', 'is_number',
            'plain_keywords', 'checking_schema', 'checked_properties', 'parameters_of', 'resolves',
-           'without_dead_references', 'validator', 'plainly_fits', 'plain_items', 'equals_default', 'violation',
-           'check_call', 'json_values', 'lines_of_json', 'pair_results']
+           'without_dead_references', 'validator_class', 'validator', 'plainly_fits', 'plain_items', 'equals_default',
+           'violation', 'check_call', 'json_values', 'lines_of_json', 'pair_results']
 
 # %% ../nbs/00b_schema.ipynb #schema-imports
 import functools
 import html
 import json
 import re
+import sys
 from dataclasses import dataclass
 
 import orjson
-from jsonschema import Draft202012Validator
 
 # %% ../nbs/00b_schema.ipynb #schema-policy
 @dataclass(frozen=True)
@@ -311,13 +311,24 @@ def without_dead_references(part, root: dict):
     return {key: without_dead_references(value, root) for key, value in part.items()
             if not (key == "$ref" and isinstance(value, str) and not resolves(root, value))}
 
+@functools.lru_cache(maxsize=1)
+def validator_class() -> type: # `jsonschema.Draft202012Validator`
+    "The general validator, imported when first needed, without a grammar that only checks of formats use."
+    grammar = "rfc3987_syntax"
+    hide = grammar not in sys.modules
+    if hide: sys.modules[grammar] = None  # jsonschema goes on without it
+    try: from jsonschema import Draft202012Validator
+    finally:
+        if hide: del sys.modules[grammar]
+    return Draft202012Validator
+
 @functools.lru_cache(maxsize=8192)
 def validator(
     parameters: str, # a tool's parameters as JSON text
-) -> Draft202012Validator: # ready to check arguments
+): # a `jsonschema` validator, ready to check arguments
     "The validator of a tool's parameters, made once per schema."
     schema = checking_schema(read_json(parameters), closed=True)
-    return Draft202012Validator(without_dead_references(schema, schema))
+    return validator_class()(without_dead_references(schema, schema))
 
 # %% ../nbs/00b_schema.ipynb #schema-plain
 OBJECT = ("object", "dict")
