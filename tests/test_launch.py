@@ -210,17 +210,19 @@ def test_notebook_is_whole_bounded_and_without_secrets_at_every_instant(started,
     long_folder.mkdir()
     nb = notebook(tmp_path / "nb.ipynb", noisy, bar, *["time.sleep(0.05)"] * 20, "raise ValueError(os.environ['HF_TOKEN'])", kernel="no-such-kernel")
     run = started(LAUNCH, nb, HF_TOKEN="hf_canary0123456789", TMPDIR=str(long_folder))
-    path, seen, ended = run.root / "notebooks" / "rank-0.ipynb", [], threading.Event()
+    path, seen, broken, ended = run.root / "notebooks" / "rank-0.ipynb", [], [], threading.Event()
 
     def read():
         while not ended.is_set():
-            if path.exists(): seen.append(len(json.loads(path.read_text())["cells"]))
+            try: seen.append(len(json.loads(path.read_text())["cells"]))
+            except FileNotFoundError: time.sleep(0.01)  # before the first write
+            except ValueError as error: broken.append(error)
     reader = threading.Thread(target=read)
     reader.start()
     code = run.end()
     ended.set()
     reader.join()
-    assert code == 1 and len(seen) > 100 and len(set(seen)) <= 2  # an error marker is added at the end
+    assert not broken and code == 1 and len(seen) > 100 and len(set(seen)) <= 2  # an error marker is added at the end
     assert path.stat().st_size < 400_000 and "line 000000" in text_of(path) and "line 007999" in text_of(path) and "step 19999" in text_of(path)
     log = (run.root / "logs" / "rank-0.log").read_text()
     assert "line 004000" in log and log.count("step ") < 10
@@ -241,16 +243,21 @@ def test_two_ranks_write_a_notebook_each_and_only_rank_0_speaks(started, tmp_pat
     assert not run.survivors()
 
 
-def test_two_agents_on_loopback_are_one_run(started, tmp_path):
+@pytest.mark.parametrize("ending", ["one fails", pytest.param("both done", marks=soak)])
+def test_two_agents_on_loopback_are_one_run(started, tmp_path, ending):
     import socket
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    nb = notebook(tmp_path / "nb.ipynb", ALL_REDUCE)
+    last = "if os.environ['RANK'] == '1': raise ValueError('boom')\nimport time; time.sleep(300)" if ending == "one fails" else "pass"
+    nb = notebook(tmp_path / "nb.ipynb", ALL_REDUCE, last)
     options = ["--nproc", "1", "--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port]
     second, first = (started(LAUNCH, nb, *options, "--node-rank", str(i)) for i in (1, 0))
-    assert [first.end(), second.end()] == [0, 0], first.err + second.err
+    codes = [first.end(120), second.end(60)]
     assert "rank 0 of 2 sums to 3" in first.out and text_of(first.root / "notebooks" / "rank-1.ipynb") == "rank 1 of 2 sums to 3\n"
+    if ending == "both done": assert codes == [0, 0], first.err + second.err
+    else: assert codes == [1, 1] and [r.err.strip().splitlines()[-1] for r in (first, second)] == ["ValueError: boom"] * 2
+    assert not first.survivors() + second.survivors()
 
 
 @pytest.mark.parametrize("command", [pytest.param([*LAUNCH, "--nproc", "2"], id="launcher"), pytest.param(BY_HAND, id="by-hand", marks=soak)])
