@@ -346,7 +346,7 @@ class Announcer:
     "The builder's side: rewrites `prepare.json` once a second until everybody has read the end."
 
     def __init__(self, folder: Path, ranks: list[int]): # the run's folder; the ranks that wait
-        self.folder, self.ranks, self.lock = folder, ranks, threading.Lock()
+        self.folder, self.ranks, self.lock, self.ever_heard = folder, ranks, threading.Lock(), set()
         self.record = {"state": "building", "text": "starting", "beat": 0, "heard": {}}
         folder.mkdir(parents=True, exist_ok=True)
         if ranks: threading.Thread(target=self._beat, daemon=True).start()
@@ -358,14 +358,17 @@ class Announcer:
             if self.ranks: self._write()
 
     def _write(self):
-        words = {r: self.folder / f".waiting-{r}" for r in self.ranks}
-        self.record["heard"] = {str(r): w.read_text() for r, w in words.items() if w.is_file()}
+        self.record["heard"] = {}
+        for rank in self.ranks:
+            try: self.record["heard"][str(rank)] = (self.folder / f".waiting-{rank}").read_text()
+            except FileNotFoundError: continue  # not there yet, or taken away again
+            self.ever_heard.add(rank)
         self.record["beat"] += 1
         write_flushed(self.folder / "prepare.json", json.dumps(self.record))
 
     def _beat(self):
-        everybody = {str(r) for r in self.ranks}
-        while self.record["state"] == "building" or set(self.record["heard"]) != everybody:
+        "Until everybody was heard and has taken its word away again, which it does when it has read the end."
+        while self.record["state"] == "building" or self.record["heard"] or self.ever_heard != set(self.ranks):
             with self.lock: self._write()
             time.sleep(1)
 
@@ -381,12 +384,13 @@ def wait_for_builder(
 ) -> str: # what the builder said at the end: the prepared folder's name
     "Wait for the builder without a collective; `PrepareError` when it fails or falls silent, `NoAnswer` when it never spoke."
     folder.mkdir(parents=True, exist_ok=True)
-    word, last, since = secrets.token_hex(8), None, time.monotonic()
-    write_flushed(folder / f".waiting-{rank}", word)
+    word, last, since, mine_file = secrets.token_hex(8), None, time.monotonic(), folder / f".waiting-{rank}"
+    write_flushed(mine_file, word)
     while True:
         try: record = json.loads((folder / "prepare.json").read_text())
         except FileNotFoundError: record = {}
         mine = record.get("heard", {}).get(str(rank)) == word
+        if mine and record["state"] != "building": mine_file.unlink()
         if mine and record["state"] == "done": return record["text"]
         if mine and record["state"] == "failed": raise PrepareError(f"Rank {rank} stops because the preparing rank failed: {record['text']}")
         if mine and record["beat"] != last: last, since = record["beat"], time.monotonic()

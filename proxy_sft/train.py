@@ -238,9 +238,12 @@ def is_finished(checkpoint: Path) -> bool:
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return state["global_step"] >= state["max_steps"]
 
-def train(settings: Settings) -> TrainResult: # the same on every rank
+def train(
+    settings: Settings,
+    prepared: Optional[Prepared] = None, # what `prepare(settings)` gave; made here when not given
+) -> TrainResult: # the same on every rank
     "Prepare, certify, train, checkpoint, publish. `StopRequested` after a stop that was asked for."
-    prepared = prepare(settings)
+    prepared = prepared or prepare(settings)
     require_certificate(prepared, settings)
     start_processes(settings)
     facts, checkpoint = begin_run(settings, prepared)
