@@ -7,7 +7,7 @@
 .PHONY: demo test check lab lock clean env notebooks
 BIN := sft-qwen3/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-DEMO := workspace/demo
+DEMO := workspace
 
 env:
 	@./setup_sft_env.sh

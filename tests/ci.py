@@ -31,7 +31,7 @@ def main() -> None:
     changed = sorted(n for n in {*before, *sources()} if before.get(n) != sources().get(n))
     if changed: sys.exit(f"== nbdev_clean or nbdev_export changed {', '.join(changed)}; run both and commit the result.")
     print("== notebooks and library are in step")
-    part("the demo through papermill, then two ranks with ZeRO-2", "python", "tests/demo.py", "workspace/demo")
+    part("the demo through papermill, then two ranks with ZeRO-2", "python", "tests/demo.py", "workspace")
     part("nbdev_test", "nbdev_test", "--n_workers", "0")
     part("pytest", "python", "-m", "pytest", "tests", "-q", "-p", "no:cacheprovider", "-rs")
 

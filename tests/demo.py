@@ -54,4 +54,4 @@ def summary(workspace: Path, executed: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "workspace" / "demo").resolve())
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "workspace").resolve())

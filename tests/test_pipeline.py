@@ -152,7 +152,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(workspace, tmp_path):
 
 
 def test_the_demo_kept_its_last_four_checkpoints_and_learnt():
-    run_dir = ROOT / "workspace" / "demo" / "runs" / "demo"
+    run_dir = ROOT / "workspace" / "runs" / "demo"
     if not (run_dir / "COMPLETE").is_file(): pytest.skip("make demo has not been run in this checkout")
     assert sorted(p.name for p in run_dir.glob("checkpoint-*")) == ["checkpoint-200", "checkpoint-300", "checkpoint-400", "checkpoint-500"]
     assert weights(run_dir) == weights(run_dir / "checkpoint-500")
