@@ -344,11 +344,14 @@ def remove_abandoned(prepared_dir: Path) -> None:
 # %% ../nbs/01a_prepare.ipynb #announcer
 class Announcer:
     "The builder's side: rewrites `prepare.json` once a second until everybody has read the end."
+    speaking: dict[Path, "Announcer"] = {}  # one voice per folder: a new announcer silences the one before
 
     def __init__(self, folder: Path, ranks: list[int]): # the run's folder; the ranks that wait
         self.folder, self.ranks, self.lock, self.ever_heard = folder, ranks, threading.Lock(), set()
         self.record = {"state": "building", "text": "starting", "beat": 0, "heard": {}}
         folder.mkdir(parents=True, exist_ok=True)
+        if before := self.speaking.get(folder): before.silence()
+        self.speaking[folder] = self
         if ranks: threading.Thread(target=self._beat, daemon=True).start()
 
     def say(self, state: str, text: str) -> None: # state: building, done or failed
@@ -366,10 +369,16 @@ class Announcer:
         self.record["beat"] += 1
         write_flushed(self.folder / "prepare.json", json.dumps(self.record))
 
+    def silence(self) -> None:
+        "Never write again."
+        with self.lock: self.ranks = []
+
     def _beat(self):
         "Until everybody was heard and has taken its word away again, which it does when it has read the end."
         while self.record["state"] == "building" or self.record["heard"] or self.ever_heard != set(self.ranks):
-            with self.lock: self._write()
+            with self.lock:
+                if not self.ranks: return
+                self._write()
             time.sleep(1)
 
 # %% ../nbs/01a_prepare.ipynb #waiter
