@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
@@ -189,6 +190,7 @@ def start_processes(settings: Settings) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, one warning per collective
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(settings.run_dir / "logs" / "tensorboard")
     if settings.device == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
