@@ -9,12 +9,12 @@ __all__ = ['TAG', 'DOLCI_SENTENCES', 'SENTENCE', 'FILLED_TAG', 'THINK', 'ROLES',
            'read_turn', 'add_turn', 'add_results', 'calls_text', 'read_calls_of_others', 'add_plain', 'read_talk',
            'finish_talk', 'read_tools', 'parsed_back', 'check_controls', 'mended', 'read_once', 'read_mended',
            'read_row', 'convert_row', 'Choices', 'source_of', 'is_tool_row', 'left_out', 'content_hash', 'is_heldout',
-           'Piece', 'json_line', 'row_line', 'excerpt', 'convert_into', 'Part', 'rows_of', 'read_odd_line', 'not_json',
-           'convert_part', 'convert_plain', 'input_files', 'unreadable', 'opened', 'parts_of', 'parquet_parts',
-           'process_count', 'converted_parts', 'bars_are_hidden', 'Progress', 'rows_to_drop', 'drop_rows',
-           'ConvertReport', 'report_lines', 'report_text', 'report_html', 'report_from', 'counted_facts', 'write_parts',
-           'select_rows', 'publish', 'folder_aside', 'line_count', 'check_sums', 'convert_file', 'hashes',
-           'check_choices', 'code_version', 'what_changed', 'convert']
+           'Piece', 'json_line', 'row_line', 'excerpt', 'convert_into', 'Part', 'lines_of', 'rows_of', 'read_odd_line',
+           'not_json', 'convert_part', 'convert_plain', 'input_files', 'unreadable', 'opened', 'parts_of',
+           'parquet_parts', 'process_count', 'converted_parts', 'bars_are_hidden', 'Progress', 'rows_to_drop',
+           'drop_rows', 'ConvertReport', 'report_lines', 'report_text', 'report_html', 'report_from', 'counted_facts',
+           'write_parts', 'select_rows', 'publish', 'folder_aside', 'line_count', 'check_sums', 'convert_file',
+           'hashes', 'check_choices', 'code_version', 'what_changed', 'convert']
 
 # %% ../nbs/01_convert.ipynb #convert-imports
 import contextlib
@@ -36,7 +36,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Optional
 
@@ -499,16 +499,23 @@ class Part:
     line: int  # of the first row, 1 for the first; rows are counted through all files
     lines: Optional[bytes] = None  # whole lines
     row_group: int = 0  # of a parquet file, where there are no lines
+    start: int = 0  # where the lines stand in a file that is not compressed
+    size: int = 0  # how many bytes they are; 0 where they cannot be read from there
+
+def lines_of(part: Part) -> bytes:
+    "The part's lines; another process reads them itself where it can, instead of being sent them."
+    if part.lines is not None: return part.lines
+    with open(part.path, "rb") as stream: return os.pread(stream.fileno(), part.size, part.start)
 
 def rows_of(part: Part):
     "The rows of a part with their line numbers; ConvertError(not_json) for a line that is no JSON object."
-    if part.lines is None:
+    if part.lines is None and not part.size:
         import pyarrow.parquet
         try: rows = pyarrow.parquet.ParquetFile(part.path).read_row_group(part.row_group).to_pylist()
         except (pyarrow.ArrowException, OSError) as error: raise unreadable(part.path, error) from error
         yield from enumerate(rows, part.line)
         return
-    for number, line in enumerate(part.lines.split(b"\n"), part.line):
+    for number, line in enumerate(lines_of(part).split(b"\n"), part.line):
         if not line or line.isspace(): continue
         try: row = orjson.loads(line)
         except ValueError: row = read_odd_line(part, number, line)
@@ -592,11 +599,12 @@ def parts_of(files: list[Path]):
                 yield part[0]
                 line += part[1]
             continue
+        plain, at = path.suffix not in (".gz", ".zst"), 0
         with opened(path) as stream:
             while block := stream.read(BLOCK_BYTES):
                 block += stream.readline()
-                yield Part(str(path), line, block)
-                line += block.count(b"\n") or 1
+                yield Part(str(path), line, block, 0, at, len(block) * plain)
+                line, at = line + (block.count(b"\n") or 1), at + len(block)
 
 def parquet_parts(path: Path, line: int):
     "The row groups of a parquet file, each with its number of rows."
@@ -620,10 +628,12 @@ def converted_parts(parts, choices: Choices, num_proc: int):
         for part in parts: yield part, convert_part(part, choices)
         return
     parts = iter(parts)
-    context = multiprocessing.get_context("spawn")  # a kernel has threads, and a fork of threads can hang
+    context = multiprocessing.get_context("forkserver")  # a kernel has threads, and a fork of threads can hang
+    context.set_forkserver_preload(["proxy_sft.convert"])  # imported once, not once per process
     pool = ProcessPoolExecutor(num_proc, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     work = importlib.import_module("proxy_sft.convert").convert_plain  # others know the module, not the notebook
-    def submit(part): return part, pool.submit(work, astuple(part), astuple(choices))
+    def submit(part):
+        return part, pool.submit(work, astuple(replace(part, lines=None) if part.size else part), astuple(choices))
     try:
         waiting = deque(map(submit, itertools.islice(parts, 2 * num_proc)))
         while waiting:
