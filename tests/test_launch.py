@@ -69,14 +69,12 @@ class Run:
     def __init__(self, folder: Path, command: list, nb: Path, *options, out: str = "run", **env):
         self.folder, self.root, self.mark = folder, folder / out, f"PROXY_SFT_TEST={uuid.uuid4().hex}"
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("PROXY_SFT", "JPY_", "PYTEST"))}
-        self.began = time.monotonic()
         self.process = subprocess.Popen([*command, str(nb), *options, "-p", "folder", str(folder), "-p", "output_dir", str(self.root)],
                                         env={**clean, **dict([self.mark.split("=")]), **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def end(self, seconds: float = 90):
+    def end(self, seconds: float = 240):
         "Wait for the end; the exit code, and nothing may be left after a moment."
         self.out, self.err = self.process.communicate(timeout=seconds)
-        self.took = time.monotonic() - self.began
         return self.process.returncode
 
     def survivors(self, seconds: float = 10) -> list[int]:
@@ -84,7 +82,7 @@ class Run:
         while (left := launch.marked_processes(self.mark)) and time.monotonic() < end: time.sleep(0.05)
         return left
 
-    def wait_for(self, *names: str, seconds: float = 60):
+    def wait_for(self, *names: str, seconds: float = 240):  # a start takes 3 s; on a machine with a load of 10 it took 60
         end = time.monotonic() + seconds
         while not all((p := self.folder / n).exists() and (p.stat().st_size or "saved" in n) for n in names):
             assert self.process.poll() is None, self.process.communicate()
@@ -179,7 +177,7 @@ def ends(tmp_path_factory):
     for name, (source, _) in ENDS.items():
         folder = tmp_path_factory.mktemp(name)
         runs[name] = Run(folder, LAUNCH, notebook(folder / "nb.ipynb", source, "pass") if name != "exit" else notebook(folder / "nb.ipynb", source))
-    for run in runs.values(): run.end(120)
+    for run in runs.values(): run.end()
     return runs
 
 
@@ -253,7 +251,7 @@ def test_two_agents_on_loopback_are_one_run(started, tmp_path, ending):
     nb = notebook(tmp_path / "nb.ipynb", ALL_REDUCE, last)
     options = ["--nproc", "1", "--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port]
     second, first = (started(LAUNCH, nb, *options, "--node-rank", str(i)) for i in (1, 0))
-    codes = [first.end(120), second.end(60)]
+    codes = [first.end(), second.end()]
     assert "rank 0 of 2 sums to 3" in first.out and text_of(first.root / "notebooks" / "rank-1.ipynb") == "rank 1 of 2 sums to 3\n"
     if ending == "both done": assert codes == [0, 0], first.err + second.err
     else: assert codes == [1, 1] and [r.err.strip().splitlines()[-1] for r in (first, second)] == ["ValueError: boom"] * 2
@@ -265,7 +263,7 @@ def test_a_failed_rank_stops_the_others_and_is_shown_last(started, tmp_path, com
     nb = notebook(tmp_path / "nb.ipynb", "import os, time", "if os.environ['RANK'] == '1': raise ValueError('boom')", "time.sleep(300)")
     run = started(command, nb)
     code = run.end()
-    assert code == 1 and run.took < 60
+    assert code == 1 and time.time() - json.loads((run.root / "status" / "failure.json").read_text())["time"] < 60
     if command is BY_HAND: assert run.err.rindex("ValueError: boom") > run.err.rindex("Root Cause")
     else:
         assert run.err.strip().splitlines()[-1] == "ValueError: boom" and len(run.err.splitlines()) < 25, run.err
@@ -282,7 +280,7 @@ def test_killing_torchrun_or_the_launcher_leaves_no_process(started, tmp_path, v
     run.wait_for(*(f"kernel-{r}" for r in range(nproc)))
     assert len(launch.marked_processes(run.mark)) >= 2 + 5 * nproc  # launcher and its guard; a worker, a guard, a kernel and a pool of 2 per rank
     os.kill(run.torchrun() if victim == "torchrun" else run.process.pid, signal.SIGKILL)
-    assert run.end(30) == (1 if victim == "torchrun" else -signal.SIGKILL)
+    assert run.end(60) == (1 if victim == "torchrun" else -signal.SIGKILL)
     if victim == "torchrun": assert "SIGKILL" in run.err.strip().splitlines()[-1]
     assert not run.survivors()
 
@@ -292,7 +290,7 @@ def test_a_killed_worker_stops_the_others(started, tmp_path):
     run.wait_for("kernel-0", "kernel-1")
     os.kill(json.loads((run.root / "status" / "rank-1.json").read_text())["pid"], signal.SIGKILL)
     killed = time.monotonic()
-    assert run.end() == 1 and time.monotonic() - killed < 20
+    assert run.end() == 1 and time.monotonic() - killed < 60
     assert "Rank 1" in run.err and "was killed" in run.err.strip().splitlines()[-1]
     assert not run.survivors()
 
@@ -325,4 +323,4 @@ def test_second_run_is_refused_and_second_signal_kills(started, tmp_path, capsys
     time.sleep(1.5)
     assert run.process.poll() is None  # the cell does not look for the request, so it goes on
     run.process.terminate()
-    assert run.end(15) == 128 + signal.SIGTERM and not run.survivors()
+    assert run.end(60) == 128 + signal.SIGTERM and not run.survivors()
