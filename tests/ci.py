@@ -11,7 +11,7 @@ ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 
 def sources() -> dict[str, str]:
     "Hash of each notebook and each exported module."
-    files = sorted([*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("proxy_sft/*.py")])
+    files = sorted([*ROOT.glob("nbs/*.ipynb"), *(f for f in ROOT.glob("proxy_sft/*.py") if f.name != "_modidx.py")])
     return {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
