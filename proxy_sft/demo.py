@@ -348,7 +348,7 @@ def draw_calls(
     tools = tools or TOOLS
     return [draw_call(tools[index], rng) for index in sorted(rng.sample(range(len(tools)), count))]
 
-@kind(20)
+@kind(22)
 def single(rng):
     "One question, one call."
     calls = draw_calls(1, rng)
@@ -382,7 +382,7 @@ def separate_results(rng):
     calls = draw_calls(2, rng)
     return conversation(calls, exchange(calls, rng, separate=True), rng)
 
-@kind(5)
+@kind(3)
 def several_steps(rng):
     "Two calls, the second after the first one's result."
     calls = draw_calls(2, rng)
