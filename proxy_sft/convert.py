@@ -11,10 +11,10 @@ __all__ = ['TAG', 'DOLCI_SENTENCES', 'SENTENCE', 'FILLED_TAG', 'THINK', 'ROLES',
            'read_row', 'convert_row', 'Choices', 'source_of', 'is_tool_row', 'left_out', 'content_hash', 'is_heldout',
            'Piece', 'json_line', 'row_line', 'excerpt', 'convert_into', 'Part', 'lines_of', 'rows_of', 'read_odd_line',
            'not_json', 'convert_part', 'convert_plain', 'input_files', 'unreadable', 'opened', 'parts_of',
-           'parquet_parts', 'process_count', 'converted_parts', 'bars_are_hidden', 'Progress', 'rows_to_drop',
-           'drop_rows', 'ConvertReport', 'report_lines', 'report_text', 'report_html', 'report_from', 'counted_facts',
-           'write_parts', 'select_rows', 'publish', 'folder_aside', 'line_count', 'check_sums', 'convert_file',
-           'hashes', 'check_choices', 'code_version', 'what_changed', 'convert']
+           'parquet_parts', 'process_count', 'without_main', 'converted_parts', 'bars_are_hidden', 'Progress',
+           'rows_to_drop', 'drop_rows', 'ConvertReport', 'report_lines', 'report_text', 'report_html', 'report_from',
+           'counted_facts', 'write_parts', 'select_rows', 'publish', 'folder_aside', 'line_count', 'check_sums',
+           'convert_file', 'hashes', 'check_choices', 'code_version', 'what_changed', 'convert']
 
 # %% ../nbs/01_convert.ipynb #convert-imports
 import contextlib
@@ -31,8 +31,10 @@ import re
 import shutil
 import signal
 import struct
+import sys
 import tempfile
 import time
+import types
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -622,6 +624,13 @@ def process_count(num_proc: Optional[int]) -> int: # at least 1
     "How many processes to use; all cores that this process may run on when not set."
     return max(1, num_proc or len(os.sched_getaffinity(0)))
 
+@contextlib.contextmanager
+def without_main():
+    "Processes started inside do not run the caller's script again, as they otherwise would; they need only this module."
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try: yield
+    finally: sys.modules["__main__"] = main
+
 def converted_parts(parts, choices: Choices, num_proc: int):
     "`(part, piece)` in the input's order."
     if num_proc == 1:
@@ -633,7 +642,8 @@ def converted_parts(parts, choices: Choices, num_proc: int):
     pool = ProcessPoolExecutor(num_proc, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     work = importlib.import_module("proxy_sft.convert").convert_plain  # others know the module, not the notebook
     def submit(part):
-        return part, pool.submit(work, astuple(replace(part, lines=None) if part.size else part), astuple(choices))
+        told = astuple(replace(part, lines=None) if part.size else part)
+        with without_main(): return part, pool.submit(work, told, astuple(choices))
     try:
         waiting = deque(map(submit, itertools.islice(parts, 2 * num_proc)))
         while waiting:
@@ -642,8 +652,8 @@ def converted_parts(parts, choices: Choices, num_proc: int):
             waiting.extend(map(submit, itertools.islice(parts, 1)))
             yield part, piece
     except BrokenProcessPool as error:
-        raise ConvertError("process_died", "a converting process was killed, mostly for want of memory. Set num_proc lower; "
-                           "a script that calls this needs `if __name__ == '__main__':`.") from error
+        raise ConvertError("process_died", "a converting process was killed, mostly for want of memory. "
+                                           "Set num_proc lower.") from error
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../nbs/01_convert.ipynb #convert-progress

@@ -309,6 +309,15 @@ def test_same_bytes_for_any_number_of_processes(demo_file, tmp_path, monkeypatch
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
+def test_a_script_without_a_guard_is_not_run_again_by_its_processes(tmp_path):
+    source, script = write_rows(tmp_path / "in.jsonl", demo_rows(200)), tmp_path / "script.py"
+    script.write_text("import proxy_sft.convert as c\nprint('begin')\nc.SMALL, c.BLOCK_BYTES = 0, 100_000\n"
+                      f"print(c.convert_file({str(source)!r}, {str(tmp_path / 'out' / 'train.jsonl')!r}, num_proc=2).rows)\n")
+    for options in ({"args": [sys.executable, str(script)]}, {"args": [sys.executable, "-"], "stdin": script.open()}):
+        run = subprocess.run(**options, capture_output=True, text=True, timeout=120)
+        assert (run.returncode, run.stdout.split()) == (0, ["begin", "200"]), run.stderr[-2000:]
+
+
 def test_inputs_of_all_kinds_give_the_same_rows(tmp_path):
     import pyarrow
     import pyarrow.parquet
