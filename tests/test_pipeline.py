@@ -12,7 +12,7 @@ SHARED = ROOT.parent / "shared"
 SMALL = dict(demo_rows=400, max_train_samples=200, max_eval_samples=6, max_length=640, logging_steps=1, save_steps=2, eval_steps=4, max_steps=4)
 
 
-def run(*command, ok=True, timeout=400, **environment):
+def run(*command, ok=True, timeout=900, **environment):
     "A command of the environment, from the root; output and exit code."
     done = subprocess.run([str(BIN / command[0]), *map(str, command[1:])], cwd=ROOT, env={**os.environ, **environment}, timeout=timeout,
                           capture_output=True, text=True)
@@ -182,7 +182,7 @@ for f in ("tokenizer_config.json", "generation_config.json"): shutil.copyfile(so
     given = parameters(profile="demo", workspace=tmp_path / "ws", model=tmp_path / "model", dataset=rows)
     run("papermill", "nbs/01_convert.ipynb", tmp_path / "01.ipynb", "--no-progress-bar", *given)
     run("papermill", "nbs/02_train.ipynb", tmp_path / "02.ipynb", "--no-progress-bar", *given,
-        *parameters(**{**SMALL, "run_name": "real", "max_length": 4096, "max_steps": 2, "max_train_samples": 24, "max_eval_samples": 4}))
+        *parameters(**{**SMALL, "run_name": "real", "max_length": 1536, "max_steps": 2, "max_train_samples": 24, "max_eval_samples": 1}))
     run_dir = tmp_path / "ws" / "runs" / "real"
     assert (run_dir / "COMPLETE").is_file() and len(losses(run_dir)) == 2
     certificate = json.loads(next((tmp_path / "ws" / "prepared").glob("*/certificate.json")).read_text())
