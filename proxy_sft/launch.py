@@ -36,7 +36,6 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Optional, TextIO
 

@@ -355,10 +355,10 @@ class Announcer:
         if ranks: threading.Thread(target=self._beat, daemon=True).start()
 
     def say(self, state: str, text: str) -> None: # state: building, done or failed
-        "What to tell; written at once."
+        "What to tell; an end is written at once, what is under way with the next beat, so that no chunk of rows waits for the disk."
         with self.lock:
             self.record.update(state=state, text=text)
-            if self.ranks: self._write()
+            if self.ranks and state != "building": self._write()
 
     def _write(self):
         self.record["heard"] = {}
