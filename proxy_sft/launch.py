@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['CONSTANTS', 'PARAMETER_OPTIONS', 'SECRET_NAME', 'LEFT_OUT', 'FINAL', 'CONSEQUENCE', 'STOP_SIGNALS', 'STOPPED',
-           'COMMANDS', 'LaunchError', 'notebook_defaults', 'literal', 'parameter_value', 'split_parameters',
-           'merge_parameters', 'yaml_mapping', 'Request', 'read_request', 'RunFolder', 'write_atomically', 'read_json',
-           'secrets_of', 'redact', 'AtomicNotebooks', 'overwrite', 'join_stream', 'LiveLog', 'marked_processes',
-           'kill_marked', 'die_with_parent', 'name_process', 'guards', 'read_text', 'start_guard', 'Rank',
-           'rank_from_environment', 'quiet', 'process_began', 'threads_per_rank', 'available_cores', 'sweep_run',
-           'RankStatus', 'is_alive', 'claim_failure', 'read_failure', 'StoppedBetweenCells', 'request_stop',
-           'stop_requested', 'load_ipython_extension', 'SessionHooks', 'RankSession', 'short_private_folder',
-           'find_kernels', 'RankClientMixin', 'bound_outputs', 'register_engine', 'run_rank', 'execute', 'kernel_words',
-           'watch', 'vanished', 'handle_signals', 'kill_now', 'wait_for_others', 'report_to_torchrun', 'failure_words',
+           'LaunchError', 'notebook_defaults', 'literal', 'parameter_value', 'split_parameters', 'merge_parameters',
+           'yaml_mapping', 'Request', 'read_request', 'RunFolder', 'write_atomically', 'read_json', 'secrets_of',
+           'redact', 'AtomicNotebooks', 'overwrite', 'join_stream', 'LiveLog', 'marked_processes', 'kill_marked',
+           'die_with_parent', 'name_process', 'guards', 'read_text', 'start_guard', 'Rank', 'rank_from_environment',
+           'quiet', 'process_began', 'threads_per_rank', 'available_cores', 'sweep_run', 'RankStatus', 'is_alive',
+           'claim_failure', 'read_failure', 'StoppedBetweenCells', 'request_stop', 'stop_requested',
+           'load_ipython_extension', 'SessionHooks', 'RankSession', 'short_private_folder', 'find_kernels',
+           'RankClientMixin', 'bound_outputs', 'register_engine', 'run_rank', 'execute', 'kernel_words', 'watch',
+           'vanished', 'handle_signals', 'kill_now', 'wait_for_others', 'report_to_torchrun', 'failure_words',
            'run_worker', 'torchrun_command', 'add_parameter_arguments', 'add_notebook_arguments', 'process_count',
            'add_run_arguments', 'Launcher', 'outcome', 'silent_failure', 'run_command', 'refuse_second_run',
-           'run_states', 'status_table', 'status_command', 'add_command_arguments', 'prepare_command', 'main',
-           'run_main', 'in_plain_words', 'worker_main']
+           'run_states', 'status_table', 'status_command', 'in_plain_words', 'worker_main']
 
 # %% ../nbs/02a_launch.ipynb #imports
 import argparse
@@ -888,13 +887,11 @@ def silent_failure(launcher: Launcher, code: int, states: list[dict]) -> str: # 
 
 # %% ../nbs/02a_launch.ipynb #run-command
 def run_command(
-    args: argparse.Namespace, # as `add_run_arguments` defines them
-    parameters: dict[str, Any], # parsed parameter options
-    options: list[str], # the same options as words, handed on to the workers
+    args: argparse.Namespace, # as `add_run_arguments` defines them, with `parameters` and the same as `parameter_words`
 ) -> int: # exit code
     "`proxy-sft run`: check, start, wait, report."
-    request = read_request(args.notebook, parameters, args.output, args.log_dir, args.kernel)
-    worker = [args.notebook, *([args.output] if args.output else []), *options]
+    request = read_request(args.notebook, args.parameters, args.output, args.log_dir, args.kernel)
+    worker = [args.notebook, *([args.output] if args.output else []), *args.parameter_words]
     given = {"--log-dir": args.log_dir, "--kernel": args.kernel}
     worker += [word for name, value in given.items() if value for word in (name, value)]
     if args.dry_run:
@@ -957,56 +954,6 @@ def status_command(args: argparse.Namespace) -> int: # exit code
     states = run_states(given if given.is_dir() else load_settings(run_name=args.run).run_dir)
     print(json.dumps(states, indent=1) if args.json else status_table(states, time.time()))
     return 0
-
-# %% ../nbs/02a_launch.ipynb #command-line
-COMMANDS = {
-    "run": "execute a notebook by papermill, on one process or many",
-    "prepare": "tokenise and pack the training data ahead of a run",
-    "inspect": "show a conversation as the model will see it",
-    "status": "show where the ranks of a run stand",
-}
-
-def add_command_arguments(name: str, parser: argparse.ArgumentParser) -> None:
-    "The arguments of one sub-command."
-    if name == "run": add_run_arguments(parser)
-    elif name == "prepare": add_parameter_arguments(parser)
-    elif name == "status":
-        parser.add_argument("run", metavar="RUN", help="a run's folder, or its name in workspace/runs")
-        parser.add_argument("--json", action="store_true", help="print JSON")
-    else:
-        from proxy_sft.inspector import add_inspect_arguments
-        add_inspect_arguments(parser)
-
-def prepare_command(parameters: dict[str, Any]) -> int: # exit code
-    "`proxy-sft prepare`: what training would do first, in a process of its own."
-    settings = load_settings(parameters.pop("profile", "") or "", **parameters)
-    from proxy_sft.prepare import prepare
-    print(prepare(settings))
-    return 0
-
-# %% ../nbs/02a_launch.ipynb #main
-def main(argv: Optional[list[str]] = None) -> int: # exit code; argparse itself leaves with 0 or 2
-    "The command `proxy-sft`."
-    argv = list(sys.argv[1:] if argv is None else argv)
-    chosen = argv[0] if argv else ""
-    parser = argparse.ArgumentParser(prog="proxy-sft", description="Qwen3-8B as a tool-calling model.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, words in COMMANDS.items():
-        sub = commands.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.", allow_abbrev=False)
-        if name == chosen: add_command_arguments(name, sub)
-    return in_plain_words(lambda: run_main(parser, argv, chosen))
-
-def run_main(parser: argparse.ArgumentParser, argv: list[str], chosen: str) -> int: # exit code
-    "Parse, then do it."
-    rest, options, parameters = argv, [], {}
-    if chosen in ("run", "prepare") and not {"-h", "--help"} & set(argv):
-        rest, options, parameters = split_parameters(argv)
-    args = parser.parse_args(rest)
-    if args.command == "run": return run_command(args, parameters, options)
-    if args.command == "prepare": return prepare_command(parameters)
-    if args.command == "status": return status_command(args)
-    from proxy_sft.inspector import inspect_command
-    return inspect_command(args)
 
 # %% ../nbs/02a_launch.ipynb #worker-main
 def in_plain_words(command: Callable[[], int]) -> int: # the command's exit code; 2: refused; 1: another error of ours

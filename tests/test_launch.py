@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from proxy_sft import launch
+from proxy_sft import commands, launch
 
 soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
 
-LAUNCH = [sys.executable, "-c", "import sys; from proxy_sft.launch import main; sys.exit(main())", "run"]
+LAUNCH = [sys.executable, "-c", "import sys; from proxy_sft.commands import main; sys.exit(main())", "run"]
 BY_HAND = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1", "--nproc_per_node=2", "-m", "proxy_sft.launch"]
 
 ALL_REDUCE = """
@@ -133,7 +133,7 @@ def test_bad_requests_start_nothing(tmp_path, capsys, monkeypatch, options, word
     monkeypatch.setattr(launch.Launcher, "start", lambda *a: pytest.fail("started"))
     nb = notebook(tmp_path / "a.ipynb", "1")
     before = sorted(tmp_path.rglob("*"))
-    assert launch.main(["run", str(nb), "-p", "output_dir", str(tmp_path / "run"), *options]) == 2
+    assert commands.main(["run", str(nb), "-p", "output_dir", str(tmp_path / "run"), *options]) == 2
     said = capsys.readouterr().err
     assert words in said and "Traceback" not in said and len(said.splitlines()) <= 3
     assert sorted(tmp_path.rglob("*")) == before
@@ -145,20 +145,20 @@ def test_missing_or_broken_notebook_and_unwritable_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     nb = notebook(tmp_path / "a.ipynb", "1")
     for argv in (["nowhere.ipynb"], [str(broken)], [str(nb), "-p", "output_dir", str(tmp_path / "file" / "run")]):
-        assert launch.main(["run", *argv]) == 2
+        assert commands.main(["run", *argv]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_dry_run_shows_settings_and_command(tmp_path, capsys):
     nb = notebook(tmp_path / "a.ipynb", "1")
-    assert launch.main(["run", str(nb), "--nproc", "8", "--max-restarts", "2", "-p", "max_steps", "7", "-p", "output_dir", str(tmp_path / "run"), "--dry-run"]) == 0
+    assert commands.main(["run", str(nb), "--nproc", "8", "--max-restarts", "2", "-p", "max_steps", "7", "-p", "output_dir", str(tmp_path / "run"), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "| `max_steps` | `7` |" in said and "--nproc-per-node 8" in said and "--max-restarts 2" in said and "-p max_steps 7" in said
     assert not (tmp_path / "run").exists()
 
 
 def test_help_imports_nothing_heavy():
-    code = ("import sys; from proxy_sft.launch import main\ntry: main(['run', '--help'])\nexcept SystemExit: pass\n"
+    code = ("import sys; from proxy_sft.commands import main\ntry: main(['run', '--help'])\nexcept SystemExit: pass\n"
             "print([m for m in ('torch', 'transformers', 'papermill', 'datasets', 'nbformat') if m in sys.modules])")
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "--nproc" in said and "--parameters_yaml" in said and said.endswith("[]\n")
@@ -193,9 +193,9 @@ def test_every_end_of_a_kernel_fails_the_command(ends, name):
 
 
 def test_status_tells_what_became_of_the_ranks(ends, capsys):
-    assert launch.main(["status", str(ends["exception"].root)]) == 0
+    assert commands.main(["status", str(ends["exception"].root)]) == 0
     assert "failed" in capsys.readouterr().out
-    assert launch.main(["status", str(ends["kill"].root), "--json"]) == 0
+    assert commands.main(["status", str(ends["kill"].root), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["failure"]["ename"] == "DeadKernel"
 
 
@@ -318,7 +318,7 @@ def test_second_run_is_refused_and_second_signal_kills(started, tmp_path, capsys
     nb = notebook(tmp_path / "nb.ipynb", POOL)
     run = started(LAUNCH, nb)
     run.wait_for("kernel-0")
-    assert launch.main(["run", str(nb), "-p", "output_dir", str(run.root)]) == 2 and "in use" in capsys.readouterr().err
+    assert commands.main(["run", str(nb), "-p", "output_dir", str(run.root)]) == 2 and "in use" in capsys.readouterr().err
     run.process.terminate()
     time.sleep(1.5)
     assert run.process.poll() is None  # the cell does not look for the request, so it goes on
