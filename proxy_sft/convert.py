@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['TAG', 'DOLCI_SENTENCES', 'SENTENCE', 'FILLED_TAG', 'THINK', 'ROLES', 'NOTHING', 'CALL_NOTES', 'NO_CALLS', 'NO_TOOLS',
-           'CONTROL_TEXTS', 'BLOCK', 'ODD_NAME', 'LEFT_OUT', 'MARK', 'BLOCK_BYTES', 'SMALL', 'ENDINGS', 'REMEMBERED',
-           'ConvertError', 'without_tag_sentences', 'split_reasoning', 'kind', 'Talk', 'read_calls', 'usual_turn',
-           'read_turn', 'add_turn', 'add_results', 'calls_text', 'read_calls_of_others', 'add_plain', 'read_talk',
-           'finish_talk', 'read_tools', 'parsed_back', 'check_controls', 'mended', 'read_once', 'read_mended',
-           'read_row', 'convert_row', 'Choices', 'source_of', 'is_tool_row', 'left_out', 'content_hash', 'is_heldout',
-           'Piece', 'json_line', 'row_line', 'excerpt', 'convert_into', 'Part', 'lines_of', 'rows_of', 'read_odd_line',
-           'not_json', 'convert_part', 'convert_plain', 'input_files', 'unreadable', 'opened', 'parts_of',
-           'parquet_parts', 'process_count', 'without_main', 'converted_parts', 'bars_are_hidden', 'Progress',
+           'CONTROL_TEXTS', 'BLOCK', 'ODD_NAME', 'LEFT_OUT', 'MARK', 'BLOCK_BYTES', 'SMALL', 'ENDINGS', 'GROUP_ROWS',
+           'REMEMBERED', 'ConvertError', 'without_tag_sentences', 'split_reasoning', 'kind', 'Talk', 'read_calls',
+           'usual_turn', 'read_turn', 'add_turn', 'add_results', 'calls_text', 'read_calls_of_others', 'add_plain',
+           'read_talk', 'finish_talk', 'read_tools', 'parsed_back', 'check_controls', 'mended', 'read_once',
+           'read_mended', 'read_row', 'convert_row', 'Choices', 'source_of', 'is_tool_row', 'left_out', 'content_hash',
+           'is_heldout', 'Piece', 'json_line', 'row_line', 'excerpt', 'convert_into', 'Part', 'lines_of', 'rows_of',
+           'read_odd_line', 'not_json', 'convert_part', 'convert_plain', 'input_files', 'unreadable', 'opened',
+           'parts_of', 'parquet_parts', 'process_count', 'without_main', 'converted_parts', 'bars_are_hidden',
+           'Progress', 'facts_schema', 'facts_file', 'as_text', 'FactsWriter', 'line_count', 'row_facts',
            'rows_to_drop', 'drop_rows', 'ConvertReport', 'report_lines', 'report_text', 'report_html', 'report_from',
-           'counted_facts', 'write_parts', 'select_rows', 'publish', 'folder_aside', 'line_count', 'check_sums',
-           'convert_file', 'hashes', 'check_choices', 'code_version', 'what_changed', 'convert']
+           'counted_facts', 'write_parts', 'select_rows', 'publish', 'folder_aside', 'check_sums', 'convert_file',
+           'hashes', 'check_choices', 'code_version', 'what_changed', 'convert']
 
 # %% ../nbs/01_convert.ipynb #convert-imports
 import contextlib
@@ -118,10 +119,10 @@ def kind(value) -> str: return type(value).__name__
 
 class Talk:
     "A row on its way from Dolci to Qwen3."
-    __slots__ = ("source", "strictness", "messages", "tools", "functions", "repairs", "flags")
+    __slots__ = ("source", "strictness", "messages", "tools", "functions", "calls", "repairs", "flags")
 
     def __init__(self, source: list[dict], strictness: str):
-        self.source, self.strictness = source, strictness
+        self.source, self.strictness, self.calls = source, strictness, 0
         self.messages, self.tools, self.functions, self.repairs, self.flags = [], [], {}, [], []
 
     def meet(self,
@@ -213,6 +214,7 @@ def add_turn(talk: Talk, start: int, end: int, after: int) -> None: # `after`: f
     if reasoning: message["reasoning_content"] = reasoning
     if calls: message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
     talk.messages.append(message)
+    talk.calls += len(calls)
     if calls: add_results(talk, calls, end, after)
 
 def add_results(talk: Talk, calls: list[dict], start: int, after: int) -> None:
@@ -440,9 +442,10 @@ def is_heldout(roll: int, fraction: float) -> bool:
 # %% ../nbs/01_convert.ipynb #convert-piece
 class Piece:
     "What one piece of the input became."
-    def __init__(self, files=None, marks=None, counts=()):
+    def __init__(self, files=None, marks=None, facts=None, counts=()):
         self.files = files or {name: [] for name in ("train", "heldout", "rejected", "repaired")}  # lines, as bytes
         self.marks = marks or {"train": [], "heldout": []}  # MARK of every kept row
+        self.facts = facts or {"train": [], "heldout": []}  # FACTS of every kept row
         self.counts = Counter(counts)  # (what, code, source) -> rows
 
     def reject(self, row, line: int, reason: str, found: str, index: int = -1) -> None:
@@ -453,20 +456,21 @@ class Piece:
         self.files["rejected"].append(json_line({**entry, "excerpt": excerpt(row, index)}))
 
     def keep(self, row: dict, line: int, read: tuple, choices: Choices) -> None:
-        "Enter a converted row and what was repaired in it."
+        "Enter a converted row, who it was, and what was repaired in it."
         (talk, messages, tools), source, row_id = read, source_of(row), row.get("id")
         identity, roll, mix = content_hash(messages, tools, choices.seed)
         side = "heldout" if is_heldout(roll, choices.heldout_fraction) else "train"
+        codes = tuple(sorted({code for code, *_ in talk.repairs})) if talk.repairs else ()
         self.counts["kept", side, source] += 1
         self.marks[side].append(MARK.pack(identity, mix, line, bool(talk.tools)))
-        head = json_line({"id": row_id, "source": source})[:-1] + b"\t" if choices.selects else b""
-        self.files[side].append(head + row_line(messages, tools))
+        self.facts[side].append((row_id, source, line, talk.calls, codes))
+        self.files[side].append(row_line(messages, tools))
         if talk.flags:
             for code in {code for code, *_ in talk.flags}: self.counts["flag", code, source] += 1
-        if talk.repairs:
-            for code in {code for code, *_ in talk.repairs}: self.counts["repaired", code, source] += 1
-            repairs = [{"code": code, "message": index, "found": found[:200]} for code, index, found in talk.repairs]
-            self.files["repaired"].append(json_line({"id": row_id, "line": line, "source": source, "repairs": repairs}))
+        for code in codes: self.counts["repaired", code, source] += 1
+        if not codes: return
+        repairs = [{"code": code, "message": index, "found": found[:200]} for code, index, found in talk.repairs]
+        self.files["repaired"].append(json_line({"id": row_id, "line": line, "source": source, "repairs": repairs}))
 
 # %% ../nbs/01_convert.ipynb #convert-piece-lines
 def json_line(value: dict) -> bytes:
@@ -547,7 +551,7 @@ def convert_part(part: Part, choices: Choices) -> Piece: # bytes, ready to write
 def convert_plain(part: tuple, choices: tuple) -> tuple: # `Piece`'s arguments
     "`convert_part` between processes: plain values in and out."
     piece = convert_part(Part(*part), Choices(*choices))
-    return piece.files, piece.marks, piece.counts
+    return piece.files, piece.marks, piece.facts, piece.counts
 
 # %% ../nbs/01_convert.ipynb #convert-inputs
 BLOCK_BYTES = 1 << 20
@@ -572,10 +576,10 @@ def input_files(
     return found
 
 # %% ../nbs/01_convert.ipynb #convert-opened
-def unreadable(path, error: Exception) -> ConvertError:
+def unreadable(path, error: Exception, advice: str = "download it again") -> ConvertError:
     "The error for a damaged file, on one line."
     words = " ".join(str(error).split())[:200]
-    return ConvertError("unreadable_file", f"{path}: {words}. The file is damaged or cut off; download it again.")
+    return ConvertError("unreadable_file", f"{path}: {words}. The file is damaged or cut off; {advice}.")
 
 @contextlib.contextmanager
 def opened(path: Path):
@@ -678,6 +682,73 @@ class Progress:
         self.bar.set_postfix_str(f"{self.rows:,} rows, {speed:,.0f} rows/s, {self.rejected:,} rejected", refresh=False)
         self.bar.update(size)
 
+# %% ../nbs/01_convert.ipynb #convert-facts
+GROUP_ROWS = 1 << 15  # rows of a row group, and what is held in memory of them
+
+@functools.lru_cache(maxsize=1)
+def facts_schema(): # a `pyarrow.Schema`
+    "What is told of a kept row."
+    import pyarrow
+    return pyarrow.schema([("id", pyarrow.string()), ("source", pyarrow.string()), ("line", pyarrow.int64()),
+                           ("calls", pyarrow.int32()), ("repairs", pyarrow.list_(pyarrow.string()))])
+
+def facts_file(converted_file: Path) -> Path: # train.jsonl -> train.rows.parquet
+    "The file that tells who the rows of a converted file were."
+    return converted_file.with_suffix(".rows.parquet")
+
+def as_text(value) -> Optional[str]: # None stays None
+    "An id as text that UTF-8 can hold; some data number their rows."
+    return None if value is None else str(value).encode("utf-8", "replace").decode()
+
+# %% ../nbs/01_convert.ipynb #convert-facts-write
+class FactsWriter:
+    "Writes the facts of rows as Parquet, some thousands at a time."
+    def __init__(self, path: Path):
+        import pyarrow.parquet
+        self.writer, self.waiting = pyarrow.parquet.ParquetWriter(path, facts_schema(), compression="zstd"), []
+
+    def add(self, rows: list[tuple]) -> None: # in the order of `facts_schema`
+        "Take the facts of some rows."
+        self.waiting += rows
+        while len(self.waiting) >= GROUP_ROWS: self.write_group()
+
+    def write_group(self) -> None:
+        import pyarrow
+        group, self.waiting = self.waiting[:GROUP_ROWS], self.waiting[GROUP_ROWS:]
+        ids, sources, *others = zip(*group)
+        columns = [list(map(as_text, ids)), list(map(as_text, sources)), *others]
+        arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, facts_schema())]
+        self.writer.write_table(pyarrow.Table.from_arrays(arrays, schema=facts_schema()), row_group_size=GROUP_ROWS)
+
+    def close(self, size: int) -> None: # bytes of the converted file
+        "Write the rest, and of which file these facts are."
+        if self.waiting: self.write_group()
+        self.writer.add_key_value_metadata({"bytes": str(size)})
+        self.writer.close()
+
+# %% ../nbs/01_convert.ipynb #convert-facts-read
+def line_count(path: Path) -> int:
+    "Lines of a file, in constant memory."
+    with open(path, "rb") as stream:
+        return sum(block.count(b"\n") for block in iter(lambda: stream.read(BLOCK_BYTES), b""))
+
+def row_facts(
+    converted_file: Path, # a train.jsonl or heldout.jsonl that `convert` wrote
+): # a `pyarrow.Table`: id, source, line, calls, repairs; one entry per line of the file, in its order
+    "Who the rows of a converted file were; ConvertError when that is not known."
+    import pyarrow.parquet
+    converted_file, path = Path(converted_file), facts_file(Path(converted_file))
+    for name in (converted_file, path):
+        if not name.is_file(): raise ConvertError("no_row_facts", f"there is no {name}. Run nbs/01_convert.ipynb again.")
+    try: found = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error: raise unreadable(path, error, "convert it anew") from error
+    size = int((found.metadata.metadata or {}).get(b"bytes", -1))
+    if size == converted_file.stat().st_size: return found.read()
+    raise ConvertError("no_row_facts", f"{path} tells of {found.metadata.num_rows:,} rows in {size:,} bytes, but "
+                                       f"{converted_file} has {line_count(converted_file):,} in "
+                                       f"{converted_file.stat().st_size:,}: one of the two was changed. "
+                                       "Run nbs/01_convert.ipynb again.")
+
 # %% ../nbs/01_convert.ipynb #convert-select
 REMEMBERED = np.dtype([("identity", "V16"), ("mix", "<u8"), ("line", "<u8"), ("tool", "?")])
 
@@ -701,18 +772,24 @@ def rows_to_drop(
     return dropped
 
 # %% ../nbs/01_convert.ipynb #convert-drop
-def drop_rows(path: Path, marks: np.ndarray, dropped: dict[int, str], ledger: Piece) -> None:
-    "Write a file anew without the dropped rows, which go into the ledger."
-    aside = path.with_suffix(".thin")
-    with open(path, "rb") as old, open(aside, "wb") as new:
-        for written, line in zip(old, marks["line"].tolist()):
-            head, _, row = written.partition(b"\t")  # JSON never holds a bare tab
-            if line not in dropped: new.write(row)
-            else:
-                row = orjson.loads(head)
-                ledger.counts["kept", path.stem, row["source"]] -= 1
-                ledger.reject(row, line, dropped[line], LEFT_OUT[dropped[line]])
-    os.replace(aside, path)
+def drop_rows(path: Path, dropped: dict[int, str], ledger: Piece) -> None:
+    "Write a file and its facts anew without the dropped rows, which go into the ledger."
+    import pyarrow.parquet
+    thin, thin_facts = path.with_suffix(".thin"), path.with_suffix(".rows.thin")
+    facts = FactsWriter(thin_facts)
+    with open(path, "rb") as old, open(thin, "wb") as new:
+        for batch in pyarrow.parquet.ParquetFile(facts_file(path)).iter_batches():
+            for row, written in zip(batch.to_pylist(), old):
+                why = dropped.get(row["line"])
+                if why is None:
+                    new.write(written)
+                    facts.add([tuple(row.values())])
+                else:
+                    ledger.counts["kept", path.stem, row["source"]] -= 1
+                    ledger.reject(row, row["line"], why, LEFT_OUT[why])
+        facts.close(new.tell())
+    os.replace(thin, path)
+    os.replace(thin_facts, facts_file(path))
 
 # %% ../nbs/01_convert.ipynb #convert-report
 @dataclass
@@ -800,36 +877,38 @@ def counted_facts(counts: Counter) -> dict:
             "repaired": dict(sums["repaired"]), "flags": dict(sums["flag"]), "by_source": by_source}
 
 # %% ../nbs/01_convert.ipynb #convert-write
-def write_parts(files: list[Path], aside: Path, choices: Choices, num_proc: int, progress: bool) -> tuple[Counter, dict]:
-    "Convert all parts into files below `aside`; the counts, and the marks of both sides."
-    counts, marks = Counter(), {"train": bytearray(), "heldout": bytearray()}
+def write_parts(files: list[Path], aside: Path, choices: Choices, num_proc: int, progress: bool) -> tuple[Counter, bytes]:
+    "Convert all parts into files below `aside`; the counts, and the marks of all kept rows."
+    counts, marks = Counter(), bytearray()
     bar = Progress(sum(path.stat().st_size for path in files), progress)
     if sum(path.stat().st_size for path in files) < SMALL: num_proc = 1
     with contextlib.ExitStack() as stack:
         stack.callback(bar.bar.close)
         outputs = {name: stack.enter_context(open(aside / f"{name}.jsonl", "wb")) for name in Piece().files}
+        facts = {side: FactsWriter(facts_file(aside / f"{side}.jsonl")) for side in Piece().facts}
         for part, piece in converted_parts(parts_of(files), choices, num_proc):
             for name, lines in piece.files.items(): outputs[name].write(lines)
-            for side in marks: marks[side] += piece.marks[side]
+            for side, rows in piece.facts.items(): facts[side].add(rows)
+            if choices.selects: marks += b"".join(piece.marks.values())
             counts.update(piece.counts)
             bar.add(len(part.lines or b""), piece.counts)
-    return counts, {side: np.frombuffer(bytes(found), REMEMBERED) for side, found in marks.items()}
+        for side, writer in facts.items(): writer.close(outputs[side].tell())
+    return counts, bytes(marks)
 
-def select_rows(aside: Path, marks: dict, choices: Choices, counts: Counter) -> None:
+def select_rows(aside: Path, marks: bytes, choices: Choices, counts: Counter) -> None:
     "Drop duplicates and what the mix does not want, in the files and in the counts."
-    dropped = rows_to_drop(np.concatenate(list(marks.values())), choices.drop_duplicates, choices.tool_chat_ratio)
+    dropped = rows_to_drop(np.frombuffer(marks, REMEMBERED), choices.drop_duplicates, choices.tool_chat_ratio)
     ledger = Piece()
-    for side in marks: drop_rows(aside / f"{side}.jsonl", marks[side], dropped, ledger)
+    for side in ledger.facts: drop_rows(aside / f"{side}.jsonl", dropped, ledger)
     counts.update(ledger.counts)
     with open(aside / "rejected.jsonl", "ab") as stream: stream.writelines(ledger.files["rejected"])
 
 # %% ../nbs/01_convert.ipynb #convert-publish
 def publish(aside: Path, target: Path, facts: dict) -> None:
     "Give the files their names: the old report goes first, the new one comes last."
-    folder, names = target.parent, {"train.jsonl": target.name}
+    folder, names = target.parent, {"train.jsonl": target.name, "train.rows.parquet": facts_file(target).name}
     for path in aside.iterdir(): flush(path)
-    (folder / "report.json").unlink(missing_ok=True)
-    (folder / "heldout.jsonl").unlink(missing_ok=True)
+    for name in ("report.json", "heldout.jsonl", "heldout.rows.parquet"): (folder / name).unlink(missing_ok=True)
     for path in sorted(aside.iterdir()): os.replace(path, folder / names.get(path.name, path.name))
     write_flushed(folder / "report.json", json.dumps(facts, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
     flush(folder)
@@ -848,11 +927,6 @@ def folder_aside(target: Path):
     finally: shutil.rmtree(aside, ignore_errors=True)
 
 # %% ../nbs/01_convert.ipynb #convert-check-counts
-def line_count(path: Path) -> int:
-    "Lines of a file, in constant memory."
-    with open(path, "rb") as stream:
-        return sum(block.count(b"\n") for block in iter(lambda: stream.read(BLOCK_BYTES), b""))
-
 def check_sums(aside: Path, facts: dict, files: list[Path]) -> None:
     "Rows in = kept + rejected, counted in the files themselves; ConvertError when nothing was kept."
     written = {name: line_count(aside / f"{name}.jsonl") for name in ("train", "heldout", "rejected")}
@@ -896,7 +970,8 @@ def convert_file(
         if choices.selects: select_rows(aside, marks, choices, counts)
         facts = counted_facts(counts)
         check_sums(aside, facts, files)
-        if not heldout_fraction: (aside / "heldout.jsonl").unlink()
+        if not heldout_fraction:
+            for path in aside.glob("heldout.*"): path.unlink()
         facts |= {"choices": choices.__dict__, "inputs": hashes(files), "files": hashes(sorted(aside.iterdir()))} | (about or {})
         publish(aside, target, facts)
     return report_from(facts, target.parent)

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from proxy_sft import convert as converting
 from proxy_sft.calls import format_calls
 from proxy_sft.chat import render_chat
-from proxy_sft.convert import ConvertError, convert, convert_file, convert_row
+from proxy_sft.convert import ConvertError, convert, convert_file, convert_row, row_facts
 from proxy_sft.demo import demo_plan, demo_rows, write_demo_model
 from proxy_sft.settings import load_settings
 
@@ -352,6 +352,35 @@ def test_the_held_out_part_follows_content_and_seed(demo_file, tmp_path):
         assert 0.12 < len(held) / (len(held) + len(train)) < 0.28
         return sorted(held)
     assert heldout(demo_file, "a") == heldout(tmp_path / "turned.jsonl", "b") != heldout(demo_file, "c", seed=7)
+
+
+def test_beside_every_converted_file_stands_who_its_rows_were(demo_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(converting, "GROUP_ROWS", 500)  # several groups
+    source, out = read_rows(demo_file), tmp_path / "out"
+    convert_file(demo_file, out / "train.jsonl", heldout_fraction=0.2, drop_duplicates=True, tool_chat_ratio=4.0)
+    repairs = {e["line"]: sorted({r["code"] for r in e["repairs"]}) for e in read_rows(out / "repaired.jsonl")}
+    for side in ("train", "heldout"):
+        rows, facts = read_rows(out / f"{side}.jsonl"), row_facts(out / f"{side}.jsonl").to_pylist()
+        assert len(rows) == len(facts) > 200 and list(facts[0]) == ["id", "source", "line", "calls", "repairs"]
+        for row, fact in zip(rows, facts):
+            origin = source[fact["line"] - 1]
+            assert convert_row(origin) == row and (fact["id"], fact["source"]) == (origin["id"], origin["source_dataset"])
+            assert fact["calls"] == sum(map(len, calls_of(json.loads(row["messages_json"])))), fact
+            assert fact["repairs"] == repairs.get(fact["line"], []), fact
+
+
+def test_facts_of_another_file_are_refused(tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", [{**simple(), "id": i} for i in (7, None, "half \ud83d")])
+    target = tmp_path / "out" / "mine.jsonl"
+    convert_file(source, target)
+    assert row_facts(target)["id"].to_pylist() == ["7", None, "half ?"] and not list(tmp_path.glob("out/heldout*"))
+    target.write_text(target.read_text().split("\n")[0] + "\n")
+    with pytest.raises(ConvertError, match="3 rows in .* has 1 in"): row_facts(target)
+    (target.parent / "mine.rows.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(ConvertError, match="mine.rows.parquet: .* convert it anew"): row_facts(target)
+    (target.parent / "mine.rows.parquet").unlink()
+    with pytest.raises(ConvertError, match="there is no .*mine.rows.parquet.*01_convert"): row_facts(target)
+    with pytest.raises(ConvertError, match="there is no .*none.jsonl"): row_facts(target.parent / "none.jsonl")
 
 
 def test_choices_of_rows(tmp_path):
