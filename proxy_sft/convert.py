@@ -9,13 +9,14 @@ __all__ = ['TAG', 'DOLCI_SENTENCES', 'SENTENCE', 'FILLED_TAG', 'THINK', 'ROLES',
            'usual_turn', 'read_turn', 'add_turn', 'add_results', 'calls_text', 'read_calls_of_others', 'add_plain',
            'read_talk', 'finish_talk', 'read_tools', 'parsed_back', 'check_controls', 'mended', 'read_once',
            'read_mended', 'read_row', 'convert_row', 'Choices', 'source_of', 'is_tool_row', 'left_out', 'content_hash',
-           'is_heldout', 'Piece', 'json_line', 'row_line', 'excerpt', 'convert_into', 'Part', 'lines_of', 'rows_of',
-           'read_odd_line', 'not_json', 'convert_part', 'convert_plain', 'input_files', 'unreadable', 'opened',
-           'parts_of', 'parquet_parts', 'process_count', 'without_main', 'converted_parts', 'bars_are_hidden',
-           'Progress', 'facts_schema', 'facts_file', 'as_text', 'FactsWriter', 'line_count', 'row_facts',
-           'rows_to_drop', 'drop_rows', 'ConvertReport', 'report_lines', 'report_text', 'report_html', 'report_from',
-           'counted_facts', 'write_parts', 'select_rows', 'publish', 'folder_aside', 'check_sums', 'convert_file',
-           'hashes', 'check_choices', 'code_version', 'what_changed', 'convert']
+           'is_heldout', 'is_heldout_tool', 'heldout_tools_of', 'Piece', 'json_line', 'row_line', 'excerpt',
+           'convert_into', 'Part', 'lines_of', 'rows_of', 'read_odd_line', 'not_json', 'convert_part', 'convert_plain',
+           'input_files', 'unreadable', 'opened', 'parts_of', 'parquet_parts', 'process_count', 'without_main',
+           'converted_parts', 'bars_are_hidden', 'Progress', 'facts_schema', 'facts_file', 'as_text', 'FactsWriter',
+           'line_count', 'row_facts', 'rows_to_drop', 'drop_rows', 'ConvertReport', 'report_lines', 'report_text',
+           'report_html', 'report_from', 'counted_facts', 'split_facts', 'write_parts', 'select_rows', 'publish',
+           'folder_aside', 'check_sums', 'convert_file', 'hashable', 'hashes', 'check_choices', 'code_version',
+           'what_changed', 'convert']
 
 # %% ../nbs/01_convert.ipynb #convert-imports
 import contextlib
@@ -41,7 +42,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 import numpy as np
 import orjson
@@ -404,7 +405,12 @@ class Choices:
     exclude_sources: tuple = ()
     drop_duplicates: bool = False
     heldout_fraction: float = 0.0
+    heldout_tools: Union[float, tuple] = 0.0
     seed: int = 42
+
+    @property
+    def splits(self) -> bool: # there is a held-out part
+        return bool(self.heldout_fraction or self.heldout_tools)
 
     @property
     def selects(self) -> bool: # some of the kept rows go again, once all are known
@@ -439,6 +445,22 @@ def is_heldout(roll: int, fraction: float) -> bool:
     "Whether a die of 64 bits falls below the fraction."
     return roll < fraction * 2**64
 
+@functools.lru_cache(maxsize=1 << 16)
+def is_heldout_tool(
+    name: str, # of a tool
+    chosen: Union[float, tuple], # a share of all names, or names
+    seed: int, # decides which
+) -> bool:
+    "Whether no training row may declare a tool."
+    if isinstance(chosen, tuple): return name in chosen
+    digest = blake3(name.encode("utf-8", "replace"), key=seed.to_bytes(32, "little")).digest(8)
+    return is_heldout(int.from_bytes(digest, "little"), chosen)
+
+def heldout_tools_of(talk: Talk, choices: Choices) -> list[str]: # names; [] for nearly all rows
+    "The tools of a row that keep it out of training."
+    if not choices.heldout_tools: return []
+    return [name for name in talk.functions if is_heldout_tool(name, choices.heldout_tools, choices.seed)]
+
 # %% ../nbs/01_convert.ipynb #convert-piece
 class Piece:
     "What one piece of the input became."
@@ -459,7 +481,8 @@ class Piece:
         "Enter a converted row, who it was, and what was repaired in it."
         (talk, messages, tools), source, row_id = read, source_of(row), row.get("id")
         identity, roll, mix = content_hash(messages, tools, choices.seed)
-        side = "heldout" if is_heldout(roll, choices.heldout_fraction) else "train"
+        unseen = heldout_tools_of(talk, choices)
+        side = "heldout" if unseen or is_heldout(roll, choices.heldout_fraction) else "train"
         codes = tuple(sorted({code for code, *_ in talk.repairs})) if talk.repairs else ()
         self.counts["kept", side, source] += 1
         self.marks[side].append(MARK.pack(identity, mix, line, bool(talk.tools)))
@@ -468,6 +491,7 @@ class Piece:
         if talk.flags:
             for code in {code for code, *_ in talk.flags}: self.counts["flag", code, source] += 1
         for code in codes: self.counts["repaired", code, source] += 1
+        for name in unseen: self.counts["unseen_tool", name, source] += 1
         if not codes: return
         repairs = [{"code": code, "message": index, "found": found[:200]} for code, index, found in talk.repairs]
         self.files["repaired"].append(json_line({"id": row_id, "line": line, "source": source, "repairs": repairs}))
@@ -837,6 +861,12 @@ def report_lines(report: ConvertReport) -> list[str]:
     share, rejected = report.kept / max(report.rows, 1), sum(report.rejected.values())
     first = f"{report.rows:,} rows: {report.kept:,} kept ({share:.1%}; {report.heldout:,} held out), {rejected:,} rejected"
     lines = [first, f"repaired: {listed(report.repaired)}", f"flagged: {listed(report.flags)}"]
+    unseen = report.facts.get("unseen_tools", [])
+    if unseen:
+        lines.append(f"{len(unseen):,} tools in held-out rows only: {', '.join(unseen[:5])}{', …' * (len(unseen) > 5)}")
+    asked = report.facts.get("choices", {}).get("heldout_tools", 0)
+    if missed := sorted({*asked} - {*unseen}) if isinstance(asked, (list, tuple)) else []:
+        lines.append(f"asked to be held out, but declared by no row that is kept: {', '.join(missed)}")
     return lines + [report.why] if report.why else lines
 
 def report_text(report: ConvertReport) -> str:
@@ -865,7 +895,7 @@ def report_from(facts: dict, folder: Path, why: str = "") -> ConvertReport:
 
 def counted_facts(counts: Counter) -> dict:
     "The counts of all pieces as report.json holds them: sums that have to agree."
-    sums, by_source = {what: Counter() for what in ("kept", "rejected", "repaired", "flag")}, {}
+    sums, by_source = {what: Counter() for what in ("kept", "rejected", "repaired", "flag", "unseen_tool")}, {}
     for (what, code, source), n in sorted(counts.items()):
         sums[what][code] += n
         of = by_source.setdefault(source, {"rows": 0, "kept": 0, "rejected": {}})
@@ -874,7 +904,13 @@ def counted_facts(counts: Counter) -> dict:
         if what == "rejected": of["rejected"][code] = of["rejected"].get(code, 0) + n
     kept, rejected = sums["kept"].total(), sums["rejected"].total()
     return {"rows": kept + rejected, "kept": kept, "heldout": sums["kept"]["heldout"], "rejected": dict(sums["rejected"]),
-            "repaired": dict(sums["repaired"]), "flags": dict(sums["flag"]), "by_source": by_source}
+            "repaired": dict(sums["repaired"]), "flags": dict(sums["flag"]), "by_source": by_source,
+            "unseen_tools": sorted(sums["unseen_tool"])}
+
+def split_facts(choices: Choices) -> dict:
+    "What decides whether a row is held out, as report.json tells it."
+    return {"key": "content: BLAKE3 of messages_json, NUL, tools_json, keyed with the seed; tools by their name",
+            "seed": choices.seed, "heldout_fraction": choices.heldout_fraction, "heldout_tools": choices.heldout_tools}
 
 # %% ../nbs/01_convert.ipynb #convert-write
 def write_parts(files: list[Path], aside: Path, choices: Choices, num_proc: int, progress: bool) -> tuple[Counter, bytes]:
@@ -953,15 +989,15 @@ def convert_file(
     exclude_sources: list[str] = (), # no rows of these sources
     drop_duplicates: bool = False, # leave out exact repetitions of a conversation
     heldout_fraction: float = 0.0, # share of conversations for heldout.jsonl
+    heldout_tools: Union[float, list[str]] = 0.0, # tools only in heldout.jsonl: a share of all names, or names
     seed: int = 42, # decides which
     num_proc: int = 1, # processes; the result does not depend on it
     progress: bool = True, # show a progress bar when it takes longer than two seconds
     about: Optional[dict] = None, # further facts for report.json
 ) -> ConvertReport: # counts by reason and source; ConvertError when a file cannot be used, or nothing is kept
     "Convert a dataset: all rows, or an error and no files."
-    included = None if include_sources is None else tuple(include_sources)
-    choices = Choices(strictness, tool_rows_only, tool_chat_ratio, included, tuple(exclude_sources), drop_duplicates,
-                      heldout_fraction, seed)
+    choices = Choices(strictness, tool_rows_only, tool_chat_ratio, hashable(include_sources), hashable(exclude_sources),
+                      drop_duplicates, heldout_fraction, hashable(heldout_tools), seed)
     target, files = Path(target), input_files(source)
     if target.is_dir(): target = target / "train.jsonl"
     check_choices(choices, target, files)
@@ -970,13 +1006,18 @@ def convert_file(
         if choices.selects: select_rows(aside, marks, choices, counts)
         facts = counted_facts(counts)
         check_sums(aside, facts, files)
-        if not heldout_fraction:
+        if not choices.splits:
             for path in aside.glob("heldout.*"): path.unlink()
-        facts |= {"choices": choices.__dict__, "inputs": hashes(files), "files": hashes(sorted(aside.iterdir()))} | (about or {})
+        facts |= {"choices": choices.__dict__, "split": split_facts(choices), "inputs": hashes(files),
+                  "files": hashes(sorted(aside.iterdir())), **(about or {})}
         publish(aside, target, facts)
     return report_from(facts, target.parent)
 
 # %% ../nbs/01_convert.ipynb #convert-file-checks
+def hashable(value):
+    "A list as a tuple, a set as a sorted one, anything else as it is."
+    return tuple(sorted(value) if isinstance(value, set) else value) if isinstance(value, (list, set)) else value
+
 def hashes(files: list[Path]) -> list[dict]:
     "Name, size and BLAKE3 hash of each file."
     return [{"name": path.name, "bytes": path.stat().st_size, "blake3": file_hash(path)} for path in files]
@@ -992,6 +1033,9 @@ def check_choices(choices: Choices, target: Path, files: list[Path]) -> None:
     if not 0 <= choices.heldout_fraction < 1:
         raise ConvertError("bad_choice", f"heldout_fraction is {choices.heldout_fraction}; expected a share from 0 up to, "
                                          "not including, 1.")
+    if isinstance(choices.heldout_tools, str) or not (isinstance(choices.heldout_tools, tuple) or 0 <= choices.heldout_tools < 1):
+        raise ConvertError("bad_choice", f"heldout_tools is {choices.heldout_tools!r}; expected a share of all tools from 0 "
+                                         "up to, not including, 1, or a list of names.")
     if choices.tool_chat_ratio is not None and not choices.tool_chat_ratio > 0:
         raise ConvertError("bad_choice", f"tool_chat_ratio is {choices.tool_chat_ratio}; expected tool rows per chat row, "
                                          "more than 0.")
@@ -1027,7 +1071,7 @@ def convert(
         importlib.import_module("proxy_sft.download").download(settings)  # made here, not fetched
     target, files = settings.converted_dir / "train.jsonl", input_files(settings.train_file)
     named = {name: getattr(settings, name) for name in Choices.__dataclass_fields__}
-    choices = Choices(**{k: tuple(v) if isinstance(v, list) else v for k, v in named.items()})
+    choices = Choices(**{name: hashable(value) for name, value in named.items()})
     about = {"code": code_version()}
     why = what_changed(settings.converted_dir, target, {"inputs": hashes(files), "choices": choices.__dict__, **about})
     if not why:

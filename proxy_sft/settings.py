@@ -12,7 +12,7 @@ __all__ = ['SettingsError', 'Group', 'Places', 'Conversion', 'Rendering', 'Train
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -49,6 +49,8 @@ class Conversion(Group):
     exclude_sources: list[str] = Field([], description="no rows of these sources")
     drop_duplicates: bool = Field(False, description="drop exact duplicates, counted")
     heldout_fraction: float = Field(0.01, ge=0, lt=1, description="share of conversations kept apart for evaluation")
+    heldout_tools: Union[float, list[str]] = Field(
+        0.0, description="tools that no training row declares: a share of all names, or a list of them")
 
 # %% ../nbs/000_settings.ipynb #rendering
 class Rendering(Group):
@@ -110,7 +112,8 @@ class Settings(Record, Hardware, Training, Rendering, Conversion, Places):
     @classmethod
     def numbers_from_yaml(cls, value, info):
         "YAML 1.1 reads `1e-5` as text; where a float is asked for, such text is that number."
-        if isinstance(value, str) and cls.model_fields[info.field_name].annotation in (float, Optional[float]):
+        wanted = cls.model_fields[info.field_name].annotation
+        if isinstance(value, str) and float in (wanted, *get_args(wanted)):
             try: return float(value)
             except ValueError: return value  # pydantic names the wrong type in its own message
         return value

@@ -354,6 +354,45 @@ def test_the_held_out_part_follows_content_and_seed(demo_file, tmp_path):
     assert heldout(demo_file, "a") == heldout(tmp_path / "turned.jsonl", "b") != heldout(demo_file, "c", seed=7)
 
 
+def declared(path): return [{t["function"]["name"] for t in json.loads(row["tools_json"])} for row in read_rows(path)]
+
+
+def test_some_tools_are_never_seen_in_training(demo_file, tmp_path):
+    lines, out = demo_file.read_text().splitlines(True), tmp_path / "out"
+    random.Random(1).shuffle(lines)
+    (tmp_path / "turned.jsonl").write_text("".join(lines))
+    def run(source, **options):
+        report = convert_file(source, out / "train.jsonl", **options)
+        train, held = declared(out / "train.jsonl"), declared(out / "heldout.jsonl")
+        names = set(report.facts["unseen_tools"])
+        assert names and not any(names & row for row in train) and names <= set().union(*held)
+        return report, names, train, held
+    report, names, train, held = run(demo_file, heldout_tools=["taxi.order", "parcels.track", "no.such"], heldout_fraction=0.1)
+    assert names == {"taxi.order", "parcels.track"} and len(held) > sum(bool(names & row) for row in held) >= 12
+    assert "2 tools in held-out rows only" in repr(report) and "no row that is kept: no.such" in repr(report)
+    split = json.loads((out / "report.json").read_text())["split"]
+    assert (split["seed"], split["heldout_fraction"], split["heldout_tools"]) == (42, 0.1, ["taxi.order", "parcels.track", "no.such"])
+    by_share = run(demo_file, heldout_tools=0.15)
+    assert all(by_share[1] & row for row in by_share[3]), "without a fraction, only rows with such tools are held out"
+    assert 0 < len(by_share[1]) < len(set().union(*by_share[2], *by_share[3])) / 2
+    assert run(tmp_path / "turned.jsonl", heldout_tools=0.15)[1] == by_share[1] != run(demo_file, heldout_tools=0.15, seed=7)[1]
+    for wrong in (1.0, -0.1, "taxi.order"):
+        with pytest.raises(ConvertError, match="heldout_tools"): convert_file(demo_file, out / "train.jsonl", heldout_tools=wrong)
+
+
+def test_a_repetition_never_crosses_from_one_side_to_the_other(tmp_path):
+    rows = [{**talk(("user", f"q{i}"), ("call", CALL), ("environment", "1"), ("assistant", "a")), "id": str(i)} for i in range(60)]
+    other = json.loads(json.dumps(rows[0]["messages"][0]).replace("stock.quote", "taxi.order"))
+    rows += [{**chat(f"q{i}"), "id": f"c{i}"} for i in range(60)] + [
+        {**row, "id": row["id"] + "t", "messages": [other, row["messages"][1], message("assistant", "a")]} for row in rows[:20]]
+    again = [{**row, "id": "again " + row["id"], "source_dataset": "elsewhere"} for row in reversed(rows)]
+    source = write_rows(tmp_path / "in.jsonl", rows + again)
+    for options in ({}, {"heldout_tools": ["taxi.order"]}, {"heldout_tools": 0.5}):
+        convert_file(source, tmp_path / "out" / "train.jsonl", heldout_fraction=0.3, **options)
+        held, train = (Counter(map(str, read_rows(tmp_path / "out" / f"{side}.jsonl"))) for side in ("heldout", "train"))
+        assert not set(held) & set(train) and set(held.values()) == set(train.values()) == {2}, options
+
+
 def test_beside_every_converted_file_stands_who_its_rows_were(demo_file, tmp_path, monkeypatch):
     monkeypatch.setattr(converting, "GROUP_ROWS", 500)  # several groups
     source, out = read_rows(demo_file), tmp_path / "out"
