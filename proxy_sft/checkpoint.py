@@ -60,7 +60,8 @@ def sweep(run_dir: Path) -> list[str]: # names of what was removed
 
 # %% ../nbs/01b_checkpoint.ipynb #facts
 FREE_TO_CHANGE = {"workspace", "run_name", "output_dir", "max_rows", "num_proc", "shared_file_system", "dataloader_workers", "logging_steps",
-                  "save_steps", "save_total_limit", "report_to", "resume", "eval_steps", "device", "certificate"}
+                  "save_steps", "save_total_limit", "report_to", "resume", "eval_steps", "device", "certificate",
+                  "memory_probe", "preflight", "gpu_hour_price", "sample_steps"}
 
 def checkpoint_facts(settings: Settings, data_key: str, world_size: int) -> dict[str, Any]:
     "What is written into every manifest, and compared on resume."

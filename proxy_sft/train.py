@@ -80,7 +80,7 @@ def training_arguments(settings: Settings, resumed: bool) -> SFTConfig:
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.learning_rate, lr_scheduler_type=settings.lr_scheduler, warmup_steps=settings.warmup_ratio,
         weight_decay=settings.weight_decay, adam_beta2=settings.adam_beta2, max_grad_norm=settings.max_grad_norm, optim=settings.optimizer,
-        bf16=settings.bf16, fp16=False, **{CHECKPOINTING: settings.gradient_checkpointing},
+        bf16=settings.bf16, fp16=False, **{CHECKPOINTING: settings.activation_checkpointing != "none"},
         deepspeed=str(deepspeed_file(settings)) if uses_deepspeed(settings) else None,
         dataset_kwargs={"skip_prepare_dataset": True}, padding_free=settings.packing, packing=False, max_length=None,
         dataloader_num_workers=settings.dataloader_workers, dataloader_pin_memory=not on_cpu,
