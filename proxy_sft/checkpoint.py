@@ -61,6 +61,7 @@ def sweep(run_dir: Path) -> list[str]: # names of what was removed
 # %% ../nbs/01b_checkpoint.ipynb #facts
 FREE_TO_CHANGE = {"workspace", "run_name", "output_dir", "max_rows", "num_proc", "shared_file_system", "dataloader_workers", "logging_steps",
                   "save_steps", "save_total_limit", "report_to", "resume", "eval_steps", "device", "certificate",
+                  "save_weights_steps", "on_full_disk", "max_hours",
                   "memory_probe", "preflight", "gpu_hour_price", "sample_steps"}
 
 def checkpoint_facts(settings: Settings, data_key: str, world_size: int) -> dict[str, Any]:

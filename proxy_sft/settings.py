@@ -110,6 +110,10 @@ class Record(Group):
     resume: str = Field("auto", min_length=1, description="auto goes on from the newest complete checkpoint; never starts anew; or a path")
     eval_steps: Optional[int] = Field(100, ge=1, description="optimizer steps between held-out losses; null for start and end only")
     logging_steps: int = Field(1, ge=1, description="optimizer steps between log lines")
+    save_weights_steps: Optional[int] = Field(None, ge=1, description="optimizer steps between saves of the weights alone, without optimizer; none when not set")
+    on_full_disk: Literal["stop", "go_on"] = Field("stop", description="too little room for a checkpoint: stop, or go on without it and say so")
+    max_hours: Optional[float] = Field(None, gt=0, description="save and stop, to be started again, after so many hours")
+    skip_loss_spikes: Optional[float] = Field(None, gt=1, description="skip steps whose loss is so many times the median of the last 50; counted")
     report_to: list[str] = Field(["tensorboard"], description="loggers: tensorboard, trackio, wandb, swanlab, mlflow")
     sample_steps: Optional[int] = Field(None, ge=1, description="optimizer steps between answers generated for the log; null for none")
 
