@@ -322,15 +322,47 @@ def test_bad_rows_are_counted_and_do_not_hide_the_others(tokenizer):
 
 
 def test_certify_a_file_in_processes(tokenizer, tmp_path, monkeypatch):
-    import proxy_sft.chat as chat
+    import proxy_sft.certificate as room
     rnd = random.Random(3)
     rows = [random_chat(rnd, i % 7 == 0) for i in range(60)] + [{"messages": [user("x")], "tools": []}]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(on_disk(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    monkeypatch.setattr(chat, "PART", path.stat().st_size // 7)
+    monkeypatch.setattr(room, "PART", path.stat().st_size // 7)
     one, two, memory = (certify(path, tokenizer), certify(str(path), tokenizer, num_proc=2), certify(rows, tokenizer))
     assert one.counts == two.counts == memory.counts and one["rows"] == 61
     assert [e["row"] for e in one.examples] == [e["row"] for e in two.examples] == [60]
+
+
+def test_a_slip_in_the_short_way_turns_the_certificate_red(tokenizer, monkeypatch):
+    "The server's side is rendered by the template itself, so a wrong `chatml_text` cannot agree with itself."
+    import proxy_sft.certificate as room
+    import proxy_sft.chat as chat
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}}]
+    rows = [{"tools": tools, "messages": [user("one"), {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "2"},
+                                          {"role": "assistant", "content": "Two."}]}]
+    right = chat.chatml_text
+    slips = {"user": lambda text: text.replace("user\n", "user\n ", 1), "result": lambda text: text.replace("<tool_response>\n", "<tool_response>", 1),
+             "tools": lambda text: text.replace("<tools>", "<tools> ", 1)}
+    monkeypatch.setattr(room, "check_fast", lambda *args: "")  # no sample guards it here
+    assert certify(rows, tokenizer).passed
+    for name, slip in slips.items():
+        monkeypatch.setattr(chat, "chatml_text", lambda *args: slip(right(*args)))
+        assert not certify(rows, tokenizer).passed, name
+        monkeypatch.setattr(chat, "chatml_text", right)
+
+
+def test_certify_chosen_lines(tokenizer, tmp_path):
+    rows = [{"messages": [user(str(i)), {"role": "assistant", "content": f"answer {i}"}], "tools": []} for i in range(3000)]
+    rows[7] = {"messages": [user("only a question")]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [i for i in range(3000) if i % 2]
+    one, two = (certify(path, tokenizer, lines=lines, num_proc=n) for n in (1, 2))
+    assert one.to_json() == two.to_json() == certify(rows, tokenizer, lines=lines).to_json()
+    assert one["rows"] == 1500 and [e["row"] for e in one.examples] == [7]
+    with pytest.raises(ChatError, match="rows 0 to 2999"): certify(path, tokenizer, lines=[3000])
+    assert not certify(path, tokenizer, lines=[]).passed  # nothing is supervised
 
 
 def collate(supervised, pad):
