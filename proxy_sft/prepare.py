@@ -79,7 +79,7 @@ def key_parts(settings: Settings) -> dict[str, Any]: # part -> value or hash
     parts = {f"data/{p.name}": file_hash(p) for p in data}
     parts |= {f"tokenizer/{p.name}": file_hash(p) for p in tokenizer}
     parts |= {f"settings/{name}": getattr(settings, name) for name in KEY_SETTINGS}
-    parts |= {f"code/{name}": file_hash(Path(chat.__file__).parent / f"{name}.py") for name in ("chat", "prepare")}
+    parts |= {f"code/{name}": file_hash(Path(chat.__file__).parent / f"{name}.py") for name in ("chat", "certificate", "prepare")}
     return {**parts, "template": blake3(chat_template(settings.template).encode()).hexdigest(), "format": FORMAT}
 
 def cache_key(parts: dict[str, Any]) -> str: # 20 hex digits
