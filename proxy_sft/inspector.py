@@ -27,25 +27,21 @@ import jinja2
 import numpy as np
 import orjson
 
-from proxy_sft.chat import (
-    IGNORED, TEMPLATES, TRAIN_ON, ChatError, Inspection, control_tokens, row_parts, server_prompts, supervise,
-    turn_parity)
+from .ledger import facts_file, row_facts as file_facts
+from .certificate import Inspection, line_starts, server_prompts, turn_parity
+from .chat import IGNORED, TEMPLATES, TRAIN_ON, ChatError, control_tokens, row_parts, supervise
+from .reading import ConvertError
 
 # %% ../nbs/00d_inspector.ipynb #row-file-export
 class RowFile:
     "Rows of a `.jsonl` file by number, without loading it; or a list of rows."
     def __init__(self, source: Any): # path of a .jsonl file, or rows in memory
         self.rows = None if isinstance(source, (str, os.PathLike)) else list(source)
-        self.name = Path(source).name if self.rows is None else "memory"
+        self.name, self.path = ("memory", None) if self.rows is not None else (Path(source).name, Path(source))
         if self.rows is not None: return
-        ends, at = [np.zeros(1, np.int64)], 0
-        with open(source, "rb") as file:
-            while block := file.read(16 << 20):
-                ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + at + 1)
-                at += len(block)
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if at else b""  # pages are read when asked
-        self.starts = np.concatenate(ends)
-        if self.starts[-1] < at: self.starts = np.append(self.starts, at)  # the last line has no line break
+        self.starts = line_starts(source)
+        with open(source, "rb") as file:  # pages are read when asked
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self.starts) > 1 else b""
 
     def __len__(self) -> int: return len(self.rows) if self.rows is not None else len(self.starts) - 1
 
@@ -57,6 +53,19 @@ class RowFile:
 
     def __getitem__(self, row: int) -> dict:
         return json.loads(self.line(row)) if self.rows is None or not 0 <= row < len(self) else self.rows[row]
+
+    @cached_property
+    def facts(self) -> Any: # a `pyarrow.Table`, or None where nobody knows
+        "Who the rows of a converted file were: the two columns of the file do not say it, the file beside it does."
+        if self.path is None or not facts_file(self.path).is_file(): return None
+        try: return file_facts(self.path)
+        except ConvertError: return None  # of another file: rows are searched one by one
+
+    def known(self, row: int) -> dict: # {} where nobody knows
+        "Id, source, line in the downloaded file and repairs of a row."
+        if self.facts is None or not 0 <= row < len(self): return {}
+        found = self.facts.slice(row, 1).to_pylist()[0]
+        return {key: found[key] for key in ("id", "source", "line", "repairs") if found[key] is not None}
 
 # %% ../nbs/00d_inspector.ipynb #facts-export
 def is_raw(row: dict) -> bool: # a Dolci row as downloaded
@@ -142,6 +151,26 @@ def _plain_text(row: Any) -> str:
     if isinstance(row, list): return "\n".join(map(_plain_text, row))
     return str(row)
 
+# %% ../nbs/00d_inspector.ipynb #known-to-fit-export
+def _known_to_fit(rows: RowFile, query: Query) -> np.ndarray: # bool, one per row
+    "Which rows of a converted file fit all that is not text."
+    import pyarrow.compute as pc
+    if getattr(rows, "asked", None) == (query.source, query.reason, query.calls, query.longer, query.shorter): return rows.fitting
+    fits = np.ones(len(rows), bool)
+    if query.longer or query.shorter:
+        sizes = np.diff(rows.starts)
+        fits &= (sizes >= query.longer) & (sizes <= (query.shorter or sizes.max(initial=0)))
+    if query.calls is not None: fits &= rows.facts["calls"].to_numpy() == query.calls
+    texts = {"source": rows.facts["source"], "reason": rows.facts["repairs"]}
+    for name, column in texts.items():
+        part = getattr(query, name)
+        if not part: continue
+        if name == "reason": column = pc.binary_join(column, ", ")
+        found = pc.match_substring(pc.fill_null(column, ""), part, ignore_case=True)
+        fits &= found.to_numpy(zero_copy_only=False).astype(bool)
+    rows.asked, rows.fitting = (query.source, query.reason, query.calls, query.longer, query.shorter), fits
+    return fits
+
 # %% ../nbs/00d_inspector.ipynb #find-row-export
 def find_row(
     rows: RowFile, # where to look
@@ -151,11 +180,24 @@ def find_row(
     stretch: int = STRETCH, # rows to look at before giving up for now
 ) -> tuple[Optional[int], int]: # the row found or None, and where to go on (outside the file: nowhere)
     "The next row that fits."
+    if rows.facts is not None: return _find_known(rows, query, start, step, stretch)
     at = start
     while 0 <= at < len(rows) and abs(at - start) < stretch:
         if query.fits(rows.line(at)): return at, at + step
         at += step
     return None, at
+
+
+def _find_known(rows: RowFile, query: Query, start: int, step: int, stretch: int) -> tuple[Optional[int], int]:
+    "`find_row` for a converted file: all but the text is looked up in its facts, so only rows that may fit are read."
+    fitting = np.flatnonzero(_known_to_fit(rows, query))
+    at = np.searchsorted(fitting, start, "left" if step > 0 else "right") - (step < 0)
+    for read in range(stretch):
+        if not 0 <= at < len(fitting): return None, len(rows) if step > 0 else -1
+        row = int(fitting[at])
+        if not query.text or Query(query.text).fits(rows.line(row)): return row, row + step
+        at += step
+    return None, int(fitting[at]) if 0 <= at < len(fitting) else len(rows) if step > 0 else -1
 
 # %% ../nbs/00d_inspector.ipynb #raw-of-export
 def raw_of(
@@ -433,9 +475,9 @@ TABS = ("text", "tokens", "parity", "messages", "raw")
 class RowView:
     "All views of one row; in a notebook it shows the static ones named in `views`."
     def __init__(self, row: dict, inspection: Optional[Inspection] = None, raw: Optional[dict] = None,
-                 convert: Optional[Callable] = None, views: tuple = ("text",)):
+                 convert: Optional[Callable] = None, views: tuple = ("text",), known: Optional[dict] = None): # of `RowFile.known`
         self.row, self.raw, self.views, self.problem = row, raw or raw_row(row), views, ""
-        self.facts, self.messages, self.tools, self.reading = row_facts({"row": self.raw, **row}), None, [], None
+        self.facts, self.messages, self.tools, self.reading = row_facts({"row": self.raw, **row, **(known or {})}), None, [], None
         try:
             if is_raw(row) or "messages" not in row and "messages_json" not in row:
                 if convert is None or self.raw is None:
@@ -550,45 +592,56 @@ class InspectorState:
 
     def current(self) -> RowView:
         "The row that is shown."
-        row = self.rows[self.row]
-        return RowView(row, self.inspection, raw_of(row, self.raw), self.convert)
+        row, known = self.rows[self.row], self.rows.known(self.row)
+        return RowView(row, self.inspection, raw_of({**row, **known}, self.raw), self.convert, known=known)
 
-    def handle(self, message: dict) -> None:
-        "Do what the page asks; what is not understood is said, not raised."
-        do, value, self.note = message.get("do"), message.get("value"), ""
-        try:
-            if do == "go": self._go(int(value))
-            elif do == "find": self._find(int(message.get("step", 1)), bool(message.get("stay")))
-            elif do == "query": self.query = Query(**{name: _field(name, text) for name, text in value.items()})
-            elif do == "tab" and value in TABS: self.tab = value
-            elif do == "template": self.template = str(value)
-            elif do == "train_on" and value in TRAIN_ON: self.train_on = value
-            else: raise ValueError(f"{do!r} {value!r} is not understood")
-        except (ValueError, TypeError, AttributeError, IndexError) as error: self.note = str(error)
+# %% ../nbs/00d_inspector.ipynb #state-handle-export
+def _handle(self: InspectorState, message: dict) -> None:
+    "Do what the page asks; what is not understood is said, not raised."
+    do, value, self.note = message.get("do"), message.get("value"), ""
+    try:
+        if do == "go": _go(self, int(value))
+        elif do == "find": _find(self, int(message.get("step", 1)), bool(message.get("stay")))
+        elif do == "query": self.query = Query(**{name: _field(name, text) for name, text in value.items()})
+        elif do == "tab" and value in TABS: self.tab = value
+        elif do == "template": self.template = str(value)
+        elif do == "train_on" and value in TRAIN_ON: self.train_on = value
+        else: raise ValueError(f"{do!r} {value!r} is not understood")
+    except (ValueError, TypeError, AttributeError, IndexError) as error: self.note = str(error)
 
-    def _go(self, row: int) -> None:
-        if not 0 <= row < len(self.rows): raise IndexError(f"rows are 0 to {len(self.rows) - 1}")
-        self.row = row
 
-    def _find(self, step: int, stay: bool) -> None:
-        found, at = find_row(self.rows, self.query, self.row if stay else self.row + step, step)
-        if found is not None: self.row = found
-        elif 0 <= at < len(self.rows): self.row, self.note = at, f"nothing yet up to row {at:,}; once more to go on"
-        elif self.query != Query(): self.note = "no other row fits in this direction"
-        else: self.note = "this is the last row" if step > 0 else "this is the first row"
+def _go(self, row: int) -> None:
+    if not 0 <= row < len(self.rows): raise IndexError(f"rows are 0 to {len(self.rows) - 1}")
+    self.row = row
 
-    def view(self) -> dict:
-        "What the page shows; strings and numbers alone."
-        try: row = self.current()
-        except ValueError as error: return {**self._page(), "html": f"<p>{safe(error)}</p>", "summary": "", "json": ""}
-        try: html = row.html(self.tab)
-        except ValueError as error: html = f"<p>{safe(error)}</p>"
-        return {**self._page(), "html": html, "summary": visible(row.summary), "json": row.json()}
 
-    def _page(self) -> dict:
-        names = [*TEMPLATES, *([self.template] if self.template not in TEMPLATES else [])]
-        return {"row": self.row, "rows": len(self.rows), "file": self.rows.name, "tab": self.tab, "note": self.note,
-                "template": self.template, "templates": names, "train_on": self.train_on}
+def _find(self, step: int, stay: bool) -> None:
+    found, at = find_row(self.rows, self.query, self.row if stay else self.row + step, step)
+    if found is not None: self.row = found
+    elif 0 <= at < len(self.rows): self.row, self.note = at, f"nothing yet up to row {at:,}; once more to go on"
+    elif self.query != Query(): self.note = "no other row fits in this direction"
+    else: self.note = "this is the last row" if step > 0 else "this is the first row"
+
+
+InspectorState.handle = _handle
+
+# %% ../nbs/00d_inspector.ipynb #state-view-export
+def _view(self: InspectorState) -> dict:
+    "What the page shows; strings and numbers alone."
+    try: row = self.current()
+    except ValueError as error: return {**_page(self), "html": f"<p>{safe(error)}</p>", "summary": "", "json": ""}
+    try: html = row.html(self.tab)
+    except ValueError as error: html = f"<p>{safe(error)}</p>"
+    return {**_page(self), "html": html, "summary": visible(row.summary), "json": row.json()}
+
+
+def _page(self: InspectorState) -> dict:
+    names = [*TEMPLATES, *([self.template] if self.template not in TEMPLATES else [])]
+    return {"row": self.row, "rows": len(self.rows), "file": self.rows.name, "tab": self.tab, "note": self.note,
+            "template": self.template, "templates": names, "train_on": self.train_on}
+
+
+InspectorState.view = _view
 
 # %% ../nbs/00d_inspector.ipynb #fields-export
 def _field(name: str, text: Any) -> Any:
@@ -731,7 +784,7 @@ def inspect(
     file = RowFile(rows)
     if static if static is not None else bool(os.environ.get("IN_TEST")):
         inspection = Inspection(tokenizer, template, train_on) if tokenizer is not None else None
-        return RowView(file[row], inspection, convert=convert)
+        return RowView(file[row], inspection, convert=convert, known=file.known(row))
     state = InspectorState(file, tokenizer, template, train_on, RowFile(raw) if raw is not None else None, convert)
     state.handle({"do": "go", "value": row})
     return _widget(state)
@@ -778,7 +831,7 @@ def inspect_command(
     if query != Query(): found, _ = find_row(rows, query, args.row, stretch=len(rows))
     if found is None: print("no row fits", file=sys.stderr)
     if found is None: return 1
-    try: row = rows[found]
+    try: row, known = rows[found], rows.known(found)
     except IndexError as error: return _complain(str(error))
     if args.json: print(RowView(row).json())
     if args.json: return 0
@@ -788,9 +841,9 @@ def inspect_command(
         from transformers import AutoTokenizer
         inspection = Inspection(AutoTokenizer.from_pretrained(folder), args.template, args.train_on)
     source = Path(args.raw or (settings.train_file if settings else ""))
-    raw = raw_of(row, RowFile(source)) if source.is_file() and (args.view == "raw" or "line" in row) else None
+    raw = raw_of({**row, **known}, RowFile(source)) if source.is_file() and (args.view == "raw" or "line" in row) else None
     print(f"row {found} of {len(rows)} in {rows.name}")
-    print(row_text(RowView(row, inspection, raw, convert), args.view, _wants_color(args.color)))
+    print(row_text(RowView(row, inspection, raw, convert, known=known), args.view, _wants_color(args.color)))
     return 0
 
 

@@ -15,7 +15,7 @@ import pytest
 import zstandard
 from transformers import AutoTokenizer
 
-from proxy_sft import convert as converting
+from proxy_sft import convert as converting, ledger, streams
 from proxy_sft.calls import format_calls
 from proxy_sft.chat import render_chat
 from proxy_sft.convert import ConvertError, convert, convert_file, convert_row, row_facts
@@ -302,8 +302,8 @@ def test_rows_in_are_rows_kept_and_rows_rejected(demo_file, tmp_path):
 
 
 def test_same_bytes_for_any_number_of_processes(demo_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(converting, "BLOCK_BYTES", 100_000)  # many parts
-    monkeypatch.setattr(converting, "SMALL", 0)  # not too small for several processes
+    monkeypatch.setattr(streams, "BLOCK_BYTES", 100_000)  # many parts
+    monkeypatch.setattr(streams, "SMALL", 0)  # not too small for several processes
     for num_proc in (1, 3):
         convert_file(demo_file, tmp_path / str(num_proc) / "train.jsonl", heldout_fraction=0.1, drop_duplicates=True, num_proc=num_proc)
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
@@ -311,7 +311,7 @@ def test_same_bytes_for_any_number_of_processes(demo_file, tmp_path, monkeypatch
 
 def test_a_script_without_a_guard_is_not_run_again_by_its_processes(tmp_path):
     source, script = write_rows(tmp_path / "in.jsonl", demo_rows(200)), tmp_path / "script.py"
-    script.write_text("import proxy_sft.convert as c\nprint('begin')\nc.SMALL, c.BLOCK_BYTES = 0, 100_000\n"
+    script.write_text("import proxy_sft.convert as c, proxy_sft.streams as s\nprint('begin')\ns.SMALL, s.BLOCK_BYTES = 0, 100_000\n"
                       f"print(c.convert_file({str(source)!r}, {str(tmp_path / 'out' / 'train.jsonl')!r}, num_proc=2).rows)\n")
     for options in ({"args": [sys.executable, str(script)]}, {"args": [sys.executable, "-"], "stdin": script.open()}):
         run = subprocess.run(**options, capture_output=True, text=True, timeout=120)
@@ -394,7 +394,7 @@ def test_a_repetition_never_crosses_from_one_side_to_the_other(tmp_path):
 
 
 def test_beside_every_converted_file_stands_who_its_rows_were(demo_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(converting, "GROUP_ROWS", 500)  # several groups
+    monkeypatch.setattr(ledger, "GROUP_ROWS", 500)  # several groups
     source, out = read_rows(demo_file), tmp_path / "out"
     convert_file(demo_file, out / "train.jsonl", heldout_fraction=0.2, drop_duplicates=True, tool_chat_ratio=4.0)
     repairs = {e["line"]: sorted({r["code"] for r in e["repairs"]}) for e in read_rows(out / "repaired.jsonl")}
@@ -467,7 +467,7 @@ def test_files_that_cannot_be_used(tmp_path, name, words):
 
 
 def test_a_fault_in_another_process_is_told_as_well(tmp_path, monkeypatch):
-    monkeypatch.setattr(converting, "SMALL", 0)
+    monkeypatch.setattr(streams, "SMALL", 0)
     good = json.dumps(simple()) + "\n"
     (tmp_path / "in.jsonl").write_text(good * 2_000 + "oh no\n" + good * 500)
     with pytest.raises(ConvertError, match="line 2001"): convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl", num_proc=2)
@@ -534,9 +534,9 @@ def test_a_missing_download_is_named(tmp_path):
 
 def test_the_bar_is_off_in_tests_and_on_other_ranks(monkeypatch):
     monkeypatch.setenv("IN_TEST", "1")
-    assert converting.bars_are_hidden()
+    assert streams.bars_are_hidden()
     monkeypatch.delenv("IN_TEST")
     monkeypatch.setenv("RANK", "1")
-    assert converting.bars_are_hidden()
+    assert streams.bars_are_hidden()
     monkeypatch.setenv("RANK", "0")
-    assert not converting.bars_are_hidden()
+    assert not streams.bars_are_hidden()
