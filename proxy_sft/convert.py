@@ -30,7 +30,8 @@ from .sealed import file_hash, flush, write_flushed
 from .reading import ConvertError, convert_row
 from .ledger import (
     REMEMBERED, Choices, FactsWriter, Piece, drop_rows, facts_file, line_count, row_facts, rows_to_drop)
-from .streams import Progress, converted_parts, enough_work, input_files, parts_of, process_count
+from .streams import (
+    Progress, converted_parts, enough_work, input_files, parts_of, process_count, without_main)
 
 # %% ../nbs/01_convert.ipynb #convert-report
 @dataclass
