@@ -15,7 +15,7 @@ __all__ = ['CONSTANTS', 'PARAMETER_OPTIONS', 'SECRET_NAME', 'LEFT_OUT', 'FINAL',
            'vanished', 'handle_signals', 'kill_now', 'wait_for_others', 'report_to_torchrun', 'failure_words',
            'run_worker', 'torchrun_command', 'add_parameter_arguments', 'add_notebook_arguments', 'process_count',
            'add_run_arguments', 'Launcher', 'outcome', 'silent_failure', 'run_command', 'refuse_second_run',
-           'run_states', 'status_table', 'status_command', 'in_plain_words', 'worker_main']
+           'in_plain_words', 'worker_main']
 
 # %% ../nbs/02a_launch.ipynb #imports
 import argparse
@@ -926,34 +926,6 @@ def refuse_second_run(args: argparse.Namespace, folder: RunFolder) -> None: # La
                               "or choose another run_name.")
         folder.status(state["rank"]).unlink(missing_ok=True)
     if args.node_rank == 0: folder.failure_file.unlink(missing_ok=True)
-
-# %% ../nbs/02a_launch.ipynb #status-command
-def run_states(folder: Path) -> list[dict]: # by rank; LaunchError when nothing ran there
-    "What every rank of a run says, and whether it is still there."
-    states = sorted(RunFolder(folder).statuses(), key=lambda s: s["rank"])
-    if not states:
-        raise LaunchError(f"There is no run in {folder}. Give a run's folder, or its name in workspace/runs.")
-    for state in states:
-        state["alive"] = state["state"] not in FINAL and is_alive(state)
-        if state["state"] not in FINAL and not state["alive"]: state["state"] = "lost"
-    return states
-
-def status_table(states: list[dict], now: float) -> str: # one line per rank below a heading
-    "States as a table for a terminal."
-    lines = [f"{'rank':>4}  {'state':<8}  {'cell':>4}  {'last seen':>10}  {'ran':>8}  host:pid"]
-    for s in states:
-        seen, ran, failure = now - s["heartbeat"], s["heartbeat"] - s["started"], s.get("failure")
-        why = f"  {failure['ename']}: {failure['evalue'][:80]}" if failure else ""
-        lines.append(f"{s['rank']:>4}  {s['state']:<8}  {s['cell']:>4}  {seen:>8.0f} s  {ran:>6.0f} s  "
-                     f"{s['host']}:{s['pid']}{why}")
-    return "\n".join(lines)
-
-def status_command(args: argparse.Namespace) -> int: # exit code
-    "`proxy-sft status`."
-    given = Path(args.run).expanduser()
-    states = run_states(given if given.is_dir() else load_settings(run_name=args.run).run_dir)
-    print(json.dumps(states, indent=1) if args.json else status_table(states, time.time()))
-    return 0
 
 # %% ../nbs/02a_launch.ipynb #worker-main
 def in_plain_words(command: Callable[[], int]) -> int: # the command's exit code; 2: refused; 1: another error of ours

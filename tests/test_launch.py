@@ -196,7 +196,7 @@ def test_status_tells_what_became_of_the_ranks(ends, capsys):
     assert commands.main(["status", str(ends["exception"].root)]) == 0
     assert "failed" in capsys.readouterr().out
     assert commands.main(["status", str(ends["kill"].root), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["failure"]["ename"] == "DeadKernel"
+    assert json.loads(capsys.readouterr().out)["ranks"][0]["failure"]["ename"] == "DeadKernel"
 
 
 # ---- what is written
