@@ -529,6 +529,7 @@ def plant(
         return build
     return enter
 
+# %% ../nbs/000a_demo.ipynb #demo-notes
 def custom(
     tool:dict,               # a tool as the row holds it
     question:str,            # what the user says
@@ -585,6 +586,7 @@ def escapes(rng):
     "Escapes of both languages, and quotes in quotes."
     return note(r"""text="tab\t, \"quoted\", back\\slash, \u00e9, it's" """.strip(), rng)
 
+# %% ../nbs/000a_demo.ipynb #demo-number-cases
 @plant(2)
 def big_integer(rng):
     "An integer beyond 64 bits."
@@ -702,6 +704,7 @@ def no_required(rng):
         return tools
     return with_functions(one_call(rng), change)
 
+# %% ../nbs/000a_demo.ipynb #demo-tool-content-cases
 @plant(2)
 def wrong_default(rng):
     "A default that is not of its parameter's type."
@@ -870,6 +873,7 @@ def unsplittable_results(rng):
     messages = two_calls(rng)
     return [*messages[:3], message("environment", "Error: the service is busy\nand cannot answer"), *messages[4:]]
 
+# %% ../nbs/000a_demo.ipynb #demo-tool-name-cases
 @plant(4, "rejected", "undeclared_function")
 def undeclared_function(rng):
     "A call of a function that no tool declares."
@@ -1173,6 +1177,7 @@ def give_head_start(
             attention.q_norm.weight.mul_(1.5)
     return model
 
+# %% ../nbs/000a_demo.ipynb #demo-model-build
 def build_demo_model(
     tokenizer,           # of the demo
     seed:int=DEMO_SEED,  # same seed, same weights

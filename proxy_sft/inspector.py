@@ -509,10 +509,14 @@ class RowView:
 
     def __repr__(self) -> str: return row_text(self, "text", color=False)
 
-    def json(self) -> str:
-        "The row as JSON text, JSON columns opened."
-        return _pretty({key.removesuffix("_json"): json.loads(value) if key.endswith("_json") else value
-                        for key, value in self.row.items()})
+# %% ../nbs/00d_inspector.ipynb #row-json-export
+def _row_json(self: RowView) -> str: # what is copied
+    "The row as JSON text, JSON columns opened."
+    return _pretty({key.removesuffix("_json"): json.loads(value) if key.endswith("_json") else value
+                    for key, value in self.row.items()})
+
+
+RowView.json = _row_json
 
 # %% ../nbs/00d_inspector.ipynb #terminal-export
 _COLORS = {"system": "90", "user": "34", "assistant": "32", "tool": "33", "tools": "90"}
@@ -769,7 +773,7 @@ def _widget(state: InspectorState) -> Any:
 
     return Inspector()
 
-
+# %% ../nbs/00d_inspector.ipynb #inspect-function-export
 def inspect(
     rows: Any, # path of a `.jsonl` file (converted, rejected, repaired or downloaded), or a list of rows
     tokenizer: Any = None, # a fast Hugging Face tokenizer; without one there are no text, token and parity views

@@ -270,3 +270,39 @@ def test_visible_and_safe():
         text = "".join(chr(rnd.choice([rnd.randrange(0x300), rnd.randrange(0x2000, 0x2100), 0xD800])) for _ in range(20))
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800]", visible(text))
         assert not set("<>\"'") & set(safe(text))
+
+
+def test_converted_files_are_filtered_by_their_facts(tmp_path):
+    "The two columns of a converted file say neither source nor repairs; the file beside it does, and finds the same rows as reading them all."
+    from proxy_sft.convert import convert_file
+    from proxy_sft.demo import demo_rows
+    from proxy_sft.inspector import InspectorState, Query, RowFile, find_row
+    source, target = tmp_path / "rows.jsonl", tmp_path / "out" / "train.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in demo_rows(300)))
+    convert_file(source, target, progress=False)
+    rows, raw = RowFile(target), RowFile(source)
+    known = [rows.known(i) for i in range(len(rows))]
+    assert all(raw[k["line"] - 1]["id"] == k["id"] for k in known)
+    code = next(k["repairs"][0] for k in known if k["repairs"])
+    name = known[5]["source"]
+    def every(query, step):
+        at, found = (0 if step > 0 else len(rows) - 1), []
+        while True:
+            row, at = find_row(rows, query, at, step)
+            if row is None: return found[::step]
+            found.append(row)
+    calls = [sum(len(m.get("tool_calls") or []) for m in json.loads(rows[i]["messages_json"])) for i in range(len(rows))]
+    for step in (1, -1):
+        assert every(Query(source=name.upper()), step) == [i for i, k in enumerate(known) if name in k["source"]]
+        assert every(Query(reason=code), step) == [i for i, k in enumerate(known) if any(code in r for r in k["repairs"])] != []
+        assert every(Query(calls=2), step) == [i for i, n in enumerate(calls) if n == 2] != []
+        assert every(Query(longer=800, shorter=1500), step) == [i for i in range(len(rows)) if 800 <= len(rows.line(i)) <= 1500] != []
+        assert every(Query(), step) == list(range(len(rows)))
+    state = InspectorState(rows, None, "nothink", "all", raw, None)
+    state.handle({"do": "query", "value": {"reason": code}})
+    state.handle({"do": "find", "step": 1, "stay": True})
+    state.handle({"do": "tab", "value": "raw"})
+    view = state.view()
+    assert code in view["summary"] and known[state.row]["id"] in view["summary"] and "No view" not in view["html"]
+    target.write_bytes(target.read_bytes()[:-5] + b"\n")  # changed by somebody: its facts are another file's
+    assert RowFile(target).facts is None and find_row(RowFile(target), Query(calls=2)) == find_row(rows, Query(calls=2))
