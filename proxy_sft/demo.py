@@ -153,7 +153,6 @@ TOOLS += [
              (("¿Qué hora es?", "Son las {hour}."), ("现在几点了？", "现在{hour}点。"))),
 ]
 
-# %% ../nbs/000a_demo.ipynb #demo-tools-home
 TOOLS += [
     DemoTool("lights.set", "Switch lights on or off.", {"room": "room", "on": "switch"},
              ("turn {on} the lights in the {room}", "switch the {room} lights {on}"),
