@@ -28,7 +28,7 @@ def serving_commands(
         "transformers serve": f"transformers serve {folder} --port 8000" + (" --reasoning off" if options else "")}
 
 # %% ../nbs/01e_serving.ipynb #smoke-export
-SMOKE_TEST = '''"""Ask a running server a question with tools: python smoke_test.py http://localhost:8000/v1"""
+SMOKE_TEST = '''"""Ask a running server a question with tools: python smoke_test.py http://localhost:8000/v1 [MODEL]"""
 import json
 import sys
 
@@ -39,13 +39,12 @@ TOOLS = [{"type": "function", "function": {"name": "get_weather", "description":
     "type": "object", "properties": {"city": {"type": "string", "description": "name of the city"}}, "required": ["city"]}}}]
 
 
-def main(url: str, question: str = "What is the weather in Paris?", tools=TOOLS, result='{"temperature": 21, "sky": "clear"}') -> int:
+def main(url: str, model: str = "", question: str = "What is the weather in Paris?", tools=TOOLS, result='{"temperature": 21, "sky": "clear"}') -> int:
     client = OpenAI(base_url=url, api_key="none", timeout=300)
-    names = [model.id for model in client.models.list().data]
-    if len(names) != 1: print("models at this server:", ", ".join(names))
+    model = model or client.models.list().data[0].id
     messages = [{"role": "user", "content": question}]
     def ask():
-        return client.chat.completions.create(model=names[0], messages=messages, tools=tools, temperature=0, max_tokens=512,
+        return client.chat.completions.create(model=model, messages=messages, tools=tools, temperature=0, max_tokens=512,
                                               extra_body={"chat_template_kwargs": OPTIONS} if OPTIONS else None).choices[0].message
     said = ask()
     if not said.tool_calls: return fail(f"no tool_calls came; the content is {said.content!r}. Is the tool parser on?")
@@ -85,7 +84,8 @@ Start a server in this folder. The chat template (`{settings.template}`), the st
 ## See that it calls tools
 
 ```bash
-python smoke_test.py http://localhost:8000/v1
+python smoke_test.py http://localhost:8000/v1      # vLLM, SGLang
+python smoke_test.py http://localhost:8000/v1 .    # transformers serve wants the name that it was started with
 ```
 
 A question with a tool goes out, `tool_calls` come back, a result is sent, and the final answer is printed. Exit code 0 means that all of it worked.
