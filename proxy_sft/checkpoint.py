@@ -60,7 +60,8 @@ def sweep(run_dir: Path) -> list[str]: # names of what was removed
 
 # %% ../nbs/01b_checkpoint.ipynb #facts
 FREE_TO_CHANGE = {"workspace", "run_name", "output_dir", "max_rows", "num_proc", "shared_file_system", "dataloader_workers", "logging_steps",
-                  "save_steps", "save_total_limit", "report_to", "resume", "eval_steps", "device", "certificate",
+                  "save_steps", "save_total_limit", "report_to", "resume", "eval_steps", "eval_tool_calls_every",
+                  "eval_tool_calls_turns", "eval_tool_calls_seconds", "device", "certificate",
                   "save_weights_steps", "on_full_disk", "max_hours",
                   "memory_probe", "preflight", "gpu_hour_price", "sample_steps"}
 

@@ -28,8 +28,10 @@ from trl import SFTConfig, SFTTrainer
 from .chat import certify_batches, save_chat_files, served_template, stop_token_ids
 from .checkpoint import (CheckpointError, CompleteCheckpoints, StopOnRequest, StopRequested, checkpoint_facts, checkpoint_to_resume,
                                   complete_checkpoints, everybody_gets, publish_final, set_aside, sweep)
+from .generate import ToolCallsWhileTraining
 from .prepare import Prepared, World, prepare
 from .sealed import read_manifest
+from .serving import serving_notes
 from .settings import Settings, in_folder, save_settings
 
 # %% ../nbs/02_train.ipynb #error
@@ -109,6 +111,7 @@ class ToolTrainer(CompleteCheckpoints, SFTTrainer):
             save_chat_files(output_dir, self.processing_class, self.settings.template, self.model.generation_config.to_diff_dict())
             (Path(output_dir) / "README.md").write_text(self.card, encoding="utf-8")
             save_settings(self.settings, Path(output_dir))
+            serving_notes(self.settings, Path(output_dir))
 
     def create_model_card(self, *args, **kwargs):
         "Our own card is written with every checkpoint."
@@ -211,6 +214,7 @@ def build_trainer(settings: Settings, prepared: Prepared, facts: dict[str, Any],
     trainer = ToolTrainer(load_model(settings, tokenizer), training_arguments(settings, resumed), processing_class=tokenizer,
                           train_dataset=split("train"), eval_dataset=split("heldout"),
                           callbacks=[stop, PlainProgress(settings.run_dir, every=max(25, settings.logging_steps))])
+    if settings.eval_tool_calls_every: trainer.add_callback(ToolCallsWhileTraining(settings, tokenizer, trainer.log))
     trainer.remove_callback(PrinterCallback)  # it prints raw dictionaries beside our lines
     trainer.settings, trainer.run_dir, trainer.keep, trainer.facts = settings, settings.run_dir, settings.save_total_limit, facts
     trainer.card, trainer.stop = model_card(settings, prepared), stop

@@ -9,10 +9,10 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from proxy_sft.chat import Inspection, save_chat_files, server_prompts, supervise
 from proxy_sft.demo import write_demo_model
-from proxy_sft.evaluate import (
-    METRICS, Answer, EvaluateError, Evaluation, HeldoutTurn, Reply, answer_limit, as_it_was_meant, as_server_reads, choose_turns, evaluate,
-    evaluation_html, expected_text, generate_replies, judge, load_model, model_folders, plot_svg, read_answer, score_turn, show_turn,
-    table_rows, token_batches, turns_of, wilson)
+from proxy_sft.answers import (
+    METRICS, Answer, EvaluateError, HeldoutTurn, Reply, as_it_was_meant, as_server_reads, choose_turns, expected_text, read_answer, score_turn, turns_of)
+from proxy_sft.evaluate import Evaluation, evaluate, evaluation_html, judge, model_folders, plot_svg, show_turn, table_rows, wilson
+from proxy_sft.generate import answer_limit, generate_replies, load_model, token_batches
 from proxy_sft.settings import load_settings
 
 
@@ -47,12 +47,12 @@ def wrong(expected, text, stopped=True):
     ([WEATHER], block(WEATHER).removesuffix("</tool_call>"), True, {"parseable", "exact"}),
     ([WEATHER], '<tool_call>{"name": "weather.now", "parameters": {"city": "Zürich"}}</tool_call>', True, {"parseable", "exact"}),
     ([WEATHER], block(call("weather.later", city="Zürich")), True, {"names", "exact"}),
-    ([WEATHER], block(call("weather.now", city="Bern")), True, {"arguments", "exact"}),
-    ([NOTE], block(call("notes.add", text="a", stars=4)), True, {"arguments", "exact"}),
+    ([WEATHER], block(call("weather.now", city="Bern")), True, {"arguments", "meaning", "exact"}),
+    ([NOTE], block(call("notes.add", text="a", stars=4)), True, {"arguments", "meaning", "exact"}),
     ([WEATHER, call("weather.now", city="Bern")], block(WEATHER), True, {"complete", "exact"}),
     ([WEATHER], block(WEATHER) + block(WEATHER), True, {"complete", "exact"}),
     ([ODD], block(ODD), True, {"schema"}),
-    ([NOTE], block(ODD), True, {"arguments", "schema", "exact"}),
+    ([NOTE], block(ODD), True, {"arguments", "meaning", "schema", "exact"}),
     ([WEATHER, NOTE], block(WEATHER), True, {"names", "complete", "exact"}),
     ([WEATHER], block(call("rockets.start", city="Zürich")), True, {"names", "schema", "exact"}),
     ([WEATHER], "It rains.", True, set(METRICS) - {"stops"}),
@@ -66,8 +66,10 @@ def test_every_metric_moved_alone():
     alone = {"decision": ([], block(WEATHER), True), "stops": ([], "Hello.", False), "schema": ([ODD], block(ODD), True)}
     for metric, case in alone.items(): assert wrong(*case) == {metric}
     for metric, text in {"parseable": block(WEATHER)[:-12], "names": block(call("weather.later", city="Zürich")),
-                         "arguments": block(call("weather.now", city="Bern")), "complete": block(WEATHER) * 2}.items():
+                         "complete": block(WEATHER) * 2}.items():
         assert wrong([WEATHER], text) == {metric, "exact"}
+    assert wrong([NOTE], block(call("notes.add", text="a", stars=3.0))) == {"arguments", "exact"}  # other spelling, same meaning
+    assert wrong([NOTE], block(call("notes.add", text="b", stars=3))) == {"arguments", "meaning", "exact"}
 
 
 @pytest.mark.parametrize("expected, made, same", [
@@ -81,10 +83,10 @@ def test_arguments_are_compared_as_json(expected, made, same):
 def test_swapped_arguments_of_two_tools_are_wrong():
     swapped = [call("weather.later", city="Bern"), call("weather.now", city="Genf")]
     expected = [call("weather.now", city="Bern"), call("weather.later", city="Genf")]
-    assert wrong(expected, "".join(map(block, swapped))) == {"arguments", "exact"}
+    assert wrong(expected, "".join(map(block, swapped))) == {"arguments", "meaning", "exact"}
     twice = [call("weather.now", city="Bern"), call("weather.now", city="Genf")]
     assert wrong(twice, block(twice[1]) + block(twice[0])) == set()
-    assert wrong(twice, block(twice[1]) * 2) == {"arguments", "exact"}
+    assert wrong(twice, block(twice[1]) * 2) == {"arguments", "meaning", "exact"}
 
 
 def test_readings():
@@ -150,15 +152,28 @@ def test_broken_held_out_files(tmp_path, text, says):
 
 def test_slices_and_rates():
     one, several = turns_of(**row(0)), turns_of(**row(1, [WEATHER, NOTE]))
-    assert [t.slices for t in one + several] == [("one call",), ("no call", "after a result"), ("several calls",), ("no call", "after a result")]
+    said = ("language: unknown",)
+    assert [t.slices for t in one + several] == [("single", *said), ("no call", "after a result", *said), ("parallel", *said),
+                                                 ("no call", "after a result", *said)]
     turns = one + several
     good = [Reply(expected_text(t.messages[-1]), True, 1) for t in turns]
     found = judge(turns, {"base": [good[1]] * 4, "tuned": good[:2] + [good[0], good[3]]}, found=4)
-    assert found.rate("tuned", "exact") == (1, 2) and found.rate("tuned", "exact", "several calls") == (0, 1)
+    assert found.rate("tuned", "exact") == (1, 2) and found.rate("tuned", "exact", "parallel") == (0, 1)
     assert found.rate("base", "decision", "no call") == (2, 2) and found.rate("tuned", "names", "no call") == (0, 0)
     assert found.changed("exact") == (1, 0) and found.changed("decision") == (2, 0) and found.failures("tuned") == [2]
-    assert "tuned" in repr(found) and "+2 -0" in repr(found) and "wrong: names, complete, exact" in show_turn(found, 2)
+    assert found.failures("tuned", group="single") == [] and found.failures("tuned", group="parallel") == [2]
+    assert "tuned" in repr(found) and "wrong: names, complete, exact" in show_turn(found, 2)
     assert all(len(r) == 5 for r in table_rows(found)) and plot_svg(found).count("<rect") == 2 * len(METRICS)
+
+
+def test_steps_languages_sources_and_unseen_tools():
+    asked = row(0)["messages"][:3]
+    messages = [{"role": "user", "content": "Wie ist das Wetter?"}, *asked[1:], *asked[1:], {"role": "user", "content": "Danke, und du?"},
+                {"role": "assistant", "content": "Gut."}]
+    turns = turns_of(messages, TOOLS, source="weather", unseen=frozenset({"weather.now"}))
+    also = ("language: German", "source: weather")
+    assert [t.slices for t in turns] == [("single", "several steps", "unseen tools", *also),
+                                         ("single", "after a result", "several steps", "unseen tools", *also), ("no call", "no tool fits", *also)]
 
 
 def test_html_escapes_models():
@@ -223,7 +238,7 @@ def test_base_beside_tuned(world):
     assert found.rate("tuned", "exact") == (calling, calling) and found.rate("tuned", "stops") == (7, 7)
     saved = json.loads((settings.run_dir / "evaluation.json").read_text())
     assert saved["metrics"]["tuned"]["exact"]["right"] == calling and saved["asked"] == 7 and len(saved["turns"]) == 7
-    again = judge(found.turns, found.replies, found=found.found, about=found.about)
+    again = judge(found.turns, found.replies, found=found.found, about=found.about, losses=found.losses, chat_losses=found.chat_losses)
     assert again == found == evaluate(settings, max_turns=7, batch_size=3)  # batches change nothing
     assert not list(settings.run_dir.glob("*.part"))
 
@@ -298,4 +313,4 @@ def test_long_prompts_are_left_out_and_counted(world):
 
 def test_turns_without_a_question_before():
     turn = HeldoutTurn(0, 0, [{"role": "assistant", "content": "Hi"}], TOOLS)
-    assert turn.slices == ("no call",) and "nobody" in show_turn(judge([turn], {"base": [Reply("Hi", True, 1)]}), 0)
+    assert turn.slices == ("no call", "no tool fits", "language: unknown") and "nobody" in show_turn(judge([turn], {"base": [Reply("Hi", True, 1)]}), 0)
