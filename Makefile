@@ -1,10 +1,13 @@
 # make demo   the whole pipeline on the embedded demo: no download, no GPU, a few minutes
 # make test   everything that CI checks
 # make check  clean, export, nbdev_test, pytest: what one runs before a commit
-# make lab    JupyterLab on the notebooks
+# make lab    JupyterLab on the notebooks, the tour first
+# make docs   API pages in _docs/, from the docments
+# make soak   the long fault tests, an hour or more
+# make notebooks  execute all notebooks in place with the demo
 # make lock   resolve requirements.in anew into requirements.lock
 # make clean  delete what was made, keep the environment
-.PHONY: demo test check lab lock clean env notebooks
+.PHONY: demo test check lab docs soak lock clean env notebooks
 BIN := sft-qwen3/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 DEMO := workspace
@@ -28,7 +31,13 @@ notebooks: env
 	@$(BIN)/python tests/execute_notebooks.py
 
 lab: env
-	$(BIN)/jupyter lab --notebook-dir=. nbs/01_convert.ipynb
+	$(BIN)/jupyter lab --notebook-dir=. nbs/05_tour.ipynb
+
+docs: env
+	$(BIN)/python tests/api_pages.py _docs
+
+soak: env
+	PROXY_SFT_SOAK=1 $(BIN)/python tests/soak.py
 
 lock:
 	./lock_requirements.sh

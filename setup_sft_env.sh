@@ -5,6 +5,13 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 venv=sft-qwen3
 
+# what a command says is shown when it fails
+quietly() {
+    local said; said=$(mktemp)
+    "$@" >"$said" 2>&1 || { code=$?; tail -n 60 "$said" >&2; echo "failed with exit code $code: $*" >&2; rm -f "$said"; exit "$code"; }
+    rm -f "$said"
+}
+
 supported() { "$1" -c 'import sys; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 12)))' 2>/dev/null; }
 choose_python() {
     if [ -n "${PYTHON:-}" ]; then
@@ -33,8 +40,8 @@ wanted=$(cat requirements.lock requirements.in settings.ini setup.py pyproject.t
 if [ "$(cat "$venv/.installed" 2>/dev/null || true)" != "$wanted" ]; then
     echo "Installing the tested versions from requirements.lock (about 3 minutes on a fresh machine)"
     rm -f "$venv/.installed"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.lock
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+    quietly "$venv/bin/python" -m pip install --disable-pip-version-check -r requirements.lock
+    quietly "$venv/bin/python" -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
     "$venv/bin/python" -m ipykernel install --sys-prefix --name sft-qwen3 --display-name sft-qwen3 >/dev/null
     echo "$wanted" > "$venv/.installed"
 fi

@@ -106,7 +106,7 @@ def run_settings(folder: Path) -> Optional[Settings]: # None: the run's settings
     path = folder / "settings.yaml"
     try: values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError: return None
-    try: return Settings(**values)
+    try: return Settings(**{n: v for n, v in values.items() if n in Settings.model_fields})
     except ValueError: return None  # a run of another version: its file is still shown as it is
 
 # %% ../nbs/02d_report.ipynb #style

@@ -1,9 +1,10 @@
-"""Write the table of settings into the README, between its two marks."""
+"""Write the table of settings into both READMEs, between their two marks."""
 from pathlib import Path
 
 from proxy_sft.settings import settings_table
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+READMES = (ROOT / "README.md", ROOT / "README.zh.md")
 
 
 def with_table(text: str) -> str:
@@ -13,4 +14,5 @@ def with_table(text: str) -> str:
     return f"{head}<!-- settings:{mark}-->\n{settings_table()}\n<!-- /settings -->" + rest.partition("<!-- /settings -->")[2]
 
 
-if __name__ == "__main__": README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+if __name__ == "__main__":
+    for readme in READMES: readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,12 +1,13 @@
 """Settings: layers, refusals, profiles, and the README's table."""
 import pytest
-from readme_settings import README, with_table
+from readme_settings import READMES, with_table
 
 from proxy_sft.settings import Settings, SettingsError, configs_dir, load_settings, notebook_parameters, profile_names, save_settings
 
 
-def test_readme_shows_the_settings_of_the_code():
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("readme", READMES)
+def test_readme_shows_the_settings_of_the_code(readme):
+    text = readme.read_text(encoding="utf-8")
     assert with_table(text) == text, "run python tests/readme_settings.py"
 
 

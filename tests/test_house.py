@@ -1,0 +1,125 @@
+"""The house: READMEs that tell the truth, links that lead somewhere, names that are listed, notebooks that execute to what is committed, a wheel that is whole."""
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from public_names import LIST, public_names
+
+from proxy_sft.commands import COMMANDS, command_parser
+from proxy_sft.launch import notebook_defaults, read_request, split_parameters
+
+ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
+READMES = ("README.md", "README.zh.md")
+QUICK = ("000b_sealed", "02c_status", "02d_report", "05_tour")
+
+
+def commands(readme: str) -> list[str]:
+    "Every line of every bash block, without comments."
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.S)
+    return [line for block in blocks for raw in block.splitlines() if (line := re.sub(r"\s*#.*", "", raw).strip())]
+
+
+def test_both_readmes_give_the_same_commands_and_tables():
+    one, two = ((ROOT / name).read_text(encoding="utf-8") for name in READMES)
+    assert commands("README.md") == commands("README.zh.md") and len(commands("README.md")) > 10
+    shape = lambda text: [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert shape(one) == shape(two) and one.count("\n## ") == two.count("\n## ")
+
+
+@pytest.mark.parametrize("line", commands("README.md"))
+def test_a_command_of_the_readme_names_what_exists(line):
+    "Parsed as the program would parse it: targets, notebooks, options, settings."
+    first, *rest = shlex.split(line)
+    targets = re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    if first == "make": assert rest[0] in targets
+    elif first == "papermill":
+        words, _, parameters = split_parameters(rest)
+        assert (ROOT / words[0]).is_file() and len(words) == 2
+        read_request(str(ROOT / words[0]), parameters)
+    elif first == "proxy-sft":
+        words, _, parameters = split_parameters(rest) if COMMANDS[rest[0]].parameters else (rest, [], {})
+        args = command_parser(rest[0]).parse_args(words)
+        read_request(str(ROOT / getattr(args, "notebook", "nbs/02_train.ipynb")), parameters)
+    else: assert first in ("tmux", "source")
+
+
+def test_the_short_commands_of_the_readme_run():
+    for line in ("proxy-sft inspect --profile demo --row 3", "proxy-sft run nbs/02_train.ipynb --nproc 8 -p profile qwen3_8b_8gpu --dry-run"):
+        done = subprocess.run([str(BIN / "proxy-sft"), *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True)
+        if "inspect" in line and not (ROOT / "workspace" / "models" / "demo").is_dir(): continue  # `make demo` has not been run here
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("page", [*READMES, "CONTRIBUTING.md", "docs/architecture.md"])
+def test_links_between_files_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link and not link.startswith("#")]
+    for link in links: assert ((ROOT / page).parent / link.partition("#")[0]).exists(), link
+    for name in re.findall(r"`((?:nbs|docs|tests|configs|benchmarks)/[\w./-]+\.\w+)`", text): assert (ROOT / name).exists(), name
+
+
+def test_public_names_are_those_that_are_listed():
+    assert public_names() == LIST.read_text(encoding="utf-8"), "names came or went: python tests/public_names.py, and a line in CHANGELOG.md"
+
+
+def test_every_command_has_examples_and_help_without_torch():
+    code = ("import sys, proxy_sft.commands as c\nfor words in (['--help'], *([n, '--help'] for n in c.COMMANDS if n != 'inspect')):\n"
+            "  try: c.main(words)\n  except SystemExit: pass\nsys.exit(int('torch' in sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and all(c.examples and c.examples[0] in done.stdout for n, c in COMMANDS.items() if n != "inspect"), done.stderr
+
+
+def as_committed(path: Path) -> dict:
+    "A notebook without what differs by chance: papermill splits a stream at random moments."
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    for cell in cells:
+        outputs, joined = cell.get("outputs", []), []
+        for out in outputs:
+            text = "".join(out["text"]) if "text" in out else None
+            if text is not None and joined and joined[-1].get("name") == out["name"]: joined[-1]["text"] += text
+            else: joined.append({**out, **({"text": text} if text is not None else {})})
+        for out in joined: out.pop("execution_count", None)
+        cell["outputs"] = joined
+    return {cell["id"]: ("".join(cell["source"]), cell["outputs"]) for cell in cells}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_executing_again_changes_nothing(name, tmp_path):
+    committed, again = ROOT / "nbs" / f"{name}.ipynb", tmp_path / f"{name}.ipynb"
+    shutil.copyfile(committed, again)
+
+    done = subprocess.run([str(BIN / "papermill"), str(again), str(again), "--no-progress-bar", "--cwd", str(ROOT)], cwd=ROOT, env={**os.environ, "IN_TEST": "1"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    subprocess.run([str(BIN / "nbdev_clean"), "--fname", str(again)], cwd=ROOT, check=True)
+    assert as_committed(again) == as_committed(committed)
+
+
+def test_notebooks_keep_their_size():
+    for path in sorted(ROOT.glob("nbs/*.ipynb")):
+        code = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+        assert len(code) <= 68 and path.stat().st_size < 200_000, path.name
+
+
+def test_the_wheel_holds_templates_profiles_and_demo(tmp_path):
+    copy = tmp_path / "source"
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in files:
+        if (ROOT / name).is_file() and not name.startswith(("nbs/", "tests/")):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, copy / name)
+    subprocess.run([str(BIN / "python"), "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(copy)], check=True, capture_output=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    for needed in ("proxy_sft/py.typed", "proxy_sft/configs/demo.yaml", "proxy_sft/configs/ds_config_zero2.json", "proxy_sft/demo.py"): assert needed in names
+
+
+def test_the_code_is_python_3_10():
+    for path in ROOT.glob("proxy_sft/*.py"): ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
