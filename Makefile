@@ -3,11 +3,12 @@
 # make check  clean, export, nbdev_test, pytest: what one runs before a commit
 # make lab    JupyterLab on the notebooks, the tour first
 # make docs   API pages in _docs/, from the docments
+# make tables  settings in both READMEs, rooms, public names, licences: written anew from the code
 # make soak   the long fault tests, an hour or more
 # make notebooks  execute all notebooks in place with the demo
 # make lock   resolve requirements.in anew into requirements.lock
 # make clean  delete what was made, keep the environment
-.PHONY: demo test check lab docs soak lock clean env notebooks
+.PHONY: demo test check lab docs tables soak lock clean env notebooks
 BIN := sft-qwen3/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 DEMO := workspace
@@ -35,6 +36,12 @@ lab: env
 
 docs: env
 	$(BIN)/python tests/api_pages.py _docs
+
+tables: env
+	$(BIN)/python tests/readme_settings.py
+	$(BIN)/python tests/rooms_table.py
+	$(BIN)/python tests/public_names.py
+	$(BIN)/python tests/licences.py
 
 soak: env
 	PROXY_SFT_SOAK=1 $(BIN)/python tests/soak.py
