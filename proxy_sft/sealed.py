@@ -56,11 +56,12 @@ def seal(
     folder: Path, # written aside, not yet under its real name
     facts: dict[str, Any], # what the writer knows: step, settings, counts, …; JSON values
 ) -> dict[str, Any]: # the manifest: facts, then `files` with size in bytes and BLAKE3 hash
-    "Flush every file and write the manifest that describes them all."
-    def describe(path):
-        flush(path)
-        return path.relative_to(folder).as_posix(), {"size": path.stat().st_size, "blake3": file_hash(path)}
-    with ThreadPoolExecutor(4) as pool: files = dict(pool.map(describe, files_in(folder)))
+    "Flush every file and write the manifest that describes them all; bytes are hashed while the disk is busy with them."
+    paths = sorted(files_in(folder), key=lambda p: -p.stat().st_size)
+    with ThreadPoolExecutor(16) as disk:
+        flushed = [disk.submit(flush, path) for path in paths]
+        files = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "blake3": file_hash(p)} for p in paths}
+        for outcome in flushed: outcome.result()
     manifest = {**facts, "files": files}
     write_flushed(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     for inner in [folder, *(p for p in folder.rglob("*") if p.is_dir())]: flush(inner)
@@ -76,6 +77,7 @@ def publish(
     aside: Path, # the folder as written
     target: Path, # its real name, on the same file system
     facts: dict[str, Any], # for the manifest
+    mark: bool = True, # False: the caller marks it, when others have published their parts
 ) -> dict[str, Any]: # the manifest
     "Seal, rename, mark. A target without a marker is replaced; a complete one is never overwritten: `SealError`."
     if is_complete(target): raise SealError(f"{target} is complete already; a sealed folder is never overwritten.")
@@ -83,7 +85,7 @@ def publish(
     if target.exists(): shutil.rmtree(target)
     os.rename(aside, target)
     flush(target.parent)
-    mark_complete(target)
+    if mark: mark_complete(target)
     return manifest
 
 # %% ../nbs/000b_sealed.ipynb #read

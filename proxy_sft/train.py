@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINTING', 'TrainError', 'require_certificate', 'uses_deepspeed', 'attention_for', 'load_model',
-           'training_arguments', 'deepspeed_file', 'ToolTrainer', 'PlainProgress', 'model_card', 'begin_run',
-           'start_processes', 'leave_reductions_to_gloo', 'build_trainer', 'trainer_columns', 'TrainResult',
-           'is_finished', 'train', 'check_batch']
+           'training_arguments', 'deepspeed_values', 'deepspeed_file', 'ToolTrainer', 'StepWatch',
+           'skip_deepspeed_step', 'blocks_of', 'lines_of', 'broken_step', 'PlainProgress', 'model_card', 'begin_run',
+           'agree', 'start_processes', 'leave_reductions_to_gloo', 'build_trainer', 'trainer_columns', 'TrainResult',
+           'is_finished', 'train', 'train_from', 'check_batch']
 
 # %% ../nbs/02_train.ipynb #imports
 import json
@@ -16,8 +17,10 @@ import os
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 from datasets import Dataset
@@ -26,13 +29,15 @@ from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from .chat import certify_batches, save_chat_files, served_template, stop_token_ids
-from .checkpoint import (CheckpointError, CompleteCheckpoints, StopOnRequest, StopRequested, checkpoint_facts, checkpoint_to_resume,
-                                  complete_checkpoints, everybody_gets, publish_final, set_aside, sweep)
+from .checkpoint import (CheckpointError, CompleteCheckpoints, StopOnRequest, agreed_checkpoint, anybody, checkpoint_facts, checkpoint_step,
+                                  checkpoint_to_resume, complete_checkpoints, everybody_gets, expected_bytes, from_everybody, publish_final,
+                                  require_room, sees_other_disk, set_aside, sweep)
 from .generate import ToolCallsWhileTraining
-from .prepare import Prepared, World, prepare
+from .prepare import Prepared, World, pack, prepare
 from .sealed import read_manifest
 from .serving import serving_notes
 from .settings import Settings, in_folder, save_settings
+from .stops import StopRequested, listening, stop_if_asked
 
 # %% ../nbs/02_train.ipynb #error
 class TrainError(RuntimeError):
@@ -72,7 +77,7 @@ def load_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTra
 # %% ../nbs/02_train.ipynb #arguments
 CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in SFTConfig.__dataclass_fields__)  # renamed in 5.23
 
-def training_arguments(settings: Settings, resumed: bool) -> SFTConfig:
+def training_arguments(settings: Settings, resumed: bool, separate: bool = False) -> SFTConfig: # separate: each machine has its own run folder
     "Our settings in TRL's words."
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     return SFTConfig(
@@ -83,13 +88,18 @@ def training_arguments(settings: Settings, resumed: bool) -> SFTConfig:
         learning_rate=settings.learning_rate, lr_scheduler_type=settings.lr_scheduler, warmup_steps=settings.warmup_ratio,
         weight_decay=settings.weight_decay, adam_beta2=settings.adam_beta2, max_grad_norm=settings.max_grad_norm, optim=settings.optimizer,
         bf16=settings.bf16, fp16=False, **{CHECKPOINTING: settings.activation_checkpointing != "none"},
-        deepspeed=str(deepspeed_file(settings)) if uses_deepspeed(settings) else None,
+        deepspeed=deepspeed_values(settings, separate) if uses_deepspeed(settings) else None, save_on_each_node=separate,
         dataset_kwargs={"skip_prepare_dataset": True}, padding_free=settings.packing, packing=False, max_length=None,
         dataloader_num_workers=settings.dataloader_workers, dataloader_pin_memory=not on_cpu,
         save_strategy="steps", save_steps=settings.save_steps, save_total_limit=None,
         eval_strategy="steps", eval_steps=settings.eval_steps or 10**9, eval_on_start=not resumed, prediction_loss_only=True,
         logging_steps=settings.logging_steps, logging_nan_inf_filter=False, logging_first_step=True, report_to=settings.report_to or "none",
         disable_tqdm=True, log_level="warning", ddp_find_unused_parameters=False if dist.is_available() else None)
+
+def deepspeed_values(settings: Settings, separate: bool) -> dict[str, Any]: # what DeepSpeed is told
+    "The DeepSpeed configuration; where machines have disks of their own, each writes the weights it will want to read."
+    values = json.loads(deepspeed_file(settings).read_text(encoding="utf-8"))
+    return {**values, "checkpoint": {**values.get("checkpoint", {}), "use_node_local_storage": True}} if separate else values
 
 def deepspeed_file(settings: Settings) -> Path:
     "The DeepSpeed configuration, beside the profiles in an installed package."
@@ -112,20 +122,99 @@ class ToolTrainer(CompleteCheckpoints, SFTTrainer):
             (Path(output_dir) / "README.md").write_text(self.card, encoding="utf-8")
             save_settings(self.settings, Path(output_dir))
             serving_notes(self.settings, Path(output_dir))
+            (Path(output_dir) / "steps.json").write_text(json.dumps({"usual": self.watch.usual, "skipped": self.watch.skipped}), encoding="utf-8")
 
     def create_model_card(self, *args, **kwargs):
         "Our own card is written with every checkpoint."
 
-    def log(self, logs: dict[str, float], start_time: Optional[float] = None) -> None:
-        for name in ("loss", "grad_norm", "eval_loss"):
-            if not math.isfinite(logs.get(name, 0.0)):
-                raise TrainError(f"{name} is {logs[name]} at step {self.state.global_step}. Nothing was saved after the last complete checkpoint. "
-                                 "Lower the learning rate, or look at the rows of this step; starting again goes on from that checkpoint.")
-        super().log(logs, start_time)
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        ids, found = inputs["input_ids"], super().compute_loss(model, inputs, *args, **kwargs)
+        if model.training: self.watch.saw(found[0] if isinstance(found, tuple) else found, ids, self)
+        return found
 
-    def _save_checkpoint(self, model, trial):
-        if not math.isfinite(float(self._tr_loss)): raise TrainError(f"The loss is not finite before step {self.state.global_step} is saved.")
-        super()._save_checkpoint(model, trial)
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.watch.step_ends(norm, self)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: Optional[float] = None) -> None:
+        if not math.isfinite(logs.get("eval_loss", 0.0)):
+            raise TrainError(f"eval_loss is {logs['eval_loss']} at step {self.state.global_step}. Nothing was saved after the last complete checkpoint.")
+        super().log({**logs, **({"skipped_steps": self.watch.skipped} if self.watch.skipped else {})}, start_time)
+
+# %% ../nbs/02_train.ipynb #watch
+class StepWatch:
+    "Looks at every optimizer step of every rank: finite, and not a spike that is to be skipped."
+    def __init__(self, spike: Optional[float] = None): # times the median of the last losses; None: no step is skipped
+        self.spike, self.seen, self.usual, self.skipped, self.skipping = spike, [], [], 0, False
+
+    def saw(self, loss: torch.Tensor, ids: torch.Tensor, trainer) -> None: # in forward, before backward
+        "Note a micro-batch; at the last one of a step, decide whether the step counts."
+        self.seen.append((loss.detach().float(), ids.detach()))
+        if self.spike is None or not trainer.accelerator.sync_gradients: return
+        mean = sum(m for m in from_everybody(float(sum(loss for loss, _ in self.seen)))) / trainer.args.world_size
+        self.skipping = len(self.usual) >= 10 and math.isfinite(mean) and mean > self.spike * sorted(self.usual)[len(self.usual) // 2]
+        if not self.skipping: self.usual = [*self.usual, mean][-50:]
+        elif trainer.is_deepspeed_enabled: skip_deepspeed_step(trainer.deepspeed.optimizer)
+
+    def step_ends(self, norm: Any, trainer) -> None: # raises TrainError on every rank
+        "Before a plain optimizer's step, after DeepSpeed's; in both cases before the next save."
+        norm, losses = float(norm), [float(loss) for loss, _ in self.seen]
+        seen, self.seen = self.seen, []
+        if self.skipping:
+            self.skipping, self.skipped = False, self.skipped + 1
+            if not trainer.is_deepspeed_enabled: trainer.model.zero_grad(set_to_none=True)
+            return
+        if not anybody(not (math.isfinite(norm) and all(map(math.isfinite, losses)))): return
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        mine = [blocks_of(trainer.train_dataset, seen[i][1]) for i in bad or range(len(seen))]
+        found = from_everybody((losses, bool(bad), mine))
+        raise TrainError(broken_step(trainer.state.global_step + 1, norm, found, trainer.lines))
+
+def skip_deepspeed_step(optimizer: Any) -> None: # a ZeRO optimizer
+    "Have the next step treated as DeepSpeed treats an overflow: gradients thrown away, nothing else touched."
+    usual = optimizer.check_grad_overflow, optimizer.check_overflow
+    def overflow(*args, **kwargs):
+        optimizer.check_grad_overflow, optimizer.check_overflow = usual
+        optimizer.overflow = True
+    optimizer.check_grad_overflow, optimizer.check_overflow = True, overflow
+
+# %% ../nbs/02_train.ipynb #blocks
+def blocks_of(data: Dataset, ids: torch.Tensor) -> list[int]: # block numbers in the prepared data, in the micro-batch's order
+    "Which blocks a micro-batch holds, found again by their tokens; reads the data once, and only after a failure."
+    rows, found, tokens = ids.cpu().numpy(), [], data.with_format("arrow")
+    wanted = {row[at:at + 8].tobytes() for row in rows for at in range(len(row))}
+    near = [(n, block) for n in range(len(data)) if (block := tokens[n]["input_ids"].combine_chunks().values.to_numpy())[:8].astype(rows.dtype).tobytes() in wanted]
+    for row in rows: # without packing a row is one block and padding; with packing, blocks one after the other
+        at = 0
+        while fitting := next(((n, len(b)) for n, b in near if len(b) <= len(row) - at and (row[at:at + len(b)] == b).all()), None):
+            found.append(fitting[0])
+            at += fitting[1]
+    return found
+
+def lines_of(prepared: Prepared, blocks: list[int]) -> list[int]: # 1-based lines of the converted train.jsonl
+    "The conversations in some blocks; packing is repeated for it, which is exact and quick."
+    facts, parts = prepared.facts("train"), prepared.manifest["key_parts"]
+    used = facts.filter(pc.is_in(facts["fate"], pa.array([0, 1], facts["fate"].type)))
+    lengths, lines = used["used_tokens"].to_numpy(), used["line"].to_numpy()
+    packed = pack(lengths, parts["settings/max_length"]) if parts["settings/packing"] else [[i] for i in range(len(lengths))]
+    return sorted(int(lines[row]) for block in blocks for row in packed[block])
+
+# %% ../nbs/02_train.ipynb #broken-step
+def broken_step(
+    step: int, norm: float,
+    found: list[tuple[list[float], bool, list[list[int]]]], # by rank: losses of the micro-batches, whether one is broken, blocks of those to name
+    lines: Callable[[list[int]], list[int]], # blocks -> lines of train.jsonl
+) -> str:
+    "What is wrong with a step, where to look, and what to do."
+    broken = [rank for rank, (_, bad, _) in enumerate(found) if bad]
+    what = f"The loss is not finite on rank {', '.join(map(str, broken))}" if broken else f"The gradient norm is {norm} and every loss is finite"
+    blocks = sorted({b for rank, (_, _, some) in enumerate(found) if rank in broken or not broken for micro in some for b in micro})
+    numbers = lines(blocks)
+    shown = f"{', '.join(map(str, numbers[:40]))}{' …' if len(numbers) > 40 else ''}"
+    return (f"{what} at step {step}. Losses by rank: {[losses for losses, _, _ in found]}. Nothing was saved after the last complete checkpoint. Blocks {blocks} were "
+            f"trained, lines {shown} of train.jsonl: open them with `proxy-sft inspect FILE --row {numbers[0] if numbers else 'N'}`. Lower the learning rate, or leave them out; "
+            "starting again goes on from that checkpoint.")
 
 # %% ../nbs/02_train.ipynb #progress
 class PlainProgress(TrainerCallback):
@@ -169,23 +258,37 @@ whoever passes this model on keeps that attribution.
 """
 
 # %% ../nbs/02_train.ipynb #prepare-run
-def begin_run(settings: Settings, prepared: Prepared) -> tuple[dict[str, Any], Optional[Path]]: # facts for manifests, checkpoint to go on from
+def begin_run(settings: Settings, prepared: Prepared) -> tuple[dict[str, Any], Optional[Path], bool]: # facts for manifests, checkpoint to go on from, separate disks
     "Settle with all ranks what is trained and where it goes on; rank 0 tidies the run's folder."
     world = World.from_environment()
     key = everybody_gets(prepared.key)
     if key != prepared.key: raise TrainError(f"Rank {world.rank} prepared {prepared.key}, rank 0 prepared {key}: the machines hold different inputs.")
     facts = checkpoint_facts(settings, prepared.key, world.size)
+    try: settings.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError: pass # rank 0 says it below, for all
+    separate = sees_other_disk(settings.run_dir)
+    tidies = world.rank == 0 or (separate and world.local_rank == 0)
+    ranks = range(world.rank - world.local_rank, world.rank - world.local_rank + world.local_size) if separate else None
     def tidy():
         save_settings(settings, settings.run_dir)
         sweep(settings.run_dir)
         if settings.resume == "never": set_aside(settings.run_dir)
-        return checkpoint_to_resume(settings, facts)
-    try: outcome = tidy() if world.rank == 0 else None
-    except (CheckpointError, OSError) as error: outcome = error
-    outcome = everybody_gets(outcome)
-    if isinstance(outcome, CheckpointError): raise outcome
-    if isinstance(outcome, OSError): raise TrainError(f"The run's folder cannot be used: {outcome}. Choose another output_dir or workspace.")
-    return facts, outcome
+    def find(): return checkpoint_to_resume(settings, facts, ranks=ranks)
+    agree(tidy if tidies else None)
+    if separate and settings.resume == "auto": agreed_checkpoint(settings.run_dir)
+    outcome = agree(find if tidies else None)
+    if separate and not tidies: outcome = checkpoint_to_resume(settings, facts, check=False, ranks=ranks)
+    return facts, (outcome if separate else everybody_gets(outcome)), separate
+
+def agree(act: Optional[Callable[[], Any]]) -> Any: # what it gave here; raises on every rank what it raised on one
+    "Do something on some ranks; all learn when it fails on one."
+    outcome = problem = None
+    try: outcome = act() if act else None
+    except (CheckpointError, OSError) as error: problem = error
+    problem = next((p for p in from_everybody(problem) if p), None)
+    if isinstance(problem, CheckpointError): raise problem
+    if problem: raise TrainError(f"The run's folder cannot be used: {problem}. Choose another output_dir or workspace.")
+    return outcome
 
 # %% ../nbs/02_train.ipynb #build-trainer
 def start_processes(settings: Settings) -> None:
@@ -205,19 +308,21 @@ def leave_reductions_to_gloo() -> None:
     import deepspeed
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-def build_trainer(settings: Settings, prepared: Prepared, facts: dict[str, Any], resumed: bool) -> ToolTrainer:
+def build_trainer(settings: Settings, prepared: Prepared, facts: dict[str, Any], resumed: bool, separate: bool = False) -> ToolTrainer:
     "Model, data and arguments joined."
     tokenizer = AutoTokenizer.from_pretrained(settings.model_dir)
     tokenizer.chat_template = served_template(settings.template)
     split = lambda name: None if (data := prepared.dataset(name)) is None else trainer_columns(data, settings)
-    stop = StopOnRequest(settings.run_dir)
-    trainer = ToolTrainer(load_model(settings, tokenizer), training_arguments(settings, resumed), processing_class=tokenizer,
+    stop, watch = StopOnRequest(settings.run_dir, settings.max_hours), StepWatch(settings.skip_loss_spikes)
+    trainer = ToolTrainer(load_model(settings, tokenizer), training_arguments(settings, resumed, separate), processing_class=tokenizer,
                           train_dataset=split("train"), eval_dataset=split("heldout"),
                           callbacks=[stop, PlainProgress(settings.run_dir, every=max(25, settings.logging_steps))])
     if settings.eval_tool_calls_every: trainer.add_callback(ToolCallsWhileTraining(settings, tokenizer, trainer.log))
     trainer.remove_callback(PrinterCallback)  # it prints raw dictionaries beside our lines
     trainer.settings, trainer.run_dir, trainer.keep, trainer.facts = settings, settings.run_dir, settings.save_total_limit, facts
     trainer.card, trainer.stop = model_card(settings, prepared), stop
+    trainer.watch, trainer.separate, trainer.on_full_disk, trainer.weights_every = watch, separate, settings.on_full_disk, settings.save_weights_steps
+    trainer.lines = lambda blocks: lines_of(prepared, blocks)
     return trainer
 
 def trainer_columns(data: Dataset, settings: Settings) -> Dataset: # as numpy arrays: no Python integer per token
@@ -249,19 +354,31 @@ def train(
     prepared: Optional[Prepared] = None, # what `prepare(settings)` gave; made here when not given
 ) -> TrainResult: # the same on every rank
     "Prepare, certify, train, checkpoint, publish. `StopRequested` after a stop that was asked for."
-    prepared = prepared or prepare(settings)
-    require_certificate(prepared, settings)
-    start_processes(settings)
-    facts, checkpoint = begin_run(settings, prepared)
-    if checkpoint is None or not is_finished(checkpoint):
-        trainer = build_trainer(settings, prepared, facts, resumed=checkpoint is not None)
-        check_batch(trainer)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if trainer.stop.stopped:
-            raise StopRequested(f"Stopped as asked, with a complete checkpoint at step {trainer.state.global_step}. The same command goes on from there.")
-    if World.from_environment().rank == 0: publish_final(complete_checkpoints(settings.run_dir)[-1], settings.run_dir)
-    everybody_gets("published")
-    return TrainResult(settings.run_dir)
+    with listening():
+        prepared = prepared or prepare(settings)
+        require_certificate(prepared, settings)
+        start_processes(settings)
+        facts, checkpoint, separate = begin_run(settings, prepared)
+        if checkpoint is None or not is_finished(checkpoint): train_from(checkpoint, settings, prepared, facts, separate)
+        if World.from_environment().rank == 0 or (separate and World.from_environment().local_rank == 0):
+            publish_final(complete_checkpoints(settings.run_dir)[-1], settings.run_dir)
+        everybody_gets("published")
+        return TrainResult(settings.run_dir)
+
+def train_from(checkpoint: Optional[Path], settings: Settings, prepared: Prepared, facts: dict[str, Any], separate: bool) -> None:
+    "Train until the last step, or until a stop."
+    trainer = build_trainer(settings, prepared, facts, checkpoint is not None, separate)
+    if trainer.publishes:
+        weights = list(trainer.model.parameters())
+        size = expected_bytes(settings.run_dir, sum(p.numel() for p in weights), settings.optimizer, uses_deepspeed(settings), weights[0].element_size())
+    agree((lambda: require_room(settings.run_dir, size, settings.save_total_limit, settings.on_full_disk)) if trainer.publishes else None)
+    check_batch(trainer)
+    if checkpoint: vars(trainer.watch).update(json.loads((checkpoint / "steps.json").read_text(encoding="utf-8")))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.stop.stopped:
+        step = checkpoint_step(complete_checkpoints(settings.run_dir)[-1])
+        raise StopRequested(f"Stopped as asked{f' ({trainer.stop.reason})' if trainer.stop.reason else ''}, with a complete checkpoint at step {step}. "
+                            "The same command goes on from there.")
 
 # %% ../nbs/02_train.ipynb #check-batch
 def check_batch(trainer: ToolTrainer) -> None: # raises TrainError
