@@ -11,8 +11,8 @@ __all__ = ['KEY_SETTINGS', 'KEY_MODULES', 'KEY_LIBRARIES', 'FORMAT', 'SAMPLE', '
            'start_worker', 'end_with_builder', 'encode_piece', 'encoded_pieces', 'encoded_by_processes', 'Scratch',
            'gathered', 'build_split', 'facts_of', 'sources_of', 'describe_split', 'build', 'claim_of', 'build_claimed',
            'fresh', 'build_splits', 'certify_train', 'remove_abandoned', 'Prepared', 'split_line', 'prepare',
-           'waiting_line', 'build_for', 'check_folder', 'Cache', 'list_caches', 'prune_caches', 'add_caches_arguments',
-           'cache_line', 'caches_command']
+           'build_or_wait', 'waiting_line', 'build_for', 'check_folder', 'Cache', 'list_caches', 'prune_caches',
+           'add_caches_arguments', 'cache_line', 'caches_command']
 
 # %% ../nbs/01a_prepare.ipynb #imports
 import argparse
@@ -49,7 +49,8 @@ from .download import download
 from .lengths import FACTS, FATES, Borders, Facts, LengthTable, cut_to_fit, describe_rows, exchanges, fit, pack, supervised_sums, token_statistics
 from .sealed import COMPLETE, SealError, file_hash, is_complete, publish, read_manifest, verify
 from .settings import Settings
-from .waiting import Announcer, Claim, NoAnswer, World, claim_or_wait, discard_claim, read_claim, wait_for_builder
+from .stops import StopRequested, listening, stop_if_asked
+from .waiting import Announcer, Claim, NoAnswer, WaitError, World, claim_or_wait, discard_claim, read_claim, wait_for_builder
 
 # %% ../nbs/01a_prepare.ipynb #error
 class PrepareError(RuntimeError):
@@ -521,24 +522,32 @@ def split_line(name: str, s: dict[str, Any]) -> str:
 ANSWER = 60  # seconds in which the builder answers a first rank; the others wait three times as long
 
 def prepare(settings: Settings) -> Prepared: # the same content on every rank
-    "Build once and let the others wait; an error on every rank when it cannot be done."
+    "Build once and let the others wait; an error on every rank when it cannot be done, `StopRequested` on every rank after a request to stop."
+    with listening(): return build_or_wait(settings)
+
+def build_or_wait(settings: Settings) -> Prepared:
+    "Which of the two it is on this rank."
     world, shared = World.from_environment(), settings.shared_file_system
     first, here = world.local_rank == 0, range(world.rank + 1, world.rank - world.local_rank + world.local_size)
     if world.rank == 0: return build_for(settings, here if shared == "false" else range(1, world.size), world.rank)
     if first and shared == "false": return build_for(settings, here, world.rank)
     builders = {"true": (0,), "false": (world.first_here,), "auto": (0, world.first_here)}[shared]
-    try: key = wait_for_builder(settings.run_dir, world.rank, builders, ANSWER * (1 if first else 3), progress=waiting_line(world.rank))
-    except NoAnswer:
+    tell = waiting_line(world.rank, stop=lambda: stop_if_asked(settings.run_dir, settings.max_hours, "waiting for prepared data"))
+    try: key = wait_for_builder(settings.run_dir, world.rank, builders, ANSWER * (1 if first else 3), progress=tell)
+    except WaitError as error:
+        if "StopRequested: " in str(error): raise StopRequested(str(error).partition("StopRequested: ")[2]) from error
+        if not isinstance(error, NoAnswer): raise
         if not (first and shared == "auto"): raise
         print(f"Rank {world.rank} sees no shared folder and prepares for its own machine.", flush=True)
         return build_for(settings, here, world.rank)
     return Prepared(settings.prepared_dir / key)
 
-def waiting_line(rank: int, every: float = 30) -> Callable[[str], None]: # seconds between two lines
+def waiting_line(rank: int, every: float = 30, stop: Callable[[], None] = lambda: None) -> Callable[[str], None]: # seconds between two lines; asked each time
     "Tells now and then what is waited for, into this rank's own log."
     last = time.monotonic()
     def tell(text):
         nonlocal last
+        stop()
         if time.monotonic() - last < every: return
         last = time.monotonic()
         print(f"Rank {rank} waits. {text}", flush=True)
@@ -550,6 +559,7 @@ def build_for(settings: Settings, others: range, rank: int = 0) -> Prepared: # t
     announcer = Announcer(settings.run_dir, list(others), rank)
     def progress(text):
         announcer.say("building", text)
+        stop_if_asked(settings.run_dir, settings.max_hours, "preparing")
         if _show_progress() and "because" in text or "died" in text: print(text, flush=True)
     try:
         require_inputs(settings)
