@@ -192,7 +192,7 @@ def blocks_of(data: Dataset, ids: torch.Tensor) -> list[int]: # block numbers in
             at += fitting[1]
     return found
 
-def lines_of(prepared: Prepared, blocks: list[int]) -> list[int]: # 1-based lines of the converted train.jsonl
+def lines_of(prepared: Prepared, blocks: list[int]) -> list[int]: # rows of the converted train.jsonl, from 0
     "The conversations in some blocks; packing is repeated for it, which is exact and quick."
     facts, parts = prepared.facts("train"), prepared.manifest["key_parts"]
     used = facts.filter(pc.is_in(facts["fate"], pa.array([0, 1], facts["fate"].type)))
@@ -213,7 +213,7 @@ def broken_step(
     numbers = lines(blocks)
     shown = f"{', '.join(map(str, numbers[:40]))}{' …' if len(numbers) > 40 else ''}"
     return (f"{what} at step {step}. Losses by rank: {[losses for losses, _, _ in found]}. Nothing was saved after the last complete checkpoint. Blocks {blocks} were "
-            f"trained, lines {shown} of train.jsonl: open them with `proxy-sft inspect FILE --row {numbers[0] if numbers else 'N'}`. Lower the learning rate, or leave them out; "
+            f"trained, rows {shown} (from 0) of train.jsonl: open them with `proxy-sft inspect FILE --row {numbers[0] if numbers else 'N'}`. Lower the learning rate, or leave them out; "
             "starting again goes on from that checkpoint.")
 
 # %% ../nbs/02_train.ipynb #progress

@@ -229,7 +229,9 @@ class Soak:
         from proxy_sft.checkpoint import CheckpointError, checkpoint_facts, checkpoint_to_resume, complete_checkpoints
         given = settings_of(workspace=str(self.folder / "ws"), run_name=name)
         facts = {k: v for k, v in json.loads((newest / "manifest.json").read_text()).items() if k != "files"}
-        real = 0
+        real, copy = 0, self.folder / "whole"
+        shutil.copytree(newest, copy)
+        before = set(self.dir(name).glob("checkpoint-*"))
         for i in range(count):
             path = files[i % len(files)]
             whole = path.read_bytes()
@@ -245,8 +247,9 @@ class Soak:
                 except CheckpointError as error: detected = path.name in str(error)
             found += detected
             if not detected: quiet.append(str(path.relative_to(newest)))
-            newest.mkdir(exist_ok=True)
-            path.write_bytes(whole)
+            if newest.exists(): path.write_bytes(whole)
+            else: shutil.copytree(copy, newest) # swept away as incomplete: the flipped bit was in the marker or the manifest
+            for later in set(self.dir(name).glob("checkpoint-*")) - before: shutil.rmtree(later)
         assert checkpoint_to_resume(given, facts) == newest
         return f"{found} of {count} bit flips over {len(files)} files found before step 1 ({real} by whole starts, the others by the same check in process); not found: {quiet}", found == count
 

@@ -1,0 +1,100 @@
+"""Faults on whole trainings: the short form of tests/soak.py, a hostile folder, a token in the environment, two machines in two network namespaces."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
+soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
+TINY = dict(profile="demo", demo_rows=200, max_train_samples=64, max_eval_samples=4, max_length=512, logging_steps=1, save_steps=2, eval_steps="null", max_steps=8, num_proc=1)
+
+
+@pytest.mark.skipif("PROXY_SFT_SOAK" in os.environ, reason="make soak runs the long form itself")
+@pytest.mark.parametrize("parts", [["broken", "full"], ["flips", "--count", "30"], ["kills", "--count", "4"], ["terms", "--count", "3"]], ids=lambda p: p[0])
+def test_faults_in_short(parts):
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "soak.py"), *parts], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def words(**settings):
+    return [w for k, v in {**TINY, **settings}.items() for w in ("-p", k, str(v))]
+
+
+def test_a_token_in_the_environment_is_written_nowhere(tmp_path):
+    done = subprocess.run([str(BIN / "proxy-sft"), "run", "nbs/02_train.ipynb", *words(workspace=tmp_path, run_name="r", max_steps=2)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "HF_TOKEN": "hf_canary0123456789", "WANDB_API_KEY": "canary0123456789abcdef"})
+    assert done.returncode == 0, done.stderr
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert {"rank-0.ipynb", "rank-0.log", "manifest.json", "README.md"} <= {p.name for p in written}
+    assert not [p for p in written if b"canary0123456789" in p.read_bytes()] and "canary0123456789" not in done.stdout + done.stderr
+
+
+# ---- two machines: two network namespaces, joined by a pair of virtual cards
+
+class Machines:
+    def __init__(self):
+        mark = uuid.uuid4().hex[:6]
+        self.names = [f"sft{mark}{i}" for i in (0, 1)]
+        for name in self.names: self.ip("netns", "add", name)
+        self.ip("link", "add", self.names[0], "type", "veth", "peer", "name", self.names[1])
+        for i, name in enumerate(self.names):
+            self.ip("link", "set", name, "netns", name)
+            self.ip("-n", name, "link", "set", "lo", "up")
+            self.ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", name)
+            self.ip("-n", name, "link", "set", name, "up")
+
+    def ip(self, *words): subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    def close(self):
+        for name in self.names: subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+    def start(self, i, *options):
+        command = [str(BIN / "proxy-sft"), "run", "nbs/02_train.ipynb", "--nproc", "1", "--nnodes", "2", "--node-rank", str(i), "--master-addr", "10.77.0.1", "--master-port", "29511"]
+        return subprocess.Popen(["ip", "netns", "exec", self.names[i], *command, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                env={**os.environ, "GLOO_SOCKET_IFNAME": self.names[i], "TP_SOCKET_IFNAME": self.names[i], "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture
+def machines():
+    if not shutil.which("ip"): pytest.skip("iproute2 is not installed")
+    try: pair = Machines()
+    except subprocess.CalledProcessError as error: pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    yield pair
+    pair.close()
+
+
+@soak
+@pytest.mark.parametrize("disks", ["one", "two"])
+def test_two_machines_train_lose_one_and_go_on(machines, tmp_path, disks):
+    places = [tmp_path / (f"disk-{i}" if disks == "two" else "disk") for i in (0, 1)]
+
+    def both(run_name, kill_after=None):
+        runs = [machines.start(i, *words(workspace=places[i], run_name=run_name, deepspeed="ds_config_zero2.json", shared_file_system="auto")) for i in (0, 1)]
+        if kill_after:
+            until = time.monotonic() + 400
+            while not (places[0] / "runs" / run_name / kill_after / "COMPLETE").exists():
+                assert all(r.poll() is None for r in runs) and time.monotonic() < until, [r.communicate()[0] for r in runs if r.poll() is not None]
+                time.sleep(0.02)
+            os.kill(runs[1].pid, signal.SIGKILL)
+        said = [r.communicate(timeout=500)[0] for r in runs]
+        return [r.returncode for r in runs], "\n".join(said)
+
+    codes, said = both("straight")
+    assert codes == [0, 0], said
+    codes, said = both("killed", kill_after="checkpoint-2")
+    assert codes == [1, -signal.SIGKILL], (codes, said)
+    codes, said = both("killed")
+    assert codes == [0, 0], said
+    for place in places:
+        weights = [(place / "runs" / n / "model.safetensors").read_bytes() for n in ("straight", "killed")]
+        assert weights[0] == weights[1]
+        parts = {p.name for p in (place / "runs" / "killed" / "checkpoint-8" / "global_step8").iterdir() if "optim" in p.name}
+        assert len(parts) == (1 if disks == "two" else 2), parts
+    if disks == "two": assert json.loads((places[1] / "runs" / "killed" / "manifest.json").read_text())["step"] == 8
