@@ -81,6 +81,20 @@ def end(pids: list[int], seconds: float = 300) -> list[int]: # exit codes by ran
     return [codes[pid] for pid in pids]
 
 
+def in_child(act): # what it gave, as JSON can carry it
+    "Do something in a forked process: hashing and preparing start threads, after which this one could not fork safely any more."
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try: os.write(writer, json.dumps(act()).encode())
+        except BaseException: traceback.print_exc()
+        finally: os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file: text = file.read()
+    os.waitpid(pid, 0)
+    return json.loads(text)
+
+
 def words(log: Path, ranks: int = 1) -> str:
     return "\n".join(log.with_suffix(f".{r}.log").read_text(errors="replace") for r in range(ranks))
 
@@ -156,7 +170,7 @@ class Soak:
 
     def blocks(self):
         from proxy_sft.prepare import prepare
-        return {p: len(prepare(settings_of(workspace=str(self.folder / "ws"), packing=p, run_name="blocks")).dataset("train")) for p in (True, False)}
+        return in_child(lambda: [len(prepare(settings_of(workspace=str(self.folder / "ws"), packing=p, run_name="blocks")).dataset("train")) for p in (False, True)])
 
     # kill -9 of the whole tree
     def kills(self, count=50):
@@ -191,7 +205,7 @@ class Soak:
 
     def check_window(self, name):
         from proxy_sft.checkpoint import checkpoint_step, complete_checkpoints
-        kept = [checkpoint_step(f) for f in complete_checkpoints(self.dir(name))]
+        kept = in_child(lambda: [checkpoint_step(f) for f in complete_checkpoints(self.dir(name))])
         assert kept == [6, 8] and not (self.dir(name) / ".saving").exists(), (name, kept)
 
     # SIGTERM at random moments
@@ -213,7 +227,7 @@ class Soak:
             elif codes == [75] * ranks:
                 from proxy_sft.checkpoint import complete_checkpoints
                 from proxy_sft.sealed import verify
-                steps = {verify(complete_checkpoints(self.dir(name))[-1])["step"]}
+                steps = in_child(lambda: [verify(complete_checkpoints(self.dir(name))[-1])["step"]])
                 agreed += len(steps) == 1
             else: print(name, codes, words(self.folder / name, ranks)[-1500:])
             right += self.finish(name, ranks) == whole
@@ -243,14 +257,16 @@ class Soak:
                 detected = "loss" not in text if path.name in ("COMPLETE", "manifest.json") else all(codes) and path.name in text and "learning rate" not in text
                 if path.name in ("COMPLETE", "manifest.json") and not newest.exists(): detected = True
             else:
-                try: detected = checkpoint_to_resume(given, facts) != newest
-                except CheckpointError as error: detected = path.name in str(error)
+                def check():
+                    try: return checkpoint_to_resume(given, facts) != newest
+                    except CheckpointError as error: return path.name in str(error)
+                detected = in_child(check)
             found += detected
             if not detected: quiet.append(str(path.relative_to(newest)))
             if newest.exists(): path.write_bytes(whole)
             else: shutil.copytree(copy, newest) # swept away as incomplete: the flipped bit was in the marker or the manifest
             for later in set(self.dir(name).glob("checkpoint-*")) - before: shutil.rmtree(later)
-        assert checkpoint_to_resume(given, facts) == newest
+        assert in_child(lambda: checkpoint_to_resume(given, facts) == newest)
         return f"{found} of {count} bit flips over {len(files)} files found before step 1 ({real} by whole starts, the others by the same check in process); not found: {quiet}", found == count
 
     # NaN and Inf
@@ -260,7 +276,7 @@ class Soak:
             name = f"broken-{ranks}-{value}-{where}"
             codes, text = self.run(name, ranks, spoil(value, where, at=4), save_steps=1), words(self.folder / name, ranks)
             from proxy_sft.checkpoint import complete_checkpoints
-            kept = [f.name for f in complete_checkpoints(self.dir(name))]
+            kept = in_child(lambda: [f.name for f in complete_checkpoints(self.dir(name))])
             good = all(c == 1 for c in codes) and "at step 4" in text and "Blocks [" in text and kept[-1:] == ["checkpoint-3"]
             lines.append((ranks, value, where, good, next((l for l in text.splitlines() if "at step 4" in l), text[-600:])[:220]))
         return f"{sum(l[3] for l in lines)} of {len(lines)} non-finite steps stopped before the next save: {lines}", all(l[3] for l in lines)
@@ -296,12 +312,12 @@ class Soak:
                 hook = at_step(run_dir, 3, lambda: fill(size * (0.5 if mode != "race" else 0.5)))
                 if mode == "race": hook = fill_inside_save(run_dir, small, ballast)
                 codes = self.run(f"full-{mode}", 1, hook, output_dir=str(run_dir), on_full_disk="go_on" if mode == "go_on" else "stop", max_steps=8)
-                text, kept = words(self.folder / f"full-{mode}"), [f.name for f in complete_checkpoints(run_dir)]
+                text, kept = words(self.folder / f"full-{mode}"), in_child(lambda: [f.name for f in complete_checkpoints(run_dir)])
                 ballast.unlink(missing_ok=True)
                 plain = ("There is no room" in text or "could not be" in text) and kept[:1] == ["checkpoint-2"]
                 again = self.finish(f"full-{mode}", 1, output_dir=str(run_dir)) == self.reference() if mode != "go_on" else True
                 if mode == "go_on": plain = "going on without it" in text and codes == [1] # no room for the last one either
-                lines.append((mode, codes, kept, plain, hashes(run_dir) if mode == "go_on" else again))
+                lines.append((mode, codes, kept, plain, in_child(lambda: hashes(run_dir)) if mode == "go_on" else again))
                 shutil.rmtree(run_dir)
         finally: subprocess.run(["umount", "-l", str(small)], check=True)
         return f"full disk: {lines}", all(l[-1] and (len(l) == 2 or l[3]) for l in lines)
@@ -326,7 +342,7 @@ class Soak:
 
     def fault(self, kind, name, ranks) -> int:
         from proxy_sft.checkpoint import complete_checkpoints
-        run_dir, found = self.dir(name), complete_checkpoints(self.dir(name))
+        run_dir, found = self.dir(name), [self.dir(name) / f for f in in_child(lambda: [f.name for f in complete_checkpoints(self.dir(name))])]
         if kind in ("bit flip", "lost file", "half a checkpoint"):
             if not found: return 0
             victim = self.dice.choice([p for p in sorted(found[-1].rglob("*")) if p.is_file()])
@@ -417,7 +433,7 @@ def spoil(value, where, at):
 def hashes(run_dir) -> bool:
     from proxy_sft.checkpoint import complete_checkpoints
     from proxy_sft.sealed import verify
-    return all(verify(f) for f in complete_checkpoints(run_dir))
+    return all(bool(verify(f)) for f in complete_checkpoints(run_dir))
 
 
 PARTS = ("exact", "broken", "spikes", "full", "flips", "terms", "kills", "mixed")
