@@ -105,7 +105,7 @@ def digest(run_dir: Path) -> str:
     from safetensors.torch import load_file
     h = hashlib.sha256()
     def feed(value):
-        if torch.is_tensor(value): h.update(value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        if torch.is_tensor(value): h.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
         elif isinstance(value, dict):
             for k in sorted(value, key=str):
                 if k not in ("ds_config", "ds_version"): h.update(str(k).encode()); feed(value[k])
