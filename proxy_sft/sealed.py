@@ -92,7 +92,7 @@ def publish(
 def is_complete(folder: Path) -> bool:
     "Whether the marker is there and fits the manifest. Cheap: reads two small files."
     marker, manifest = folder / COMPLETE, folder / MANIFEST
-    return marker.is_file() and manifest.is_file() and marker.read_text(encoding="utf-8").strip() == file_hash(manifest)
+    return marker.is_file() and manifest.is_file() and marker.read_bytes().strip() == file_hash(manifest).encode()
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     "The manifest of a complete folder; `SealError` when it is not complete."
