@@ -41,6 +41,8 @@ COMMANDS = {
     "status": Command("show where a run stands: step, loss, speed, time left, ranks", "status", (
         "proxy-sft status qwen3_8b_8gpu", "proxy-sft status qwen3_8b_8gpu --json")),
     "report": Command("write one HTML page about a run", "report", ("proxy-sft report demo", "proxy-sft report demo --output demo.html")),
+    "caches": Command("list prepared data, or delete what nobody used", "prepare", (
+        "proxy-sft caches", "proxy-sft caches --prune --days 30"), parameters=True),
     "completion": Command("print a completion script for a shell", "commands", (
         "proxy-sft completion bash > ~/.local/share/bash-completion/completions/proxy-sft",)),
 }
