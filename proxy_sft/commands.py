@@ -30,6 +30,8 @@ COMMANDS = {
         "proxy-sft run nbs/02_train.ipynb -p max_train_samples 1000",
         "proxy-sft run nbs/02_train.ipynb --nproc 8 -p profile qwen3_8b_8gpu",
         "proxy-sft run nbs/02_train.ipynb --nproc 8 -p profile qwen3_8b_8gpu --dry-run"), parameters=True),
+    "doctor": Command("say beforehand what would stop a run", "doctor", (
+        "proxy-sft doctor -p profile qwen3_8b_8gpu --nproc 8",), parameters=True),
     "prepare": Command("tokenise and pack the training data ahead of a run", "commands", (
         "proxy-sft prepare -p profile qwen3_8b_8gpu",), parameters=True),
     "inspect": Command("show a conversation as the model will see it", "inspector", (

@@ -80,25 +80,20 @@ class Training(Group):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     adam_beta2: float = Field(0.999, gt=0, lt=1, description="AdamW second-moment decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
-    optimizer: str = Field("adamw_torch_fused", min_length=1, description="an optimizer name that transformers knows, or adamw_bf16: 16-bit states")
-    lora_rank: Optional[int] = Field(None, ge=1, description="train low-rank adapters of this rank beside frozen weights; null trains all weights")
-    lora_alpha: Optional[int] = Field(None, ge=1, description="scale of the adapters; twice the rank when not set")
+    optimizer: str = Field("adamw_torch_fused", min_length=1, description="any optimizer name that transformers knows")
     full_sequence_loss: bool = Field(False, description="train every token instead of assistant tokens only (upstream's recipe)")
 
 # %% ../nbs/000_settings.ipynb #hardware
 class Hardware(Group):
     "Numerics, memory and processes."
     bf16: bool = Field(True, description="bfloat16 arithmetic")
-    weights: Literal["auto", "bfloat16", "float32"] = Field("auto", description="precision in which weights are kept; auto follows the optimizer")
-    quantize: Literal["none", "nf4"] = Field("none", description="4-bit frozen weights below adapters (QLoRA); needs lora_rank")
+    weights: Literal["auto", "bfloat16", "float32"] = Field("auto", description="precision in which weights are kept; auto: bfloat16 under DeepSpeed, else 32 bits")
     attention: str = Field("auto", min_length=1, description="attention implementation; auto takes the fastest exact one that is installed")
-    kernels: Literal["auto", "none", "liger"] = Field("auto", description="fused RMSNorm, SwiGLU and rotary kernels; auto takes them where installed")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "selective", description="activations that the backward pass computes anew: none, all but attention, all")
     deepspeed: Optional[str] = Field("ds_config_zero2.json", min_length=1, description="DeepSpeed configuration under torchrun; null for plain DDP")
     dataloader_workers: int = Field(2, ge=0, description="processes per rank that read blocks")
     device: Literal["auto", "cpu"] = Field("auto", description="cpu never touches a GPU")
-    memory_probe: bool = Field(True, description="on a GPU: one step on the longest blocks first, undone afterwards")
     preflight: Literal["require", "warn"] = Field("require", description="what a failed finding of the doctor does to the run")
     gpu_hour_price: Optional[float] = Field(None, gt=0, description="price of one GPU for one hour, for the doctor's estimate of cost")
 
@@ -118,7 +113,6 @@ class Record(Group):
     max_hours: Optional[float] = Field(None, gt=0, description="save and stop, to be started again, after so many hours")
     skip_loss_spikes: Optional[float] = Field(None, gt=1, description="skip steps whose loss is so many times the median of the last 50; counted")
     report_to: list[str] = Field(["tensorboard"], description="loggers: tensorboard, trackio, wandb, swanlab, mlflow")
-    sample_steps: Optional[int] = Field(None, ge=1, description="optimizer steps between answers generated for the log; null for none")
 
 # %% ../nbs/000_settings.ipynb #settings
 class Settings(Record, Hardware, Training, Rendering, Conversion, Places):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINTING', 'TrainError', 'require_certificate', 'uses_deepspeed', 'attention_for', 'load_model',
-           'training_arguments', 'deepspeed_values', 'deepspeed_file', 'ToolTrainer', 'StepWatch',
-           'skip_deepspeed_step', 'blocks_of', 'lines_of', 'broken_step', 'PlainProgress', 'model_card', 'begin_run',
+           'checkpointing_arguments', 'training_arguments', 'deepspeed_values', 'deepspeed_file', 'ToolTrainer',
+           'StepWatch', 'skip_deepspeed_step', 'blocks_of', 'lines_of', 'broken_step', 'model_card', 'begin_run',
            'agree', 'start_processes', 'leave_reductions_to_gloo', 'build_trainer', 'trainer_columns', 'TrainResult',
            'is_finished', 'train', 'train_from', 'check_batch']
 
@@ -32,8 +32,11 @@ from .chat import certify_batches, save_chat_files, served_template, stop_token_
 from .checkpoint import (CheckpointError, CompleteCheckpoints, StopOnRequest, agreed_checkpoint, anybody, checkpoint_facts, checkpoint_step,
                                   checkpoint_to_resume, complete_checkpoints, everybody_gets, expected_bytes, from_everybody, publish_final,
                                   require_room, sees_other_disk, set_aside, sweep)
+from .cost import Shape, weights_dtype
+from .doctor import require_health
 from .generate import ToolCallsWhileTraining
 from .prepare import Prepared, World, pack, prepare
+from .progress import Progress, SpeedMeter, speed_fields
 from .sealed import read_manifest
 from .serving import serving_notes
 from .settings import Settings, in_folder, save_settings
@@ -66,7 +69,7 @@ def attention_for(settings: Settings) -> str: # a name that transformers knows
 
 def load_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     "The base model, its stop token set to the one that is trained."
-    dtype = torch.bfloat16 if settings.bf16 and uses_deepspeed(settings) else torch.float32
+    dtype = weights_dtype(settings, uses_deepspeed(settings))
     model = AutoModelForCausalLM.from_pretrained(settings.model_dir, dtype=dtype, attn_implementation=attention_for(settings),
                                                  use_safetensors=True, local_files_only=True)
     stops = stop_token_ids(tokenizer, model.generation_config.to_dict())
@@ -76,6 +79,10 @@ def load_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTra
 
 # %% ../nbs/02_train.ipynb #arguments
 CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in SFTConfig.__dataclass_fields__)  # renamed in 5.23
+
+def checkpointing_arguments(kind: str) -> dict[str, Any]: # none, selective or full
+    "Which activations are computed anew; selective is TRL's: what attention gave is kept."
+    return {CHECKPOINTING: kind != "none", f"{CHECKPOINTING}_kwargs": {"selective": True} if kind == "selective" else None}
 
 def training_arguments(settings: Settings, resumed: bool, separate: bool = False) -> SFTConfig: # separate: each machine has its own run folder
     "Our settings in TRL's words."
@@ -87,7 +94,7 @@ def training_arguments(settings: Settings, resumed: bool, separate: bool = False
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.learning_rate, lr_scheduler_type=settings.lr_scheduler, warmup_steps=settings.warmup_ratio,
         weight_decay=settings.weight_decay, adam_beta2=settings.adam_beta2, max_grad_norm=settings.max_grad_norm, optim=settings.optimizer,
-        bf16=settings.bf16, fp16=False, **{CHECKPOINTING: settings.activation_checkpointing != "none"},
+        bf16=settings.bf16, fp16=False, **checkpointing_arguments(settings.activation_checkpointing),
         deepspeed=deepspeed_values(settings, separate) if uses_deepspeed(settings) else None, save_on_each_node=separate,
         dataset_kwargs={"skip_prepare_dataset": True}, padding_free=settings.packing, packing=False, max_length=None,
         dataloader_num_workers=settings.dataloader_workers, dataloader_pin_memory=not on_cpu,
@@ -114,6 +121,7 @@ class ToolTrainer(CompleteCheckpoints, SFTTrainer):
     "`SFTTrainer` whose checkpoints are complete, servable, and never of a broken model."
     settings: Settings
     card: str  # the model card's text
+    meter: SpeedMeter
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict=state_dict)
@@ -123,6 +131,16 @@ class ToolTrainer(CompleteCheckpoints, SFTTrainer):
             save_settings(self.settings, Path(output_dir))
             serving_notes(self.settings, Path(output_dir))
             (Path(output_dir) / "steps.json").write_text(json.dumps({"usual": self.watch.usual, "skipped": self.watch.skipped}), encoding="utf-8")
+
+    def get_batch_samples(self, *args, **kwargs):
+        self.meter.begin()
+        found = super().get_batch_samples(*args, **kwargs)
+        self.meter.fetched()
+        return found
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.meter.count(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def create_model_card(self, *args, **kwargs):
         "Our own card is written with every checkpoint."
@@ -140,6 +158,7 @@ class ToolTrainer(CompleteCheckpoints, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: Optional[float] = None) -> None:
         if not math.isfinite(logs.get("eval_loss", 0.0)):
             raise TrainError(f"eval_loss is {logs['eval_loss']} at step {self.state.global_step}. Nothing was saved after the last complete checkpoint.")
+        if "loss" in logs: logs = {**logs, **speed_fields(self.meter, self.state.max_steps - self.state.global_step)}
         super().log({**logs, **({"skipped_steps": self.watch.skipped} if self.watch.skipped else {})}, start_time)
 
 # %% ../nbs/02_train.ipynb #watch
@@ -215,21 +234,6 @@ def broken_step(
     return (f"{what} at step {step}. Losses by rank: {[losses for losses, _, _ in found]}. Nothing was saved after the last complete checkpoint. Blocks {blocks} were "
             f"trained, rows {shown} (from 0) of train.jsonl: open them with `proxy-sft inspect FILE --row {numbers[0] if numbers else 'N'}`. Lower the learning rate, or leave them out; "
             "starting again goes on from that checkpoint.")
-
-# %% ../nbs/02_train.ipynb #progress
-class PlainProgress(TrainerCallback):
-    "A readable line per log, on rank 0; every record also to `logs/progress.jsonl`."
-
-    def __init__(self, run_dir: Path, every: int): # print every so many optimizer steps
-        self.file, self.every = run_dir / "logs" / "progress.jsonl", every
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs: return
-        with self.file.open("a", encoding="utf-8") as file: file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        if "eval_loss" in logs: print(f"step {state.global_step:>6,} of {state.max_steps:,}  held-out loss {logs['eval_loss']:.4f}", flush=True)
-        elif "loss" in logs and (state.global_step % self.every == 0 or state.global_step == 1):
-            print(f"step {state.global_step:>6,} of {state.max_steps:,}  loss {logs['loss']:.4f}  learning rate {logs['learning_rate']:.2e}", flush=True)
 
 # %% ../nbs/02_train.ipynb #card
 def model_card(settings: Settings, prepared: Prepared) -> str: # Markdown with the hub's front matter
@@ -314,13 +318,15 @@ def build_trainer(settings: Settings, prepared: Prepared, facts: dict[str, Any],
     tokenizer.chat_template = served_template(settings.template)
     split = lambda name: None if (data := prepared.dataset(name)) is None else trainer_columns(data, settings)
     stop, watch = StopOnRequest(settings.run_dir, settings.max_hours), StepWatch(settings.skip_loss_spikes)
-    trainer = ToolTrainer(load_model(settings, tokenizer), training_arguments(settings, resumed, separate), processing_class=tokenizer,
+    model = load_model(settings, tokenizer)
+    meter = SpeedMeter(Shape.of(model.config), torch.cuda.get_device_name() if settings.device == "auto" and torch.cuda.is_available() else "cpu")
+    trainer = ToolTrainer(model, training_arguments(settings, resumed, separate), processing_class=tokenizer,
                           train_dataset=split("train"), eval_dataset=split("heldout"),
-                          callbacks=[stop, PlainProgress(settings.run_dir, every=max(25, settings.logging_steps))])
+                          callbacks=[stop, Progress(settings.run_dir, max(25, settings.logging_steps), meter)])
     if settings.eval_tool_calls_every: trainer.add_callback(ToolCallsWhileTraining(settings, tokenizer, trainer.log))
     trainer.remove_callback(PrinterCallback)  # it prints raw dictionaries beside our lines
     trainer.settings, trainer.run_dir, trainer.keep, trainer.facts = settings, settings.run_dir, settings.save_total_limit, facts
-    trainer.card, trainer.stop = model_card(settings, prepared), stop
+    trainer.card, trainer.stop, trainer.meter = model_card(settings, prepared), stop, meter
     trainer.watch, trainer.separate, trainer.on_full_disk, trainer.weights_every = watch, separate, settings.on_full_disk, settings.save_weights_steps
     trainer.lines = lambda blocks: lines_of(prepared, blocks)
     return trainer
@@ -355,6 +361,7 @@ def train(
 ) -> TrainResult: # the same on every rank
     "Prepare, certify, train, checkpoint, publish. `StopRequested` after a stop that was asked for."
     with listening():
+        if World.from_environment().rank == 0: require_health(settings, World.from_environment().size)
         prepared = prepared or prepare(settings)
         require_certificate(prepared, settings)
         start_processes(settings)
