@@ -14,7 +14,7 @@ __all__ = ['CONSTANTS', 'PARAMETER_OPTIONS', 'SECRET_NAME', 'LEFT_OUT', 'FINAL',
            'run_rank', 'execute', 'kernel_words', 'watch', 'vanished', 'handle_signals', 'kill_now', 'wait_for_others',
            'report_to_torchrun', 'failure_words', 'run_worker', 'torchrun_command', 'add_parameter_arguments',
            'add_notebook_arguments', 'process_count', 'add_run_arguments', 'Launcher', 'outcome', 'silent_failure',
-           'run_command', 'refuse_second_run', 'in_plain_words', 'worker_main']
+           'run_command', 'doctor_lines', 'refuse_second_run', 'in_plain_words', 'worker_main']
 
 # %% ../nbs/02a_launch.ipynb #imports
 import argparse
@@ -880,7 +880,7 @@ def run_command(
     worker += [word for name, value in given.items() if value for word in (name, value)]
     if args.dry_run:
         print(settings_table(request.settings), "", f"run folder: {request.folder.root}", sep="\n")
-        print(shlex.join(torchrun_command(args, worker)))
+        print(shlex.join(torchrun_command(args, worker)), *doctor_lines(args, request.settings), sep="\n")
         return 0
     request.folder.make()
     refuse_second_run(args, request.folder)
@@ -896,6 +896,12 @@ def run_command(
     result = outcome(launcher, code)
     finish()
     return result
+
+def doctor_lines(args: argparse.Namespace, settings: Settings) -> list[str]:
+    "What the doctor finds, for a dry run."
+    from proxy_sft.doctor import diagnose  # here, not above: it imports torch
+    counts = [int(n) if n.isdigit() else 1 for n in (str(args.nproc), args.nnodes)]
+    return ["", "doctor:", str(diagnose(settings, counts[0] * counts[1]))]
 
 # %% ../nbs/02a_launch.ipynb #second-run
 def refuse_second_run(args: argparse.Namespace, folder: RunFolder) -> None: # LaunchError when the folder is in use

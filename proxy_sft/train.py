@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
