@@ -18,7 +18,7 @@ from proxy_sft.launch import notebook_defaults, read_request, split_parameters
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 READMES = ("README.md", "README.zh.md")
-HEAVY = ("inspect", "caches")  # their rooms need the tokenizer libraries
+HEAVY = ("inspect", "caches", "doctor")  # their rooms need the tokenizer libraries or torch
 QUICK = ("000b_sealed", "02c_status", "02d_report", "05_tour")
 
 
@@ -72,7 +72,7 @@ def test_public_names_are_those_that_are_listed():
 
 
 def test_every_command_has_examples_and_help_without_torch():
-    code = ("import sys, proxy_sft.commands as c\nfor words in (['--help'], *([n, '--help'] for n in c.COMMANDS if n not in ('inspect', 'caches'))):\n"
+    code = ("import sys, proxy_sft.commands as c\nfor words in (['--help'], *([n, '--help'] for n in c.COMMANDS if n not in " + repr(HEAVY) + ")):\n"
             "  try: c.main(words)\n  except SystemExit: pass\nsys.exit(int('torch' in sys.modules))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and all(c.examples and c.examples[0] in done.stdout for n, c in COMMANDS.items() if n not in HEAVY), done.stderr
