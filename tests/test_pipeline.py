@@ -3,6 +3,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,12 +75,26 @@ def test_final_model_is_the_last_checkpoint_and_generates(workspace):
     assert answer[0] == "True" and int(answer[1]) in stops and answer[2] == "False"
 
 
+def ask_to_stop(run_dir):
+    "Lay down the file STOP as soon as the first step was logged."
+    progress = run_dir / "logs" / "progress.jsonl"
+    for _ in range(60_000):
+        if progress.is_file() and '"loss"' in progress.read_text(): break
+        time.sleep(0.005)
+    (run_dir / "STOP").touch()
+    return True
+
+
 def test_a_stopped_run_goes_on_with_bitwise_the_same_training(workspace, tmp_path):
     run_dir = workspace / "runs" / "stopped"
     run_dir.mkdir()
-    (run_dir / "STOP").touch()
-    done = train(tmp_path, ok=False, workspace=str(workspace), run_name="stopped")
-    assert done.returncode != 0 and "StopRequested" in done.stderr and (run_dir / "checkpoint-1" / "COMPLETE").is_file()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask_to_stop, run_dir)
+        done = train(tmp_path, ok=False, workspace=str(workspace), run_name="stopped")
+        assert asked.result()
+    assert done.returncode != 0 and "StopRequested" in done.stderr, done.stderr[-2000:]
+    steps = [int(f.parent.name.rpartition("-")[2]) for f in run_dir.glob("checkpoint-*/COMPLETE")]
+    assert steps and max(steps) < SMALL["max_steps"] and not (run_dir / "COMPLETE").exists()
     (run_dir / "STOP").unlink()
     train(tmp_path, workspace=str(workspace), run_name="stopped")
     assert weights(run_dir) == weights(workspace / "runs" / "straight")
