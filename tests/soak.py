@@ -145,7 +145,7 @@ class Soak:
         "Start again until it is done; the final hash."
         for _ in range(tries):
             codes = self.run(name, ranks, **given)
-            if codes == [0] * ranks: return digest(self.dir(name))
+            if codes == [0] * ranks: return digest(Path(given.get("output_dir") or self.dir(name)))
         raise AssertionError(f"{name} did not finish: {codes}\n{words(self.folder / name, ranks)[-3000:]}")
 
     # exact resume, tolerance zero
@@ -294,22 +294,22 @@ class Soak:
 
     # a full disk
     def full(self):
-        small = self.folder / "small"
+        small, _ = self.folder / "small", self.reference()
+        size = sum(f.stat().st_size for f in (self.dir("straight-0") / "checkpoint-8").rglob("*"))
         small.mkdir()
-        if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(small)]).returncode: return "full disk: skipped, a tmpfs cannot be mounted here", True
+        if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4 * size}", "none", str(small)]).returncode: return "full disk: skipped, a tmpfs cannot be mounted here", True
         lines = []
         try:
             from proxy_sft.checkpoint import complete_checkpoints
             codes = self.run("full-start", output_dir=str(small / "run"), save_total_limit=100)
-            lines.append(("refused before it starts", codes == [1] and "Nothing was started" in words(self.folder / "full-start")))
-            size = sum(f.stat().st_size for f in (self.dir("straight-0") / "checkpoint-8").rglob("*"))
+            lines.append(("refused before it starts", codes == [1] and "The run would fail" in words(self.folder / "full-start")))
             for mode in ("stop", "go_on", "race"):
                 run_dir = small / mode
                 ballast = small / "ballast"
                 def fill(room):
                     free = shutil.disk_usage(small).free
                     ballast.write_bytes(b"x" * max(0, int(free - room)))
-                hook = at_step(run_dir, 3, lambda: fill(size * (0.5 if mode != "race" else 0.5)))
+                hook = at_step(run_dir, 3, lambda: fill(size * 0.5))
                 if mode == "race": hook = fill_inside_save(run_dir, small, ballast)
                 codes = self.run(f"full-{mode}", 1, hook, output_dir=str(run_dir), on_full_disk="go_on" if mode == "go_on" else "stop", max_steps=8)
                 text, kept = words(self.folder / f"full-{mode}"), in_child(lambda: [f.name for f in complete_checkpoints(run_dir)])
