@@ -695,8 +695,8 @@ def says_no_call(
     reader:Reader, # takes the note about prose
     text:str,      # without the white space around it
 ) -> bool: # whether it is `null` or a sentence
-    "Whether a text says that there is no call."
-    if text == "null": return True
+    "Whether a text says that there is no call, also as a JSON string."
+    if text in ("null", '"null"', '""'): return True
     prose = bool(PROSE.fullmatch(text)) and len(text.split(None, 2)) > 2
     if prose: reader.note("plain_text", 0)
     return prose

@@ -128,6 +128,7 @@ def checkpoint_to_resume(
     if check: refuse_acting_pickles(folder)
     return folder
 
+# %% ../nbs/01b_checkpoint.ipynb #resume-fits
 def random_state_files(world_size: int, ranks: Optional[range] = None) -> list[str]: # as transformers names them
     "The files that hold the random states of these ranks."
     return ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks or range(world_size)]
@@ -172,6 +173,7 @@ def anybody(flag: bool) -> bool:
     dist.all_reduce(count, dist.ReduceOp.MAX)
     return bool(count.item())
 
+# %% ../nbs/01b_checkpoint.ipynb #together-disks
 def sees_other_disk(run_dir: Path) -> bool: # the same on every rank
     "Whether any rank sees another run folder than rank 0: then each machine keeps its own part of every checkpoint."
     if not dist.is_initialized() or dist.get_world_size() == int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())): return False
@@ -273,6 +275,7 @@ def _room_for(self: CompleteCheckpoints, target: Path) -> bool: # False: go on w
     if self.args.process_index == 0: print(f"Warning: no room for {target.name}, going on without it ({self.left_out} left out). {problem} {kept}", flush=True)
     return False
 
+# %% ../nbs/01b_checkpoint.ipynb #mixin-seal
 @patch
 def _publish(self: CompleteCheckpoints, target: Path, kind: str) -> None:
     "Seal every part, then mark every part, then prune; all ranks learn what went wrong on one."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ASSUMED', 'DoctorError', 'Finding', 'Report', 'model_config', 'zero_of', 'device_memory', 'look_at_memory',
            'checkpoint_bytes', 'existing', 'look_at_disk', 'look_at_folder', 'look_at_system', 'look_at_terminal',
-           'look_at_time', 'diagnose', 'require_health', 'add_doctor_arguments', 'doctor_command']
+           'look_at_time', 'diagnose', 'require_health', 'doctor_command']
 
 # %% ../nbs/01d_doctor.ipynb #imports
 import argparse
@@ -85,7 +85,7 @@ def look_at_memory(settings: Settings, ranks: int, config: PreTrainedConfig, car
     largest = max(("activations", "optimizer", "weights"), key=parts.get)
     advice = {"activations": f"Set activation_checkpointing to full (now {settings.activation_checkpointing}), then max_length lower (now {settings.max_length}).",
               "optimizer": f"Set optimizer to adamw_8bit (now {settings.optimizer}), or use more GPUs with ZeRO-2.",
-              "weights": "Use more GPUs with ds_config_zero3.json, or weights bfloat16, which loses small updates."}[largest]
+              "weights": f"Take a card with more memory, or set weights to bfloat16 (now {settings.weights}), which loses small updates."}[largest]
     level = "fail" if total > card else "warn" if total > 0.9 * card else "ok"
     return Finding("memory", level, told, advice if level != "ok" else "")
 
@@ -169,11 +169,6 @@ def require_health(settings: Settings, ranks: int = 1) -> Report: # raises Docto
     return report
 
 # %% ../nbs/01d_doctor.ipynb #command
-def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    "How many processes, and how to show it."
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes of the run, one per GPU (default: 1)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
 def doctor_command(args: argparse.Namespace) -> int: # exit code: 1 when something failed
     "`proxy-sft doctor`."
     report = diagnose(load_settings(args.parameters.pop("profile", "") or "", **args.parameters), args.nproc)

@@ -109,7 +109,7 @@ class Evaluation:
     def __repr__(self) -> str: return evaluation_text(self)
     def _repr_html_(self) -> str: return evaluation_html(self)
 
-
+# %% ../nbs/03_evaluate.ipynb #evaluation-more-export
 def judge(
     turns: list[HeldoutTurn], # the questions
     replies: dict[str, list[Reply]], # model -> a reply per turn
@@ -416,7 +416,7 @@ def progress(name: str, total: int, unit: str): # a bar, silent in tests
     "The bar that people watch."
     return tqdm(total=total, desc=name, unit=unit, mininterval=1, disable=bool(os.environ.get("IN_TEST")) or os.environ.get("RANK", "0") != "0")
 
-
+# %% ../nbs/03_evaluate.ipynb #ask-more-export
 def ask_model(
     folder: Path, # of the model
     questions: Questions, # what to ask
@@ -492,7 +492,7 @@ def evaluate(
     if not base_only: forget_answers(questions)
     return evaluation
 
-
+# %% ../nbs/03_evaluate.ipynb #evaluate-more-export
 def forget_answers(questions: Questions) -> None:
     "The answers are in evaluation.json; what was kept on the way is deleted, by rank 0, when all ranks have theirs."
     import shutil

@@ -12,7 +12,7 @@ __all__ = ['KEY_SETTINGS', 'KEY_MODULES', 'KEY_LIBRARIES', 'FORMAT', 'SAMPLE', '
            'gathered', 'build_split', 'facts_of', 'sources_of', 'describe_split', 'build', 'claim_of', 'build_claimed',
            'fresh', 'build_splits', 'certify_train', 'remove_abandoned', 'Prepared', 'split_line', 'prepare',
            'build_or_wait', 'waiting_line', 'build_for', 'check_folder', 'Cache', 'list_caches', 'prune_caches',
-           'add_caches_arguments', 'cache_line', 'caches_command']
+           'cache_line', 'caches_command']
 
 # %% ../nbs/01a_prepare.ipynb #imports
 import argparse
@@ -606,11 +606,6 @@ def prune_caches(settings: Settings, days: float = 30) -> list[Path]: # what was
     return old + remove_abandoned(settings.prepared_dir)
 
 # %% ../nbs/01a_prepare.ipynb #caches-command
-def add_caches_arguments(parser: argparse.ArgumentParser) -> None:
-    "What to delete."
-    parser.add_argument("--prune", action="store_true", help="delete what nobody used for --days and no run stands on, and what killed builders left")
-    parser.add_argument("--days", type=float, default=30, metavar="N", help="with --prune: days without use (30)")
-
 def cache_line(cache: Cache) -> str:
     "One line of the list."
     manifest = read_manifest(cache.folder)

@@ -110,7 +110,7 @@ bfcl evaluate --model Qwen/Qwen3-8B-FC --test-category simple_python,multiple,pa
 Its handler writes the prompt itself, by Qwen3's stock template; `proxy-sft evaluate --bfcl` asks with the template that is saved here.
 """
 
-
+# %% ../nbs/01e_serving.ipynb #notes-write-export
 def serving_notes(
     settings: Settings, # of the run
     folder: Path, # of the model; written before it is sealed

@@ -391,7 +391,7 @@ def train_from(checkpoint: Optional[Path], settings: Settings, prepared: Prepare
 def check_batch(trainer: ToolTrainer) -> None: # raises TrainError
     "The certificate again, on the first blocks as the collator hands them over."
     settings = trainer.settings
-    if settings.full_sequence_loss or not settings.packing or settings.certificate != "require": return
+    if settings.full_sequence_loss or settings.certificate != "require": return
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(min(4, len(trainer.train_dataset)))])
     tensors = {n: v for n, v in batch.items() if torch.is_tensor(v)}
     found = certify_batches([tensors], trainer.processing_class, settings.template, settings.train_on)
