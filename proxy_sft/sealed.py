@@ -62,7 +62,7 @@ def seal(
         flushed = [disk.submit(flush, path) for path in paths]
         files = {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "blake3": file_hash(p)} for p in paths}
         for outcome in flushed: outcome.result()
-    manifest = {**facts, "files": files}
+    manifest = {**facts, "files": dict(sorted(files.items()))}
     write_flushed(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     for inner in [folder, *(p for p in folder.rglob("*") if p.is_dir())]: flush(inner)
     return manifest
