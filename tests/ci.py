@@ -33,7 +33,7 @@ def main() -> None:
     print("== notebooks and library are in step")
     part("the demo through papermill, then two ranks with ZeRO-2", "python", "tests/demo.py", "workspace")
     part("nbdev_test", "nbdev_test", "--n_workers", "0")
-    part("pytest, two files at a time", "python", "-m", "pytest", "tests", "-q", "-p", "no:cacheprovider", "-rs", "-n", "2", "--dist", "loadfile", OMP_NUM_THREADS="1")
+    part("pytest, two files at a time", "python", "-m", "pytest", "tests", "-q", "-p", "no:cacheprovider", "-rsfE", "-n", "2", "--dist", "loadfile", OMP_NUM_THREADS="1")
 
 
 if __name__ == "__main__":
