@@ -323,7 +323,7 @@ def build_trainer(settings: Settings, prepared: Prepared, facts: dict[str, Any],
     trainer = ToolTrainer(model, training_arguments(settings, resumed, separate), processing_class=tokenizer,
                           train_dataset=split("train"), eval_dataset=split("heldout"),
                           callbacks=[stop, Progress(settings.run_dir, max(25, settings.logging_steps), meter)])
-    if settings.eval_tool_calls_every: trainer.add_callback(ToolCallsWhileTraining(settings, tokenizer, trainer.log))
+    if settings.eval_tool_calls_every: trainer.add_callback(ToolCallsWhileTraining(settings, tokenizer, super(SFTTrainer, trainer).log))
     trainer.remove_callback(PrinterCallback)  # it prints raw dictionaries beside our lines
     trainer.settings, trainer.run_dir, trainer.keep, trainer.facts = settings, settings.run_dir, settings.save_total_limit, facts
     trainer.card, trainer.stop, trainer.meter = model_card(settings, prepared), stop, meter
