@@ -538,8 +538,6 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--server-model", default="", help="name of the model at the server; default: the only one it has")
     add("--concurrency", type=int, default=16, help="requests at the same time (default: 16)")
     add("--timeout", type=float, default=120.0, help="seconds until a request is given up (default: 120)")
-    add("--bfcl", default=None, metavar="DIR", help="Berkeley leaderboard v4 files: ask these instead of the held-out turns")
-    add("--categories", default="", help="only these categories of --bfcl, separated by commas")
     add("--json", action="store_true", help="print the result as JSON")
 
 # %% ../nbs/03_evaluate.ipynb #command-run-export
@@ -547,14 +545,7 @@ def evaluate_command(args: argparse.Namespace) -> int: # exit code
     "`proxy-sft evaluate`: the table on the terminal, everything in evaluation.json."
     settings = load_settings(args.parameters.pop("profile", "") or "", **args.parameters)
     servers = servers_from(settings, args.server, args.base_server, model=args.server_model, concurrency=args.concurrency, timeout=args.timeout)
-    if args.bfcl:
-        from proxy_sft.bfcl import evaluate_bfcl
-        result = evaluate_bfcl(settings, Path(args.bfcl), args.categories.split(",") if args.categories else None, args.tuned, args.base_only,
-                               args.max_new_tokens, args.batch_size, servers)
-        told = result.as_dict
-    else:
-        result = evaluate(settings, args.tuned and Path(args.tuned), args.base_only, args.max_turns, args.max_new_tokens, args.batch_size,
-                          max_chat_rows=args.max_chat_rows, servers=servers)
-        def told(): return evaluation_dict(result)
-    if os.environ.get("RANK", "0") == "0": print(json.dumps(told(), indent=1) if args.json else result)
+    result = evaluate(settings, args.tuned and Path(args.tuned), args.base_only, args.max_turns, args.max_new_tokens, args.batch_size,
+                      max_chat_rows=args.max_chat_rows, servers=servers)
+    if os.environ.get("RANK", "0") == "0": print(json.dumps(evaluation_dict(result), indent=1) if args.json else result)
     return 0

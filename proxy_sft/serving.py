@@ -94,7 +94,6 @@ A question with a tool goes out, `tool_calls` come back, a result is sent, and t
 
 ```bash
 proxy-sft evaluate -p profile {settings.profile} --server http://localhost:8000/v1
-proxy-sft evaluate -p profile {settings.profile} --bfcl path/to/bfcl_eval/data --server http://localhost:8000/v1
 ```
 
 The official Berkeley leaderboard, in an environment of its own (`pip install bfcl-eval`), against vLLM. It asks for the model by its folder, so give the
@@ -107,7 +106,7 @@ bfcl generate --model Qwen/Qwen3-8B-FC --test-category simple_python,multiple,pa
 bfcl evaluate --model Qwen/Qwen3-8B-FC --test-category simple_python,multiple,parallel,parallel_multiple,irrelevance
 ```
 
-Its handler writes the prompt itself, by Qwen3's stock template; `proxy-sft evaluate --bfcl` asks with the template that is saved here.
+Its handler writes the prompt itself, by Qwen3's stock template, not by the one that is saved here.
 """
 
 # %% ../nbs/01e_serving.ipynb #notes-write-export
