@@ -1,0 +1,183 @@
+"""Rows and tokens prepared per second and core: this, TRL's own preparation, and the tokenizers alone, in one run.
+
+    python benchmarks/prepare.py [rows] [rows for the slow sides]
+
+The rows are in Dolci-Instruct-SFT's proportions (227,579 of 2,152,112 have tools, about 6 KB each; the others about 3 KB, with a long tail). Their text is that of the packages
+and programs installed beside this one, no passage twice, so that no cache of words is warmer than on real data. The tokenizer is Qwen3-8B's where `../shared/qwen3-8b` exists. One process
+and one thread each; no side has seen another's text. The sides are
+
+- prepare: everything from the converted file to the sealed folder (read, render, tokenise, mask, cut, facts, pack, write, hash), and its certificate;
+- TRL: `SFTTrainer`'s own preparation with `assistant_only_loss`, the same conversations; it does neither cut at exchanges nor pack here;
+- gigatoken alone, and Hugging Face's tokenizers alone, on the rendered text: the two limits.
+
+Rows per second depend on the machine; the ratios are what counts.
+"""
+import os
+
+for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"): os.environ[name] = "1"
+os.environ.update(TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1", IN_TEST="1")
+
+import json
+import random
+import site
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import orjson
+
+sys.path.insert(0, str(Path(__file__).parent))
+from convert import draw_row
+
+import proxy_sft.prepare as room
+from proxy_sft.chat import ChatEncoder, Renderer, chat_template
+from proxy_sft.convert import convert_row
+from proxy_sft.settings import load_settings
+
+ROWS, TOOL_SHARE, CORES = 2_152_112, 227_579 / 2_152_112, 16
+MODEL = Path(__file__).resolve().parent.parent.parent / "shared" / "qwen3-8b"
+
+
+class Text:
+    "Passages of the installed packages' text, none twice."
+    def __init__(self):
+        packages = Path(site.getsitepackages()[0])
+        self.files = [*sorted(packages.glob("*/METADATA")), *sorted(packages.rglob("*.py"))]
+        random.Random(0).shuffle(self.files)
+        self.left = ""
+
+    def take(self, size):
+        while len(self.left) < size:
+            if not self.files: raise SystemExit("There is no more text on this machine: ask for fewer rows.")
+            self.left += self.files.pop().read_text(encoding="utf-8", errors="ignore")
+        taken, self.left = self.left[:size], self.left[size:]
+        return taken.strip() or "empty"
+
+
+def draw_converted(number, chance, text):
+    "A converted row."
+    if chance.random() < TOOL_SHARE:
+        row = draw_row(number, chance)
+        for message in row["messages"]:
+            if message["content"] and message["role"] in ("user", "assistant"): message["content"] = text.take(len(message["content"]))
+        return convert_row(row)
+    turns, size = chance.choice((1, 1, 1, 1, 2, 3)), min(100_000, int(chance.lognormvariate(7.6, 0.9)))
+    messages = [{"role": role, "content": text.take(max(10, int(size * share / turns)))} for _ in range(turns) for role, share in (("user", 0.25), ("assistant", 0.75))]
+    return {"messages_json": json.dumps(messages, ensure_ascii=False), "tools_json": "[]"}
+
+
+def timed(work):
+    "Seconds of this process's processors, its children's included, and the result."
+    def spent():
+        t = os.times()
+        return t.user + t.system + t.children_user + t.children_system
+    begun = spent()
+    result = work()
+    return spent() - begun, result
+
+
+def texts_of(rows, tokenizer):
+    "The rendered texts."
+    renderer = Renderer(tokenizer, chat_template("nothink"), {})
+    return [renderer.text(json.loads(row["messages_json"]), json.loads(row["tools_json"])) for row in rows]
+
+
+def trl_side(rows, tokenizer, folder):
+    "Seconds and tokens of TRL's own preparation."
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, Qwen3Config
+    from trl import SFTConfig, SFTTrainer
+    def plain(row):
+        messages = json.loads(row["messages_json"])
+        for m in messages:
+            for call in m.get("tool_calls") or []: call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        return {"messages": messages, "tools": row["tools_json"]}
+    data = Dataset.from_list([plain(row) for row in rows])
+    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8)
+    seconds, real = [], SFTTrainer._prepare_dataset
+    def measured(*args, **kw):
+        took, found = timed(lambda: real(*args, **kw))
+        seconds.append(took)
+        return found
+    SFTTrainer._prepare_dataset = measured
+    tokenizer.chat_template = chat_template("stock")
+    trainer = SFTTrainer(AutoModelForCausalLM.from_config(config), SFTConfig(str(folder / "trl"), assistant_only_loss=True, max_length=None, use_cpu=True, report_to="none"),
+                         train_dataset=data, processing_class=tokenizer)
+    return seconds[0], sum(map(len, trainer.train_dataset["input_ids"]))
+
+
+def our_side(rows, folder, model):
+    "Seconds of the parts of a build, and its counts."
+    given = dict(workspace=str(folder), model=str(model), dataset=str(folder / "rows.jsonl"), num_proc=1, max_length=32768)
+    settings = load_settings("demo", **given)
+    settings.converted_dir.mkdir(parents=True)
+    (settings.converted_dir / "train.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    room.require_inputs = lambda settings: None
+    spent, real = {}, {name: getattr(room, name) for name in ("certify_train", "start_worker", "guard")}
+    def measure(name):
+        def call(*args, **kw):
+            took, found = timed(lambda: real[name](*args, **kw))
+            spent[name] = spent.get(name, 0) + took
+            return found
+        return call
+    for name in real: setattr(room, name, measure(name))
+    whole, prepared = timed(lambda: room.prepare(settings))
+    begun = time.perf_counter()
+    room.prepare(settings)
+    size = sum(file.stat().st_size for file in prepared.folder.iterdir())
+    return whole, spent, prepared, size, time.perf_counter() - begun
+
+
+def main(count=40_000, slow=600):
+    from transformers import AutoTokenizer
+    text, chance = Text(), random.Random(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder, model = Path(name), MODEL
+        if not (MODEL / "tokenizer.json").is_file():
+            from proxy_sft.demo import build_demo_tokenizer
+            model = folder / "model"
+            build_demo_tokenizer([text.take(2_000_000)]).save_pretrained(model)
+            print("The real tokenizer is not here (../shared/qwen3-8b); the demo's takes its place.")
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        own, limit, hub, trl = ([draw_converted(i, chance, text) for i in range(n)] for n in (count, count, 5 * slow, slow))
+        whole, spent, prepared, size, hit = our_side(own, folder, model)
+        train = prepared.splits["train"]
+        moving, tokens = whole - sum(spent.values()), sum(prepared.facts("train")["tokens"].to_pylist())
+        sides = [("prepare", count, tokens, moving)]
+        encoder = ChatEncoder(tokenizer)
+        seconds, (ids, _) = timed_batches(lambda batch: encoder.renderer.ids(batch, False), texts_of(limit, tokenizer), 2000)
+        sides.append(("gigatoken alone", count, ids, seconds))
+        backend = tokenizer.backend_tokenizer
+        seconds, (ids, _) = timed_batches(lambda batch: ([i for e in backend.encode_batch(batch, add_special_tokens=False) for i in e.ids],), texts_of(hub, tokenizer), 200)
+        sides.append(("Hugging Face tokenizers alone", len(hub), ids, seconds))
+        seconds, ids = trl_side(trl, tokenizer, folder)
+        sides.append(("TRL, assistant_only_loss", slow, ids, seconds))
+        tell(sides, spent, train, size, hit)
+
+
+def timed_batches(encode, texts, at_once):
+    "Seconds for all texts, and how many tokens they are."
+    def work(): return sum(len(encode(texts[at:at + at_once])[0]) for at in range(0, len(texts), at_once)), None
+    return timed(work)
+
+
+def tell(sides, spent, train, size, hit):
+    "The table and what follows from it."
+    print(f"{'side':32}{'rows':>8}{'rows/s/core':>13}{'tokens/s/core':>15}{'tokens/row':>12}")
+    speed = {}
+    for name, rows, tokens, seconds in sides:
+        speed[name] = tokens / seconds
+        print(f"{name:32}{rows:8,}{rows / seconds:13,.0f}{tokens / seconds:15,.0f}{tokens / rows:12,.0f}")
+    own, rows = speed["prepare"], sides[0][1]
+    print(f"prepare is {own / speed['TRL, assistant_only_loss']:.1f} times TRL's preparation by tokens; {own / speed['gigatoken alone']:.0%} of gigatoken alone; "
+          f"{own / speed['Hugging Face tokenizers alone']:.1f} times Hugging Face's tokenizers alone")
+    fixed, each = spent["start_worker"] + spent.get("guard", 0), sides[0][3] / rows
+    print(f"apart from this, once a file: {spent['start_worker']:.1f} s to load the tokenizer, {spent.get('guard', 0):.1f} s to compare a sample and the longest rows with the reference")
+    print(f"certificate: {spent['certify_train']:.1f} s for {rows:,} rows ({rows / spent['certify_train']:,.0f} rows/s/core)")
+    print(f"{ROWS:,} rows on {CORES} cores, if they scale: {(ROWS * each / CORES + fixed) / 60:.1f} min to prepare, "
+          f"{ROWS * spent['certify_train'] / rows / CORES / 60:.1f} min to certify")
+    print(f"fill {train['fill']:.2%} of {train['blocks']:,} blocks; a hit (data hashed, {size / 1e9:.2f} GB of tokens compared with their hashes) took {hit:.2f} s")
+
+
+if __name__ == "__main__": main(*map(int, sys.argv[1:]))
