@@ -47,7 +47,7 @@ from .chat import IGNORED, ROW_ERRORS, ChatEncoder, TokenRows, chat_template
 from .convert import ConvertError, convert, facts_file, row_facts, without_main
 from .download import download
 from .lengths import FACTS, FATES, Borders, Facts, LengthTable, cut_to_fit, describe_rows, exchanges, fit, pack, supervised_sums, token_statistics
-from .sealed import COMPLETE, SealError, file_hash, is_complete, publish, read_manifest, verify
+from .sealed import COMPLETE, SealError, file_hash, is_complete, publish, read_manifest, sealed_bytes, unmake, verify
 from .settings import Settings
 from .stops import StopRequested, listening, stop_if_asked
 from .waiting import Announcer, Claim, NoAnswer, WaitError, World, claim_or_wait, discard_claim, read_claim, wait_for_builder
@@ -593,16 +593,14 @@ def list_caches(settings: Settings) -> list[Cache]: # the most recently used fir
     for manifest in (settings.workspace_dir / "runs").glob("*/**/manifest.json"):
         key = json.loads(manifest.read_text(encoding="utf-8")).get("data_key")
         keys.setdefault(key, set()).add(manifest.relative_to(settings.workspace_dir / "runs").parts[0])
-    found = [Cache(f, sum(file["size"] for file in read_manifest(f)["files"].values()), (time.time() - (f / COMPLETE).stat().st_mtime) / 86400,
+    found = [Cache(f, sealed_bytes(f), (time.time() - (f / COMPLETE).stat().st_mtime) / 86400,
                    tuple(sorted(keys.get(f.name, ())))) for f in prepared_folders(settings.prepared_dir)]
     return sorted(found, key=lambda cache: cache.unused)
 
 def prune_caches(settings: Settings, days: float = 30) -> list[Path]: # what was removed
     "Delete folders that nobody used for so long and no run stands on, and what killed builders left."
     old = [cache.folder for cache in list_caches(settings) if cache.unused >= days and not cache.runs]
-    for folder in old:
-        (folder / COMPLETE).unlink()  # first: a folder that is half deleted is not complete
-        shutil.rmtree(folder)
+    for folder in old: unmake(folder)
     return old + remove_abandoned(settings.prepared_dir)
 
 # %% ../nbs/01a_prepare.ipynb #caches-command

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'COMPLETE', 'SealError', 'file_hash', 'files_in', 'flush', 'write_flushed', 'seal', 'mark_complete',
-           'publish', 'is_complete', 'read_manifest', 'verify']
+           'publish', 'is_complete', 'read_manifest', 'verify', 'checkpoint_step', 'complete_checkpoints',
+           'sealed_bytes', 'unmake']
 
 # %% ../nbs/000b_sealed.ipynb #imports
 import json
@@ -116,3 +117,23 @@ def verify(folder: Path) -> dict[str, Any]: # the manifest
             raise SealError(f"{found[name]} has the right size and other bytes than were written: the disk or a copy changed them.")
     with ThreadPoolExecutor(4) as pool: list(pool.map(check, expected))
     return manifest
+
+# %% ../nbs/000b_sealed.ipynb #numbered
+def checkpoint_step(folder: Path) -> int: # optimizer step
+    "The number in `checkpoint-N`."
+    return int(folder.name.rpartition("-")[2])
+
+def complete_checkpoints(run_dir: Path, kind: str = "checkpoint") -> list[Path]: # oldest first; kind: checkpoint, or weights
+    "The complete checkpoints of a run."
+    folders = [f for f in run_dir.glob(f"{kind}-*") if f.name.rpartition("-")[2].isdigit() and is_complete(f)]
+    return sorted(folders, key=checkpoint_step)
+
+def sealed_bytes(folder: Path) -> int:
+    "What the files of a complete folder take, by its manifest."
+    return sum(file["size"] for file in read_manifest(folder)["files"].values())
+
+def unmake(folder: Path) -> None: # the marker goes first: a half-deleted folder is not complete
+    "Delete a sealed folder."
+    (folder / COMPLETE).unlink(missing_ok=True)
+    flush(folder)
+    shutil.rmtree(folder)
