@@ -6,8 +6,8 @@
 __all__ = ['FREE_TO_CHANGE', 'HARMLESS', 'CheckpointError', 'prune', 'sweep', 'checkpoint_facts', 'differences',
            'refuse_acting_pickles', 'checkpoint_to_resume', 'random_state_files', 'world_size_words', 'set_aside',
            'everybody_gets', 'from_everybody', 'anybody', 'sees_other_disk', 'agreed_checkpoint', 'expected_bytes',
-           'lack_of_room', 'require_room', 'CompleteCheckpoints', 'in_words', 'publish_final', 'StopEvaluation',
-           'StopOnRequest']
+           'checkpoints_to_come', 'lack_of_room', 'require_room', 'CompleteCheckpoints', 'in_words', 'publish_final',
+           'StopEvaluation', 'StopOnRequest']
 
 # %% ../nbs/01b_checkpoint.ipynb #imports
 import os
@@ -189,6 +189,10 @@ def expected_bytes(run_dir: Path, parameters: int, optimizer: str, deepspeed: bo
     states = 2 if "8bit" in optimizer else 8
     return parameters * (bytes_each + states + (bytes_each + 4 if deepspeed else 0))
 
+def checkpoints_to_come(run_dir: Path, keep: int) -> int: # how many must find room at the same time
+    "What is missing of the window, and one more."
+    return max(1, keep + 1 - len(complete_checkpoints(run_dir)))
+
 def lack_of_room(run_dir: Path, wanted: int, what: str) -> str: # empty when there is room
     "How much is missing, in a sentence."
     free = shutil.disk_usage(run_dir).free
@@ -197,7 +201,7 @@ def lack_of_room(run_dir: Path, wanted: int, what: str) -> str: # empty when the
 
 def require_room(run_dir: Path, size: int, keep: int, on_full_disk: str) -> None: # raises CheckpointError, or prints for go_on
     "Before training: room for what is missing of the window, and one more."
-    count = max(1, keep + 1 - len(complete_checkpoints(run_dir)))
+    count = checkpoints_to_come(run_dir, keep)
     if not (problem := lack_of_room(run_dir, size * count, f"a window of {keep} checkpoints and one more ({count} to come, {size / 1e9:,.2f} GB each)")): return
     if on_full_disk == "go_on": print(f"Warning: {problem} Training begins all the same, as on_full_disk says.")
     else: raise CheckpointError(f"{problem} Lower save_total_limit, choose another output_dir, free space, or set on_full_disk to go_on. Nothing was started.")

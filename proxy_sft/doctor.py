@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASSUMED', 'DoctorError', 'Finding', 'Report', 'model_config', 'zero_of', 'device_memory', 'look_at_memory',
-           'checkpoint_bytes', 'existing', 'look_at_disk', 'look_at_folder', 'look_at_system', 'look_at_terminal',
+           'disk_needed', 'existing', 'look_at_disk', 'look_at_folder', 'look_at_system', 'look_at_terminal',
            'look_at_time', 'diagnose', 'require_health', 'doctor_command']
 
 # %% ../nbs/01d_doctor.ipynb #imports
@@ -23,7 +23,8 @@ from typing import Any, Iterator, Optional
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from .cost import Shape, as_html, flops_per_token, memory_parts, peak_flops
+from .checkpoint import checkpoints_to_come, expected_bytes
+from .cost import Shape, as_html, flops_per_token, memory_parts, peak_flops, weights_dtype
 from .prepare import prepared_folders
 from .sealed import read_manifest
 from .settings import Settings, configs_dir, in_folder, load_settings
@@ -90,10 +91,11 @@ def look_at_memory(settings: Settings, ranks: int, config: PreTrainedConfig, car
     return Finding("memory", level, told, advice if level != "ok" else "")
 
 # %% ../nbs/01d_doctor.ipynb #disk
-def checkpoint_bytes(config: PreTrainedConfig, settings: Settings, ranks: int) -> int:
-    "What one complete checkpoint takes."
-    parts = 2 * 1 + 12 if zero_of(settings, ranks) else 4 + (2 if "8bit" in settings.optimizer else 8)
-    return Shape.of(config).parameters * parts
+def disk_needed(config: PreTrainedConfig, settings: Settings, ranks: int) -> int: # bytes
+    "What the checkpoints take that are still to come; those of an earlier start lie there already."
+    divided = zero_of(settings, ranks) is not None
+    size = expected_bytes(settings.run_dir, Shape.of(config).parameters, settings.optimizer, divided, weights_dtype(settings, divided).itemsize)
+    return checkpoints_to_come(settings.run_dir, settings.save_total_limit) * size
 
 def existing(folder: Path) -> Path: # the nearest folder upwards that is there
     "Where a folder would be made."
@@ -101,8 +103,9 @@ def existing(folder: Path) -> Path: # the nearest folder upwards that is there
 
 def look_at_disk(settings: Settings, needed: int, free: int) -> Finding: # bytes
     "Whether the window and the one more fit."
-    told = f"{settings.save_total_limit} checkpoints and one more while saving take {needed / 1e9:,.1f} GB; {free / 1e9:,.1f} GB are free."
-    if needed > free: return Finding("disk", "fail", told, f"Set save_total_limit lower (now {settings.save_total_limit}), or output_dir to another disk.")
+    told = f"What is missing of {settings.save_total_limit} checkpoints, and one more while saving, takes {needed / 1e9:,.1f} GB; {free / 1e9:,.1f} GB are free."
+    advice = f"Set save_total_limit lower (now {settings.save_total_limit}), or output_dir to another disk."
+    if needed > free: return Finding("disk", "warn" if settings.on_full_disk == "go_on" else "fail", told, advice)
     return Finding("disk", "warn" if needed > 0.8 * free else "ok", told)
 
 def look_at_folder(folder: Path) -> Finding:
@@ -157,8 +160,7 @@ def diagnose(settings: Settings, ranks: int = 1) -> Report: # ranks: processes o
     if config is None:
         return Report([*found, Finding("model", "warn", f"{settings.model} is not in {settings.workspace}; memory, disk and time are not estimated.", "Run nbs/00_download.ipynb.")])
     name = torch.cuda.get_device_name() if device_memory(settings) else "cpu"
-    needed = (settings.save_total_limit + 1) * checkpoint_bytes(config, settings, ranks)
-    return Report([look_at_memory(settings, ranks, config, device_memory(settings)), look_at_disk(settings, needed, shutil.disk_usage(existing(settings.run_dir)).free),
+    return Report([look_at_memory(settings, ranks, config, device_memory(settings)), look_at_disk(settings, disk_needed(config, settings, ranks), shutil.disk_usage(existing(settings.run_dir)).free),
                    look_at_time(settings, ranks, config, name), *found])
 
 def require_health(settings: Settings, ranks: int = 1) -> Report: # raises DoctorError
