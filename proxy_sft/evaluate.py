@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from .answers import (ChatRow, EvaluateError, HeldoutTurn, Reply, choose_chat_rows, choose_turns, expected_text, has_model,
                                read_reply, score_turn)
-from .chat import Inspection, served_template, server_prompts, stop_token_ids, supervise_batch
+from .chat import served_template, stop_token_ids, supervise_batch
 from .inspector import messages_html, safe, section
 from .sealed import write_flushed
 from .settings import Settings, load_settings, notebook_parameters
@@ -448,17 +448,13 @@ def prepare_questions(
     **more: Any, # further fields of Questions
 ) -> tuple[Questions, int, int]: # the questions; turns in the file; turns that were chosen and are too long
     "Choose turns, build prompts as a server would, leave out what does not fit."
-    from proxy_sft.generate import answer_limit
+    from proxy_sft.generate import answer_limit, questions_that_fit
     heldout = settings.converted_dir / "heldout.jsonl"
     chosen, found = choose_turns(heldout, max_turns, settings.seed)
-    inspection = Inspection(tokenizer, settings.template)
-    prompts = [row[-1].tolist() for row in server_prompts(inspection, [(turn.messages, turn.tools) for turn in chosen])]
-    fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= settings.max_length]
-    if not fits: raise EvaluateError(f"All {len(chosen)} chosen turns have prompts beyond max_length={settings.max_length}. Raise it.")
-    turns = [chosen[i] for i in fits]
+    turns, prompts = questions_that_fit(chosen, tokenizer, settings)
     chats = choose_chat_rows(heldout, max_chat_rows, settings.seed) if max_chat_rows else []
-    questions = Questions(settings, tokenizer, turns, [prompts[i] for i in fits], chats, answer_limit(turns, tokenizer, max_new_tokens), **more)
-    return questions, found, len(chosen) - len(fits)
+    questions = Questions(settings, tokenizer, turns, prompts, chats, answer_limit(turns, tokenizer, max_new_tokens), **more)
+    return questions, found, len(chosen) - len(turns)
 
 # %% ../nbs/03_evaluate.ipynb #evaluate-export
 def evaluate(
