@@ -47,7 +47,7 @@ def read_progress(folder: Path) -> list[dict[str, Any]]: # in the order they wer
         try: record = json.loads(line)
         except json.JSONDecodeError: continue  # half a line: the process was killed while it wrote, or is writing now
         if not isinstance(record, dict) or not isinstance(record.get("step"), int): continue
-        key = record["step"], "eval_loss" in record, "train_runtime" in record
+        key = record["step"], *(record.get(name) is not None for name in ("eval_loss", "train_runtime"))
         found.pop(key, None)
         found[key] = record
     return list(found.values())
@@ -59,9 +59,9 @@ def newest(records: list[dict], *names: str) -> dict[str, Any]: # name -> its la
 # %% ../nbs/02c_status.ipynb #left
 def seconds_left(records: list[dict]) -> Optional[float]: # None: cannot be told yet
     "How long the rest will take at the pace so far."
-    last = records[-1] if records else {}
-    if "eta_seconds" in last: return last["eta_seconds"]
-    timed = [r for r in records if "time" in r]
+    told = [r for r in records if r.get("eta_seconds") is not None]
+    if told and told[-1]["step"] == records[-1]["step"]: return told[-1]["eta_seconds"]
+    timed = [r for r in records if r.get("time") is not None]
     goal = newest(records, "max_steps").get("max_steps")
     steps = timed[-1]["step"] - timed[0]["step"] if timed else 0
     return (timed[-1]["time"] - timed[0]["time"]) / steps * (goal - timed[-1]["step"]) if goal and steps > 0 else None
