@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['KEY_SETTINGS', 'KEY_MODULES', 'KEY_LIBRARIES', 'FORMAT', 'SAMPLE', 'LONGEST', 'BY_TOKENS', 'PIECE_BYTES',
            'WORTH_BYTES', 'TOKENS', 'BLOCKS', 'ANSWER', 'PrepareError', 'require_inputs', 'key_parts', 'cache_key',
-           'what_changed', 'prepared_folders', 'line_starts', 'choose_rows', 'read_rows', 'parsed_line',
-           'FastPathDiffers', 'guard', 'check', 'encode_whole', 'end_to_end', 'exchanges_that_fit', 'shorten',
-           'cut_row', 'Encoded', 'encode_rows', 'used_rows', 'pieces_of', 'write_tokens', 'write_stream', 'read_stream',
-           'start_worker', 'end_with_builder', 'encode_piece', 'encoded_pieces', 'encoded_by_processes', 'Scratch',
-           'gathered', 'build_split', 'facts_of', 'sources_of', 'describe_split', 'build', 'claim_of', 'build_claimed',
-           'fresh', 'build_splits', 'certify_train', 'remove_abandoned', 'Prepared', 'split_line', 'prepare',
-           'build_or_wait', 'waiting_line', 'build_for', 'check_folder', 'Cache', 'list_caches', 'prune_caches',
-           'cache_line', 'caches_command']
+           'what_changed', 'prepared_folders', 'choose_rows', 'read_rows', 'parsed_line', 'FastPathDiffers', 'guard',
+           'check', 'encode_whole', 'end_to_end', 'exchanges_that_fit', 'shorten', 'cut_row', 'Encoded', 'encode_rows',
+           'used_rows', 'pieces_of', 'write_tokens', 'write_stream', 'read_stream', 'start_worker', 'end_with_builder',
+           'encode_piece', 'encoded_pieces', 'encoded_by_processes', 'Scratch', 'gathered', 'build_split', 'facts_of',
+           'sources_of', 'describe_split', 'build', 'claim_of', 'build_claimed', 'fresh', 'build_splits',
+           'certify_train', 'remove_abandoned', 'Prepared', 'split_line', 'prepare', 'build_or_wait', 'waiting_line',
+           'build_for', 'check_folder', 'Cache', 'list_caches', 'prune_caches', 'cache_line', 'caches_command']
 
 # %% ../nbs/01a_prepare.ipynb #imports
 import argparse
@@ -42,7 +41,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from . import chat
-from .certificate import certify
+from .certificate import certify, line_starts
 from .chat import IGNORED, ROW_ERRORS, ChatEncoder, TokenRows, chat_template
 from .convert import ConvertError, convert, facts_file, row_facts, without_main
 from .download import download
@@ -104,16 +103,6 @@ def prepared_folders(prepared_dir: Path) -> list[Path]: # sorted by name
     return [f for f in sorted(prepared_dir.glob("[0-9a-f]*")) if f.is_dir() and is_complete(f)]
 
 # %% ../nbs/01a_prepare.ipynb #rows
-def line_starts(path: Path) -> np.ndarray: # int64 [rows + 1], byte offsets; the last one is the file's size
-    "Where each line of a file begins."
-    starts, position = [np.zeros(1, np.int64)], 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 26):
-            starts.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + position + 1)
-            position += len(block)
-    found = np.concatenate(starts)
-    return found if found[-1] == position else np.append(found, position)
-
 def choose_rows(
     rows: int, # how many there are
     wanted: Optional[int], # how many to take; all when None
