@@ -6,7 +6,7 @@
 __all__ = ['SettingsError', 'Group', 'Places', 'Conversion', 'Rendering', 'Training', 'Hardware', 'Record', 'Settings',
            'repository_root', 'in_folder', 'place', 'train_file', 'data_name', 'configs_dir', 'profile_names',
            'did_you_mean', 'read_profile', 'load_settings', 'check_names', 'plain_words', 'notebook_parameters',
-           'settings_table', 'yaml_scalar', 'save_settings']
+           'settings_table', 'yaml_scalar', 'save_settings', 'deepspeed_file']
 
 # %% ../nbs/000_settings.ipynb #imports
 import difflib
@@ -275,3 +275,11 @@ def save_settings(settings: Settings, folder: Path) -> Path: # the written file
     aside.write_text(f"# resolved from profile {settings.profile}\n" + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     os.replace(aside, target)
     return target
+
+# %% ../nbs/000_settings.ipynb #deepspeed-file
+def deepspeed_file(settings: Settings) -> Path: # raises SettingsError
+    "The DeepSpeed configuration that the settings name: in the repository, or beside the profiles of an installed package."
+    path = in_folder(settings.root, settings.deepspeed)
+    path = path if path.is_file() else configs_dir() / settings.deepspeed
+    if not path.is_file(): raise SettingsError(f"There is no DeepSpeed configuration {settings.deepspeed}; looked in {settings.root} and {path.parent}.")
+    return path

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINTING', 'TrainError', 'require_certificate', 'uses_deepspeed', 'attention_for', 'load_model',
-           'checkpointing_arguments', 'training_arguments', 'deepspeed_values', 'deepspeed_file', 'ToolTrainer',
-           'StepWatch', 'skip_deepspeed_step', 'blocks_of', 'lines_of', 'broken_step', 'model_card', 'begin_run',
-           'agree', 'start_processes', 'leave_reductions_to_gloo', 'build_trainer', 'trainer_columns', 'TrainResult',
+           'checkpointing_arguments', 'training_arguments', 'deepspeed_values', 'ToolTrainer', 'StepWatch',
+           'skip_deepspeed_step', 'blocks_of', 'lines_of', 'broken_step', 'model_card', 'begin_run', 'agree',
+           'start_processes', 'leave_reductions_to_gloo', 'build_trainer', 'trainer_columns', 'TrainResult',
            'is_finished', 'train', 'train_from', 'check_batch']
 
 # %% ../nbs/02_train.ipynb #imports
@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from fastcore.basics import patch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
@@ -33,13 +34,13 @@ from .checkpoint import (CheckpointError, CompleteCheckpoints, StopOnRequest, ag
                                   checkpoint_to_resume, complete_checkpoints, everybody_gets, expected_bytes, from_everybody, publish_final,
                                   require_room, sees_other_disk, set_aside, sweep)
 from .cost import Shape, weights_dtype
-from .doctor import require_health
+from .doctor import device_name, require_health
 from .generate import ToolCallsWhileTraining
 from .prepare import Prepared, World, pack, prepare
 from .progress import Progress, SpeedMeter, speed_fields
 from .sealed import read_manifest
 from .serving import serving_notes
-from .settings import Settings, in_folder, save_settings
+from .settings import Settings, deepspeed_file, save_settings
 from .stops import StopRequested, listening, stop_if_asked
 
 # %% ../nbs/02_train.ipynb #error
@@ -108,14 +109,6 @@ def deepspeed_values(settings: Settings, separate: bool) -> dict[str, Any]: # wh
     values = json.loads(deepspeed_file(settings).read_text(encoding="utf-8"))
     return {**values, "checkpoint": {**values.get("checkpoint", {}), "use_node_local_storage": True}} if separate else values
 
-def deepspeed_file(settings: Settings) -> Path:
-    "The DeepSpeed configuration, beside the profiles in an installed package."
-    from proxy_sft.settings import configs_dir
-    path = in_folder(settings.root, settings.deepspeed)
-    path = path if path.is_file() else configs_dir() / settings.deepspeed
-    if not path.is_file(): raise TrainError(f"There is no DeepSpeed configuration {settings.deepspeed}; looked in {settings.root} and {path.parent}.")
-    return path
-
 # %% ../nbs/02_train.ipynb #trainer
 class ToolTrainer(CompleteCheckpoints, SFTTrainer):
     "`SFTTrainer` whose checkpoints are complete, servable, and never of a broken model."
@@ -131,16 +124,6 @@ class ToolTrainer(CompleteCheckpoints, SFTTrainer):
             save_settings(self.settings, Path(output_dir))
             serving_notes(self.settings, Path(output_dir))
             (Path(output_dir) / "steps.json").write_text(json.dumps({"usual": self.watch.usual, "skipped": self.watch.skipped}), encoding="utf-8")
-
-    def get_batch_samples(self, *args, **kwargs):
-        self.meter.begin()
-        found = super().get_batch_samples(*args, **kwargs)
-        self.meter.fetched()
-        return found
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        self.meter.count(inputs)
-        return super().training_step(model, inputs, *args, **kwargs)
 
     def create_model_card(self, *args, **kwargs):
         "Our own card is written with every checkpoint."
@@ -160,6 +143,21 @@ class ToolTrainer(CompleteCheckpoints, SFTTrainer):
             raise TrainError(f"eval_loss is {logs['eval_loss']} at step {self.state.global_step}. Nothing was saved after the last complete checkpoint.")
         if "loss" in logs: logs = {**logs, **speed_fields(self.meter, self.state.max_steps - self.state.global_step)}
         super().log({**logs, **({"skipped_steps": self.watch.skipped} if self.watch.skipped else {})}, start_time)
+
+# %% ../nbs/02_train.ipynb #trainer-speed
+@patch
+def get_batch_samples(self: ToolTrainer, *args, **kwargs):
+    "As transformers does; the wait for data is measured."
+    self.meter.begin()
+    found = super(ToolTrainer, self).get_batch_samples(*args, **kwargs)
+    self.meter.fetched()
+    return found
+
+@patch
+def training_step(self: ToolTrainer, model, inputs, *args, **kwargs):
+    "As transformers does; tokens are counted."
+    self.meter.count(inputs)
+    return super(ToolTrainer, self).training_step(model, inputs, *args, **kwargs)
 
 # %% ../nbs/02_train.ipynb #watch
 class StepWatch:
@@ -319,7 +317,7 @@ def build_trainer(settings: Settings, prepared: Prepared, facts: dict[str, Any],
     split = lambda name: None if (data := prepared.dataset(name)) is None else trainer_columns(data, settings)
     stop, watch = StopOnRequest(settings.run_dir, settings.max_hours), StepWatch(settings.skip_loss_spikes)
     model = load_model(settings, tokenizer)
-    meter = SpeedMeter(Shape.of(model.config), torch.cuda.get_device_name() if settings.device == "auto" and torch.cuda.is_available() else "cpu")
+    meter = SpeedMeter(Shape.of(model.config), device_name(settings))
     trainer = ToolTrainer(model, training_arguments(settings, resumed, separate), processing_class=tokenizer,
                           train_dataset=split("train"), eval_dataset=split("heldout"),
                           callbacks=[stop, Progress(settings.run_dir, max(25, settings.logging_steps), meter)])
