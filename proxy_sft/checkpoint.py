@@ -239,15 +239,17 @@ class CompleteCheckpoints:
         self._written(target, lambda: self.save_model(str(self.run_dir / ".saving" / target.name), _internal_call=True))
         self._publish(target, "weights")
 
-    def _written(self, target: Path, write: Callable[[], None]) -> None:
-        "Write, and say in plain words what went wrong."
-        try: write()
-        except (OSError, RuntimeError, SafetensorError) as error:
-            free = shutil.disk_usage(self.run_dir).free / 1e9
-            shutil.rmtree(self.run_dir / ".saving", ignore_errors=True)
-            raise CheckpointError(f"{target.name} could not be written: {error} ({free:,.2f} GB were free). The earlier checkpoints are untouched; "
-                                  "free space and start the run again.") from error
-        self.accelerator.wait_for_everyone()
+# %% ../nbs/01b_checkpoint.ipynb #mixin-written
+@patch
+def _written(self: CompleteCheckpoints, target: Path, write: Callable[[], None]) -> None:
+    "Write, and say in plain words what went wrong."
+    try: write()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(self.run_dir).free / 1e9
+        shutil.rmtree(self.run_dir / ".saving", ignore_errors=True)
+        raise CheckpointError(f"{target.name} could not be written: {error} ({free:,.2f} GB were free). The earlier checkpoints are untouched; "
+                              "free space and start the run again.") from error
+    self.accelerator.wait_for_everyone()
 
 # %% ../nbs/01b_checkpoint.ipynb #mixin-publish
 @patch

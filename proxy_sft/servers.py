@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Optional
 
+from fastcore.basics import patch
+
 from .answers import EvaluateError, HeldoutTurn, Reply
 from .chat import serving_options
 
@@ -96,22 +98,24 @@ class Server:
         if len(names) != 1: raise EvaluateError(f"{self.url} has {len(names)} models ({', '.join(names[:5])}); name one with --server-model.")
         return names[0]
 
-    def ask(self, turn: HeldoutTurn, limit: int) -> Reply: # `problem` names the last failure when there is no answer
-        "One question, tried until it is answered or `attempts` are over."
-        options = serving_options(self.template)
-        request = dict(model=self.name, messages=api_messages(turn.messages[:-1]), tools=turn.tools or None, temperature=0, max_tokens=limit,
-                       extra_body={"chat_template_kwargs": options} if options else None)
-        request = {name: value for name, value in request.items() if value is not None}
-        for attempt in range(self.attempts):
-            if attempt: time.sleep(self.pause * 2 ** (attempt - 1))
-            try: return reply_from(self.client.chat.completions.create(**request))
-            except Exception as error: problem, again = problem_of(error)  # raises what is no failure of the server's
-            if not again: break
-        return Reply("", False, 0, problem=problem)
-
     def replies(self, turns: list[HeldoutTurn], limit: int, store: Any = None, done: Callable[[int], None] = lambda count: None) -> list[Reply]:
         "All questions, many at once; see `ask_all`."
         return ask_all(self, turns, limit, store, done)
+
+# %% ../nbs/02b_servers.ipynb #server-ask-export
+@patch
+def ask(self: Server, turn: HeldoutTurn, limit: int) -> Reply: # `problem` names the last failure when there is no answer
+    "One question, tried until it is answered or `attempts` are over."
+    options = serving_options(self.template)
+    request = dict(model=self.name, messages=api_messages(turn.messages[:-1]), tools=turn.tools or None, temperature=0, max_tokens=limit,
+                   extra_body={"chat_template_kwargs": options} if options else None)
+    request = {name: value for name, value in request.items() if value is not None}
+    for attempt in range(self.attempts):
+        if attempt: time.sleep(self.pause * 2 ** (attempt - 1))
+        try: return reply_from(self.client.chat.completions.create(**request))
+        except Exception as error: problem, again = problem_of(error)  # raises what is no failure of the server's
+        if not again: break
+    return Reply("", False, 0, problem=problem)
 
 # %% ../nbs/02b_servers.ipynb #ask-all-export
 def ask_all(

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
+from fastcore.basics import patch
+
 from .sealed import write_flushed
 
 # %% ../nbs/000c_waiting.ipynb #errors
@@ -203,13 +205,15 @@ class Announcer:
         "Never write again."
         with self.lock: self.ranks = []
 
-    def _beat(self):
-        "Until everybody was heard and has taken its word away again; a rank that sees another disk is never heard."
-        while self.record["state"] == "building" or self.record["heard"] or self.ever_heard != set(self.ranks):
-            with self.lock:
-                if not self.ranks or time.monotonic() - self.ended > self.afterwards: return
-                self._write()
-            time.sleep(SIGN_SECONDS)
+# %% ../nbs/000c_waiting.ipynb #announcer-beat
+@patch
+def _beat(self: Announcer):
+    "Until everybody was heard and has taken its word away again; a rank that sees another disk is never heard."
+    while self.record["state"] == "building" or self.record["heard"] or self.ever_heard != set(self.ranks):
+        with self.lock:
+            if not self.ranks or time.monotonic() - self.ended > self.afterwards: return
+            self._write()
+        time.sleep(SIGN_SECONDS)
 
 # %% ../nbs/000c_waiting.ipynb #waiter
 def wait_for_builder(
