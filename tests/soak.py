@@ -1,4 +1,4 @@
-"""`make soak`: the long form of every fault test. `python tests/soak.py [PART …] [--faults N]` runs some of it; figures are printed and written to soak.json.
+"""`make soak`: the long form of every fault test. `python tests/soak.py [PART … | PART=COUNT …]` runs some of it; figures are printed and written to soak.json.
 
 One life of a training takes a second or two here: a parent imports the libraries once and forks a child for each life, with one or two ranks over gloo. What kills, stops or spoils a life is real: signals, bits on the
 disk, a full file system. The launcher, kernels and torchrun are killed in tests/test_launch.py and tests/test_faults.py, which `make soak` runs in their long form afterwards.
@@ -441,7 +441,8 @@ PARTS = ("exact", "broken", "spikes", "full", "flips", "terms", "kills", "mixed"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; all when not given, then the pytest files in their long form")
+    parser.add_argument("parts", nargs="*", default=[], metavar="PART[=COUNT]",
+                        help=f"of {', '.join(PARTS)}; all when not given, then the pytest files in their long form")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--count", type=int, help="faults of a part, instead of 50, 20, 100 and 200")
     args = parser.parse_args()
@@ -449,9 +450,9 @@ def main() -> int:
     bad = 0
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         soak = Soak(Path(folder), args.seed)
-        for part in args.parts or PARTS:
-            began = time.monotonic()
-            text, good = getattr(soak, part)(*([args.count] if args.count and part in ("flips", "terms", "kills", "mixed") else []))
+        for part, _, count in (p.partition("=") for p in args.parts or PARTS):
+            began, count = time.monotonic(), int(count or args.count or 0)
+            text, good = getattr(soak, part)(*([count] if count and part in ("flips", "terms", "kills", "mixed") else []))
             bad += not good
             print(f"{'passed' if good else 'FAILED'} {part} in {time.monotonic() - began:.0f} s, {soak.lives} lives so far: {text}", flush=True)
     if not args.parts:

@@ -286,7 +286,7 @@ def mutate(text, chance):
 
 
 def test_broken_text_gives_calls_or_an_error():
-    chance, read, refused, started = random.Random(3), 0, 0, time.perf_counter()
+    chance, read, refused, started = random.Random(3), 0, 0, time.process_time()
     for _ in range(25_000):
         text = mutate(chance.choice(VALID), chance)
         try: calls = parse_calls(text, TOOLS)
@@ -298,7 +298,7 @@ def test_broken_text_gives_calls_or_an_error():
             assert json.loads(json.dumps(calls, allow_nan=False)) == calls or "\ud800" in text, text
             assert same(parse_calls(format_calls(calls)), calls), text
     assert read > 500 and refused > 5000, (read, refused)
-    assert time.perf_counter() - started < 30
+    assert time.process_time() - started < 30
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -333,9 +333,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_ends_quickly(name):
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(CallError): parse_calls(HOSTILE[name], TOOLS)
-    assert time.perf_counter() - started < 4, f"{name}: {time.perf_counter() - started:.1f} s"
+    assert time.process_time() - started < 4, f"{name}: {time.process_time() - started:.1f} s"
 
 
 def test_a_valid_megabyte_is_read():

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from trainings import run_training
+
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 SHARED = ROOT.parent / "shared"
-SMALL = dict(demo_rows=400, max_train_samples=200, max_eval_samples=6, max_length=640, logging_steps=1, save_steps=2, eval_steps=4, max_steps=4)
+SMALL = dict(demo_rows=400, max_train_samples=200, max_eval_samples=6, max_length=640, logging_steps=1, save_steps=2, eval_steps=4, max_steps=4, num_proc=1)
 
 
 def run(*command, ok=True, timeout=900, **environment):
@@ -27,22 +29,11 @@ def parameters(**settings):
     return [word for name, value in settings.items() for word in ("-p", name, str(value))]
 
 
-TRAIN = """
-import json, sys
-from proxy_sft.settings import load_settings
-from proxy_sft.train import train
-if __name__ == "__main__":
-    train(load_settings(**json.loads(sys.argv[1])))
-"""
-
-
-def train(tmp_path, ok=True, ranks=1, **settings):
+def train(ok=True, ranks=1, **settings):
     "The exported library, without notebooks."
-    script = tmp_path / "train_script.py"
-    script.write_text(TRAIN)
-    given = json.dumps({"profile": "demo", **SMALL, **settings})
-    launcher = ["torchrun", "--standalone", "--nproc_per_node", ranks] if ranks > 1 else ["python"]
-    return run(*launcher, script, given, ok=ok, OMP_NUM_THREADS="1")
+    done = run_training(ranks, **{"profile": "demo", **SMALL, **settings})
+    if ok: assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
 
 
 def losses(run_dir):
@@ -58,7 +49,7 @@ def weights(run_dir):
 def workspace(tmp_path_factory):
     "One workspace with the demo's model, data, conversion and a finished run of four steps."
     folder = tmp_path_factory.mktemp("workspace")
-    train(folder, workspace=str(folder), run_name="straight")
+    train(workspace=str(folder), run_name="straight")
     return folder
 
 
@@ -85,24 +76,24 @@ def ask_to_stop(run_dir):
     return True
 
 
-def test_a_stopped_run_goes_on_with_bitwise_the_same_training(workspace, tmp_path):
+def test_a_stopped_run_goes_on_with_bitwise_the_same_training(workspace):
     run_dir = workspace / "runs" / "stopped"
     run_dir.mkdir()
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask_to_stop, run_dir)
-        done = train(tmp_path, ok=False, workspace=str(workspace), run_name="stopped")
+        done = train(ok=False, workspace=str(workspace), run_name="stopped")
         assert asked.result()
     assert done.returncode != 0 and "StopRequested" in done.stderr, done.stderr[-2000:]
     steps = [int(f.parent.name.rpartition("-")[2]) for f in run_dir.glob("checkpoint-*/COMPLETE")]
     assert steps and max(steps) < SMALL["max_steps"] and not (run_dir / "COMPLETE").exists()
     (run_dir / "STOP").unlink()
-    train(tmp_path, workspace=str(workspace), run_name="stopped")
+    train(workspace=str(workspace), run_name="stopped")
     assert weights(run_dir) == weights(workspace / "runs" / "straight")
     assert losses(run_dir) == losses(workspace / "runs" / "straight")
 
 
-def test_two_ranks_with_zero2_give_the_same_losses_with_and_without_notebooks(workspace, tmp_path):
-    train(tmp_path, ranks=2, workspace=str(workspace), run_name="library")
+def test_two_ranks_with_zero2_give_the_same_losses_with_and_without_notebooks(workspace):
+    train(ranks=2, workspace=str(workspace), run_name="library")
     run("proxy-sft", "run", "nbs/02_train.ipynb", "--nproc", 2,
         *parameters(profile="demo", workspace=workspace, run_name="notebooks", **SMALL), OMP_NUM_THREADS="1")
     library, notebooks = workspace / "runs" / "library", workspace / "runs" / "notebooks"
@@ -113,12 +104,12 @@ def test_two_ranks_with_zero2_give_the_same_losses_with_and_without_notebooks(wo
     assert manifest["world_size"] == 2 and any("zero" in name for name in manifest["files"])
 
 
-def test_other_settings_are_refused_with_what_differs(workspace, tmp_path):
-    done = train(tmp_path, ok=False, workspace=str(workspace), run_name="straight", learning_rate=1e-5)
+def test_other_settings_are_refused_with_what_differs(workspace):
+    done = train(ok=False, workspace=str(workspace), run_name="straight", learning_rate=1e-5)
     assert done.returncode != 0 and "learning_rate: 0.0" in done.stderr and "another training" in done.stderr
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_found_before_it_is_unpickled(workspace, tmp_path):
+def test_a_flipped_bit_in_a_checkpoint_is_found_before_it_is_unpickled(workspace):
     run_dir = workspace / "runs" / "straight"
     victim = run_dir / "checkpoint-4" / "optimizer.pt"
     whole = victim.read_bytes()
@@ -126,34 +117,31 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_before_it_is_unpickled(workspace
     broken[len(broken) // 2] ^= 1
     victim.unlink()  # the final model holds a hard link to the good bytes
     victim.write_bytes(bytes(broken))
-    try: done = train(tmp_path, ok=False, workspace=str(workspace), run_name="straight")
+    try: done = train(ok=False, workspace=str(workspace), run_name="straight")
     finally: victim.write_bytes(whole)
     assert done.returncode != 0 and "optimizer.pt" in done.stderr and "other bytes" in done.stderr
 
 
-def test_a_flipped_bit_in_prepared_tokens_is_found_before_step_one(workspace, tmp_path):
+def test_a_flipped_bit_in_prepared_tokens_is_found_before_step_one(workspace):
     victim = next((workspace / "prepared").glob("*/train.arrow"))
     whole = victim.read_bytes()
     broken = bytearray(whole)
     broken[len(broken) // 3] ^= 4
     victim.write_bytes(bytes(broken))
-    try: done = train(tmp_path, ok=False, workspace=str(workspace), run_name="flipped")
+    try: done = train(ok=False, workspace=str(workspace), run_name="flipped")
     finally: victim.write_bytes(whole)
     assert done.returncode != 0 and "train.arrow" in done.stderr and not list((workspace / "runs" / "flipped").glob("checkpoint-*"))
 
 
-def test_papermill_from_the_root_and_from_nbs(workspace, tmp_path):
+def test_papermill_from_nbs_as_from_the_root(workspace, tmp_path):  # the demo runs it from the root
     given = parameters(profile="demo", workspace=workspace, run_name="straight", **SMALL)  # finished: nothing is trained again
-    run("papermill", "nbs/02_train.ipynb", tmp_path / "root.ipynb", "--no-progress-bar", *given)
     done = subprocess.run([str(BIN / "papermill"), "02_train.ipynb", str(tmp_path / "nbs.ipynb"), "--no-progress-bar", *given], cwd=ROOT / "nbs",
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("given, words", [
-    (dict(profile="qwen3_8gpu"), "Did you mean 'qwen3_8b_8gpu'?"),
+@pytest.mark.parametrize("given, words", [  # the launcher and the settings have more of them; here papermill itself is asked
     (dict(profile="demo", max_train_smaples=10), "Did you mean 'max_train_samples'?"),
-    (dict(profile="demo", max_steps="many"), "valid integer"),
     (dict(profile="qwen3_8b", workspace="/nonexistent-workspace-of-a-test"), "nbs/00_download.ipynb"),
 ])
 def test_bad_parameters_end_with_one_clear_error(tmp_path, given, words):
@@ -163,17 +151,8 @@ def test_bad_parameters_end_with_one_clear_error(tmp_path, given, words):
 
 def test_an_output_folder_that_cannot_be_written_is_named(workspace, tmp_path):
     (tmp_path / "file").touch()
-    done = train(tmp_path, ok=False, workspace=str(workspace), output_dir=str(tmp_path / "file" / "run"))
+    done = train(ok=False, workspace=str(workspace), output_dir=str(tmp_path / "file" / "run"))
     assert done.returncode != 0 and "Not a directory" in done.stderr and str(tmp_path / "file" / "run") in done.stderr
-
-
-def test_the_demo_kept_its_last_four_checkpoints_and_learnt():
-    run_dir = ROOT / "workspace" / "runs" / "demo"
-    if not (run_dir / "COMPLETE").is_file(): pytest.skip("make demo has not been run in this checkout")
-    assert sorted(p.name for p in run_dir.glob("checkpoint-*")) == ["checkpoint-200", "checkpoint-300", "checkpoint-400", "checkpoint-500"]
-    assert weights(run_dir) == weights(run_dir / "checkpoint-500")
-    held = [r["eval_loss"] for r in json.loads((run_dir / "trainer_state.json").read_text())["log_history"] if "eval_loss" in r]
-    assert held[-1] < held[0] / 4
 
 
 def test_real_tokenizer_config_and_rows_end_to_end(tmp_path):

@@ -1,32 +1,18 @@
 """Ways of training that must give the same losses: micro-batches on one rank or two, activations kept or computed anew."""
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from proxy_sft.progress import FIELDS
+from trainings import run_training
 
-ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
-SMALL = dict(profile="demo", demo_rows=400, max_train_samples=200, max_eval_samples=4, max_length=640, logging_steps=1, save_steps=3, eval_steps=3, max_steps=3)
-TRAIN = """
-import json, sys
-from proxy_sft.settings import load_settings
-from proxy_sft.train import train
-if __name__ == "__main__": train(load_settings(**json.loads(sys.argv[1])))
-"""
+SMALL = dict(profile="demo", demo_rows=400, max_train_samples=200, max_eval_samples=4, max_length=640, logging_steps=1, save_steps=3, eval_steps=3, max_steps=3, num_proc=1)
 
 
 def losses(folder, ranks=1, **settings):
     "Three logged losses of a small run of the demo, and its run folder."
-    script, name = folder / "train_script.py", f"run-{len(list(folder.glob('runs/*')))}"
-    script.write_text(TRAIN)
-    launcher = ["torchrun", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else ["python"]
-    given = json.dumps({**SMALL, "workspace": str(folder), "run_name": name, **settings})
-    done = subprocess.run([str(BIN / launcher[0]), *launcher[1:], script, given], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=600)
+    name = f"run-{len(list(folder.glob('runs/*')))}"
+    done = run_training(ranks, **{**SMALL, "workspace": str(folder), "run_name": name, **settings})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     log = json.loads((folder / "runs" / name / "trainer_state.json").read_text())["log_history"]
     return [r["loss"] for r in log if "loss" in r], folder / "runs" / name

@@ -1,0 +1,49 @@
+"""Trainings in processes of their own that share one import: a server loads the libraries once and forks for each run, because a fresh start takes seven seconds of processor time.
+
+What a fresh start does is seen by the demo, the launcher's tests and the notebooks; here the trainings are what is looked at."""
+import multiprocessing
+import os
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the server is started
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["proxy_sft.train"])
+
+
+def be_a_rank(given: dict, environment: dict, said: str) -> None:
+    "One rank of a training; what it says goes into files, and its exception ends the process as in a script."
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    for number, name in ((1, "out"), (2, "err")): os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    from proxy_sft.settings import load_settings
+    from proxy_sft.train import train
+    train(load_settings(**given))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_training(ranks: int = 1, seconds: float = 900, **given) -> subprocess.CompletedProcess: # exit code (the first that is not 0), outputs of all ranks
+    "Train by the exported library, as one process or several."
+    with tempfile.TemporaryDirectory() as folder:
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if ranks > 1: env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+        at = lambda rank: {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else env
+        processes = [SERVER.Process(target=be_a_rank, args=(given, at(rank), f"{folder}/{rank}")) for rank in range(ranks)]
+        for process in processes: process.start()
+        until = time.monotonic() + seconds
+        while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes) and time.monotonic() < until: time.sleep(0.02)
+        for process in processes:
+            process.join(5 if any(p.exitcode for p in processes) or time.monotonic() > until else None)
+            if process.is_alive(): process.kill(); process.join()
+        said = ["".join(f"{p.read_text(errors='replace')}" for p in sorted(Path(folder).glob(f"*.{name}"))) for name in ("out", "err")]
+        return subprocess.CompletedProcess(given, next((p.exitcode for p in processes if p.exitcode), 0), *said)
