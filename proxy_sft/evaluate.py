@@ -33,6 +33,7 @@ from .chat import served_template, stop_token_ids, supervise_batch
 from .inspector import messages_html, safe, section
 from .sealed import write_flushed
 from .settings import Settings, load_settings, notebook_parameters
+from .stops import listening, stop_if_asked, stop_reason
 
 # %% ../nbs/03_evaluate.ipynb #imports-constants
 from .answers import METRICS
@@ -405,6 +406,10 @@ class Questions:
     batching: dict     # `batch_size` and `batch_tokens` of `generate_replies`
     keep: bool = True  # answers on disk until the evaluation is written
 
+    def asked(self) -> str: # empty: go on
+        "Why to stop, if there is a reason."
+        return stop_reason(self.settings.run_dir, self.settings.max_hours)
+
     def store(self, *decides: Any): # AnswerStore, or None
         "Where a model's answers lie."
         from proxy_sft.generate import AnswerStore, digest
@@ -429,11 +434,11 @@ def ask_model(
     model, generation = load_model(folder, q.settings.device, q.settings.attention)
     with progress(name, len(q.prompts), " turns") as bar:
         replies = generate_replies(model, tokenizer, q.prompts, stop_token_ids(tokenizer, generation), q.limit, done=bar.update,
-                                   store=q.store(model_identity(folder)), **q.batching)
+                                   store=q.store(model_identity(folder)), asked=q.asked, **q.batching)
     chats = supervise_batch([{"messages": c.messages, "tools": []} for c in q.chats], tokenizer, template) if q.chats else []
     chats = [{n: ids[:q.settings.max_length] for n, ids in row.items()} for row in chats]
     rows = answer_rows(q.turns, tokenizer, template)
-    with progress(f"{name} losses", len(rows) + len(chats), " rows") as bar: losses = losses_of(model, rows + chats, done=bar.update)
+    with progress(f"{name} losses", len(rows) + len(chats), " rows") as bar: losses = losses_of(model, rows + chats, bar.update, q.asked)
     del model
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     return replies, losses[:len(rows)], losses[len(rows):]
@@ -457,6 +462,7 @@ def prepare_questions(
     return questions, found, len(chosen) - len(turns)
 
 # %% ../nbs/03_evaluate.ipynb #evaluate-export
+@listening()
 def evaluate(
     settings: Settings, # model_dir, run_dir, converted_dir, template, seed, max_length, device
     tuned: Optional[Path] = None, # a trained model elsewhere than at the root of run_dir
@@ -505,7 +511,10 @@ def ask_server(
     "The same questions over HTTP; rank 0 asks."
     from proxy_sft.generate import gathered, place
     with progress(name, len(questions.turns), " turns") as bar:
-        mine = server.replies(questions.turns, questions.limit, questions.store(server.url, server.model), bar.update) if place()[0] == 0 else []
+        def told(count):
+            bar.update(count)
+            stop_if_asked(questions.settings.run_dir, questions.settings.max_hours, "evaluating")
+        mine = server.replies(questions.turns, questions.limit, questions.store(server.url, server.model), told) if place()[0] == 0 else []
     return gathered({"replies": mine} if place()[0] == 0 else {})["replies"], [], []
 
 # %% ../nbs/03_evaluate.ipynb #servers-from-export

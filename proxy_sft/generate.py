@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOLD', 'questions_that_fit', 'token_batches', 'answer_limit', 'ready_to_answer', 'generate_batch', 'generate_replies',
-           'place', 'join_ranks', 'gathered', 'digest', 'AnswerStore', 'model_identity', 'load_model', 'token_losses',
-           'losses_of', 'answer_rows', 'add_up', 'ask_in_time', 'ToolCallsWhileTraining']
+           'place', 'join_ranks', 'stop_together', 'gathered', 'digest', 'AnswerStore', 'model_identity', 'load_model',
+           'token_losses', 'losses_of', 'answer_rows', 'add_up', 'ask_in_time', 'ToolCallsWhileTraining']
 
 # %% ../nbs/01f_generate.ipynb #imports
 import hashlib
@@ -29,6 +29,7 @@ from .chat import Inspection, server_prompts, stop_token_ids, supervise_batch
 from .checkpoint import from_everybody
 from .sealed import MANIFEST, write_flushed
 from .settings import Settings
+from .stops import StopRequested
 
 # %% ../nbs/01f_generate.ipynb #questions-export
 def questions_that_fit(
@@ -112,19 +113,22 @@ def generate_replies(
     batch_tokens: int = 65536, # prompt and answer tokens per batch at most
     store: Optional["AnswerStore"] = None, # where answers are kept, and taken from
     done: Callable[[int], None] = lambda count: None, # told how many more are answered
+    asked: Callable[[], str] = str, # why to stop, asked before each batch; empty: go on
 ) -> list[Reply]: # in the prompts' order, all of them on every rank
     "Greedy answers of a model in this process; each rank asks its share of the batches."
-    rank, size = place()
+    (rank, size), reason = place(), ""
     names, replies = [digest(list(prompt)) for prompt in prompts], {}
     known = gathered(store.read() if store else {})
     batches = token_batches([len(p) + limit for p in prompts], batch_size, batch_tokens)
     missing = [batch for batch in batches if not all(names[i] in known for i in batch)]
     done(len(prompts) - sum(map(len, missing)))
     for batch in missing[rank::size]:
+        if reason := asked(): break
         made = dict(zip((names[i] for i in batch), generate_batch(model, tokenizer, [prompts[i] for i in batch], stop, limit)))
         if store: store.add(made)
         replies.update(made)
         done(len(batch))
+    stop_together(reason)
     found = {**known, **gathered(replies)}
     return [found[name] for name in names]
 
@@ -140,6 +144,12 @@ def join_ranks() -> bool: # whether a group was started here
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) < 2: return False
     dist.init_process_group("gloo")
     return True
+
+
+def stop_together(reason: str) -> None: # `StopRequested` on every rank when one has a reason
+    "None waits for answers of a rank that was asked to stop."
+    if reason := next((r for r in from_everybody(reason) if r), ""):
+        raise StopRequested(f"Stopped while answering, because {reason}. The answers so far are kept; the same command goes on from there.")
 
 
 def gathered(mine: dict) -> dict: # the union over all ranks
@@ -229,13 +239,15 @@ def losses_of(
     model: Any, # a causal language model of Transformers
     rows: list[dict], # `input_ids` and `labels` of each
     done: Callable[[int], None] = lambda count: None, # told how many more are measured
+    asked: Callable[[], str] = str, # why to stop, asked before each row; empty: go on
 ) -> list[tuple[float, int]]: # per row, all of them on every rank
     "The losses of many conversations, each rank its share."
-    rank, size = place()
-    mine = {}
+    (rank, size), reason, mine = place(), "", {}
     for i in range(rank, len(rows), size):
+        if reason := asked(): break
         mine[i] = token_losses(model, rows[i])
         done(1)
+    stop_together(reason)
     every = gathered(mine)
     return [every[i] for i in range(len(rows))]
 

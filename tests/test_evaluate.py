@@ -1,12 +1,15 @@
 """Reading and scoring answers, the choice of turns, generation, and the whole evaluation with small models."""
 import json
+import os
 import random
 import shutil
+import signal
 
 import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from proxy_sft import generate
 from proxy_sft.chat import Inspection, save_chat_files, server_prompts, supervise
 from proxy_sft.demo import write_demo_model
 from proxy_sft.answers import (
@@ -14,6 +17,7 @@ from proxy_sft.answers import (
 from proxy_sft.evaluate import Evaluation, evaluate, evaluation_html, judge, model_folders, plot_svg, show_turn, table_rows, wilson
 from proxy_sft.generate import answer_limit, generate_replies, load_model, token_batches
 from proxy_sft.settings import load_settings
+from proxy_sft.stops import StopRequested
 
 
 def tool(name, **properties):
@@ -241,6 +245,24 @@ def test_base_beside_tuned(world):
     again = judge(found.turns, found.replies, found=found.found, about=found.about, losses=found.losses, chat_losses=found.chat_losses)
     assert again == found == evaluate(settings, max_turns=7, batch_size=3)  # batches change nothing
     assert not list(settings.run_dir.glob("*.part"))
+
+
+def test_a_stop_keeps_the_answers_and_the_next_start_goes_on(world, monkeypatch):
+    settings, _ = world
+    whole, batches = evaluate(settings, max_turns=6, batch_size=2), []
+    usual = generate.generate_batch
+    def then_a_signal(*args, **kwargs):
+        batches.append(len(args[2]))
+        if len(batches) == 2: os.kill(os.getpid(), signal.SIGTERM)
+        return usual(*args, **kwargs)
+    monkeypatch.setattr(generate, "generate_batch", then_a_signal)
+    with pytest.raises(StopRequested, match="SIGTERM was received"): evaluate(settings, max_turns=6, batch_size=2)
+    assert sum(batches) == 4
+    assert evaluate(settings, max_turns=6, batch_size=2) == whole and sum(batches) == 12 and not (settings.run_dir / "answers").exists()
+    (settings.run_dir / "STOP").touch()
+    try:
+        with pytest.raises(StopRequested, match="STOP lies in"): evaluate(settings, max_turns=6, batch_size=2)
+    finally: (settings.run_dir / "STOP").unlink()
 
 
 def test_base_alone_writes_nothing(world, tmp_path):
