@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +33,7 @@ from trl import SFTConfig, SFTTrainer
 from .chat import certify_batches, save_chat_files, served_template, stop_token_ids
 from .checkpoint import (CheckpointError, CompleteCheckpoints, StopOnRequest, agreed_checkpoint, anybody, checkpoint_facts, checkpoint_step,
                                   checkpoint_to_resume, complete_checkpoints, everybody_gets, expected_bytes, from_everybody, publish_final,
-                                  require_room, sees_other_disk, set_aside, sweep)
+                                  require_room, sees_other_disk, set_aside, setback, sweep)
 from .cost import Shape, weights_dtype
 from .doctor import device_name, require_health
 from .generate import ToolCallsWhileTraining
@@ -273,10 +274,12 @@ def begin_run(settings: Settings, prepared: Prepared) -> tuple[dict[str, Any], O
     ranks = range(world.rank - world.local_rank, world.rank - world.local_rank + world.local_size) if separate else None
     def tidy():
         save_settings(settings, settings.run_dir)
-        sweep(settings.run_dir)
+        swept = sweep(settings.run_dir)
         if settings.resume == "never": set_aside(settings.run_dir)
+        return swept
     def find(): return checkpoint_to_resume(settings, facts, ranks=ranks)
-    agree(tidy if tidies else None)
+    swept = {name: fate for one in from_everybody(agree(tidy if tidies else None) or {}) for name, fate in one.items()}
+    if world.rank == 0 and swept: print(setback(swept, settings), file=sys.stderr, flush=True)
     if separate and settings.resume == "auto": agreed_checkpoint(settings.run_dir)
     outcome = agree(find if tidies else None)
     if separate and not tidies: outcome = checkpoint_to_resume(settings, facts, check=False, ranks=ranks)
@@ -325,6 +328,7 @@ def build_trainer(settings: Settings, prepared: Prepared, facts: dict[str, Any],
     trainer.remove_callback(PrinterCallback)  # it prints raw dictionaries beside our lines
     trainer.settings, trainer.run_dir, trainer.keep, trainer.facts = settings, settings.run_dir, settings.save_total_limit, facts
     trainer.card, trainer.stop, trainer.meter = model_card(settings, prepared), stop, meter
+    if separate: model.should_save_on_this_rank = bool  # transformers 5.23 has rank 0 alone write weights, whatever save_on_each_node says
     trainer.watch, trainer.separate, trainer.on_full_disk, trainer.weights_every = watch, separate, settings.on_full_disk, settings.save_weights_steps
     trainer.lines = lambda blocks: lines_of(prepared, blocks)
     return trainer

@@ -246,6 +246,16 @@ class Soak:
         real, copy = 0, self.folder / "whole"
         shutil.copytree(newest, copy)
         before = set(self.dir(name).glob("checkpoint-*"))
+        older = max(before - {newest}, key=lambda f: int(f.name[11:]))
+        for victim in ("COMPLETE", "manifest.json"): # the run goes on from an older one, and says so whatever is set
+            path = newest / victim
+            path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+            codes, text = self.run(name, 2, stop_at(self.dir(name), 5), logging_steps=1000, preflight="warn"), words(self.folder / name, 2)
+            assert codes == [75, 75] and (f"WARNING: checkpoint-5 is DAMAGED: its marker COMPLETE does not fit its manifest.json, though it was complete once. It is set aside as {self.dir(name)}"
+                f"/damaged-checkpoint-5. The run goes on from {older.name}; {5 - int(older.name[11:])} steps, up to step 5, are lost and trained again.") in text, (codes, text[-2000:])
+            shutil.rmtree(newest)
+            shutil.rmtree(self.dir(name) / "damaged-checkpoint-5")
+            shutil.copytree(copy, newest)
         for i in range(count):
             path = files[i % len(files)]
             whole = path.read_bytes()
