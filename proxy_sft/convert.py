@@ -32,6 +32,7 @@ from .ledger import (
     REMEMBERED, Choices, FactsWriter, Piece, drop_rows, facts_file, line_count, row_facts, rows_to_drop)
 from .streams import (
     Progress, converted_parts, enough_work, input_files, parts_of, process_count, without_main)
+from .tables import html_table, text_table
 
 # %% ../nbs/01_convert.ipynb #convert-report
 @dataclass
@@ -89,19 +90,14 @@ def report_lines(report: ConvertReport) -> list[str]:
 
 def report_text(report: ConvertReport) -> str:
     "The report for a terminal."
-    table = [[f"{cell:,}" if isinstance(cell, int) else cell[:28] for cell in row] for row in report.table()]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]) for row in table]
-    return "\n".join([report_lines(report)[0], *lines, *report_lines(report)[1:]])
+    head, *body = [[cell if isinstance(cell, int) else cell[:28] for cell in row] for row in report.table()]
+    first, *more = report_lines(report)
+    return "\n".join([first, text_table(body, head), *more])
 
 def report_html(report: ConvertReport) -> str:
     "The report for a notebook."
-    def cell(tag, value): return f"<{tag}>{html.escape(f'{value:,}' if isinstance(value, int) else value)}</{tag}>"
-    def row(tag, values): return "<tr>" + "".join(cell(tag, value) for value in values) + "</tr>"
     head, *body = report.table()
-    text = "".join(f"<p>{html.escape(line)}</p>" for line in report_lines(report))
-    rows = "".join(row("td", values) for values in body)
-    return f"{text}<table><thead>{row('th', head)}</thead><tbody>{rows}</tbody></table>"
+    return "".join(f"<p>{html.escape(line)}</p>" for line in report_lines(report)) + html_table(body, head)
 
 ConvertReport.__repr__, ConvertReport._repr_html_ = report_text, report_html
 

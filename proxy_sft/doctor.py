@@ -24,10 +24,11 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from .checkpoint import checkpoints_to_come, expected_bytes
-from .cost import Shape, as_html, flops_per_token, memory_parts, peak_flops, weights_dtype
+from .cost import Shape, flops_per_token, memory_parts, peak_flops, weights_dtype
 from .prepare import prepared_folders
 from .sealed import read_manifest
 from .settings import Settings, deepspeed_file, load_settings
+from .tables import html_table
 
 # %% ../nbs/01d_doctor.ipynb #finding
 class DoctorError(RuntimeError):
@@ -57,7 +58,7 @@ class Report:
         line = lambda f: f"{paint.get(f.level, '')}{f.level:<4}{chr(27) + '[0m' if colour else ''}  {f.about}: {f.text}{' ' + f.advice if f.advice else ''}"
         return "\n".join(line(f) for f in self.findings)
 
-    def _repr_html_(self) -> str: return as_html([["", "about", "found", "what to do"], *([f.level, f.about, f.text, f.advice] for f in self.findings)])
+    def _repr_html_(self) -> str: return html_table([(f.level, f.about, f.text, f.advice) for f in self.findings], ("", "about", "found", "what to do"))
 
     def to_json(self) -> str: return json.dumps([asdict(f) for f in self.findings], indent=1)
 

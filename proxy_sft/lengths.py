@@ -8,13 +8,13 @@ __all__ = ['FATES', 'FACTS', 'exchanges', 'cut_to_fit', 'find_sequence', 'Border
 
 # %% ../nbs/00e_lengths.ipynb #imports
 from collections import Counter
-from html import escape
 from typing import Any, Callable, Iterable, NamedTuple, Optional
 
 import numpy as np
 import pyarrow as pa
 
 from .chat import TokenRows, control_tokens, encode_text
+from .tables import html_table, text_table
 
 # %% ../nbs/00e_lengths.ipynb #cut
 def exchanges(messages: list[dict]) -> list[list[dict]]: # the first entry is what comes before the first user message
@@ -148,15 +148,9 @@ class LengthTable:
                   f"{line['supervised_lost']:.2%}"] for line in self.lines]
         return [["max_length", *FATES[:4], "supervised tokens lost"], *shown]
 
-    def __repr__(self) -> str:
-        cells = self.cells()
-        wide = [max(map(len, column)) for column in zip(*cells)]
-        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, wide)) for line in cells) + "\n* this run's"
+    def __repr__(self) -> str: return text_table(self.cells()[1:], self.cells()[0]) + "\n* this run's"
 
-    def _repr_html_(self) -> str:
-        head, *lines = [[escape(cell) for cell in line] for line in self.cells()]
-        body = "".join(f"<tr><th scope='row'>{first}</th>{''.join(f'<td>{cell}</td>' for cell in rest)}</tr>" for first, *rest in lines)
-        return f"<table><thead><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr></thead><tbody>{body}</tbody></table><p>* this run's</p>"
+    def _repr_html_(self) -> str: return html_table(self.cells()[1:], self.cells()[0]) + "<p>* this run's</p>"
 
 # %% ../nbs/00e_lengths.ipynb #plot
 def plot_lengths(table: LengthTable, facts: Any, axes: Any) -> None: # two matplotlib axes; facts as for the table

@@ -14,13 +14,14 @@ __all__ = ['CALL_POLICIES', 'TALK_POLICIES', 'POLICY', 'REASONS', 'STRICTNESSES'
 
 # %% ../nbs/00b_schema.ipynb #schema-imports
 import functools
-import html
 import json
 import re
 import sys
 from dataclasses import dataclass
 
 import orjson
+
+from .tables import html_table
 
 # %% ../nbs/00b_schema.ipynb #schema-policy
 @dataclass(frozen=True)
@@ -41,9 +42,7 @@ class PolicyTable(tuple):
         return "\n".join(f"{p.code:24} {p.strict:9} {p.default:9} {p.lenient:9} {p.defect}" for p in self)
 
     def _repr_html_(self):
-        def row(tag, cells): return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-        body = "".join(row("td", [getattr(p, c) for c in self.COLUMNS]) for p in self)
-        return f"<table><thead>{row('th', self.COLUMNS)}</thead><tbody>{body}</tbody></table>"
+        return html_table([[getattr(p, c) for c in self.COLUMNS] for p in self], self.COLUMNS)
 
 # %% ../nbs/00b_schema.ipynb #schema-policy-calls
 CALL_POLICIES = PolicyTable(Policy(*line) for line in (
