@@ -96,7 +96,7 @@ class Progress(TrainerCallback):
     "A readable line per log, on rank 0; every record also to `logs/progress.jsonl`."
 
     def __init__(self, run_dir: Path, every: int, meter: Optional[SpeedMeter] = None): # print every so many optimizer steps
-        self.file, self.every, self.meter = run_dir / "logs" / "progress.jsonl", every, meter
+        self.file, self.every, self.meter, self.more = run_dir / "logs" / "progress.jsonl", every, meter, {}  # more: what every record says
         self.file.parent.mkdir(parents=True, exist_ok=True)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -104,7 +104,7 @@ class Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs: return
-        record = progress_record(logs, state.global_step, state.max_steps)
+        record = progress_record({**self.more, **logs}, state.global_step, state.max_steps)
         with self.file.open("a", encoding="utf-8") as file: file.write(json.dumps(record) + "\n")
         line = progress_line(record)
         if line and ("eval_loss" in logs or state.global_step % self.every == 0 or state.global_step == 1): print(line, flush=True)

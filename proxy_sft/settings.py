@@ -89,6 +89,7 @@ class Hardware(Group):
     bf16: bool = Field(True, description="bfloat16 arithmetic")
     weights: Literal["auto", "bfloat16", "float32"] = Field("auto", description="precision in which weights are kept; auto: bfloat16 under DeepSpeed, else 32 bits")
     attention: str = Field("auto", min_length=1, description="attention implementation; auto takes the fastest exact one that is installed")
+    kernels: Literal["auto", "none", "liger"] = Field("auto", description="kernels of normalisation, feed-forward and positions; auto: liger where installed, on a GPU")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "selective", description="activations that the backward pass computes anew: none, all but attention, all")
     deepspeed: Optional[str] = Field("ds_config_zero2.json", min_length=1, description="DeepSpeed configuration under torchrun; null for plain DDP")

@@ -1,46 +1,198 @@
-"""Ways of training that must give the same losses: micro-batches on one rank or two, activations kept or computed anew."""
+"""Ways of training that must give the same losses, attention that must not leak, and what must be refused."""
 import json
 
 import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import add_fused_lm_head
 
+from proxy_sft.attention import VARLEN, AttentionError, block, log_probabilities, settle_attention
+from proxy_sft.model import keep_attention
 from proxy_sft.progress import FIELDS
+from proxy_sft.settings import load_settings
+from proxy_sft.train import train
 from trainings import run_training
 
 SMALL = dict(profile="demo", demo_rows=400, max_train_samples=200, max_eval_samples=4, max_length=640, logging_steps=1, save_steps=3, eval_steps=3, max_steps=3, num_proc=1)
+STRAIGHT = dict(gradient_accumulation=2)
+SAME = {  # name: settings, how far the three losses may be from the straight run's (relative)
+    "again": ({}, 0),
+    "workers": (dict(dataloader_workers=1), 0),
+    "selective": (dict(activation_checkpointing="selective"), 1e-6),
+    "full": (dict(activation_checkpointing="full"), 1e-6),
+    "auto": (dict(attention="auto"), 1e-6),
+    "eager": (dict(attention="eager"), 1e-5),
+    "bf16": (dict(bf16=True), 2e-2),                           # changes numerics: products in 16 bits
+    "bfloat16": (dict(bf16=True, weights="bfloat16"), 5e-2),   # changes numerics: weights and optimizer states in 16 bits
+}
 
 
-def losses(folder, ranks=1, **settings):
-    "Three logged losses of a small run of the demo, and its run folder."
-    name = f"run-{len(list(folder.glob('runs/*')))}"
-    done = run_training(ranks, **{**SMALL, "workspace": str(folder), "run_name": name, **settings})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+def run(folder, name, ranks=1, ok=True, **given):
+    "A small run of the demo: what it printed."
+    done = run_training(ranks, **{**SMALL, "workspace": str(folder), "run_name": name, **given})
+    assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout if ok else done.stderr
+
+
+def losses(folder, name):
     log = json.loads((folder / "runs" / name / "trainer_state.json").read_text())["log_history"]
-    return [r["loss"] for r in log if "loss" in r], folder / "runs" / name
+    return [r["loss"] for r in log if "loss" in r]
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    "One rank, eight micro-batches per step, activations kept."
-    folder = tmp_path_factory.mktemp("workspace")
-    return folder, *losses(folder, gradient_accumulation=8)
+def folder(tmp_path_factory):
+    "A workspace with the straight run."
+    made = tmp_path_factory.mktemp("workspace")
+    run(made, "straight", **STRAIGHT)
+    return made
 
 
-def test_one_rank_with_eight_micro_batches_is_two_ranks_with_four(straight):
-    folder, expected, _ = straight
-    found, _ = losses(folder, ranks=2, gradient_accumulation=4, deepspeed="null")
-    assert found == pytest.approx(expected, rel=2e-4), (found, expected)
+@pytest.mark.parametrize("name", SAME)
+def test_ways_of_training_give_the_same_losses(folder, name):
+    given, tolerance = SAME[name]
+    run(folder, name, **{**STRAIGHT, **given})
+    expected, found = losses(folder, "straight"), losses(folder, name)
+    assert len(expected) == 3 and expected[2] < expected[0]
+    assert found == (pytest.approx(expected, rel=tolerance, abs=0) if tolerance else expected)
 
 
-@pytest.mark.parametrize("kind", ["selective", "full"])
-def test_activations_computed_anew_change_nothing(straight, kind):
-    folder, expected, _ = straight
-    found, _ = losses(folder, gradient_accumulation=8, activation_checkpointing=kind)
-    assert found == pytest.approx(expected, rel=1e-6), (found, expected)
+def test_one_rank_with_eight_micro_batches_is_two_ranks_with_four(folder):
+    run(folder, "eight", gradient_accumulation=8)
+    run(folder, "two", ranks=2, gradient_accumulation=4, deepspeed="null")
+    assert losses(folder, "two") == pytest.approx(losses(folder, "eight"), rel=2e-4)
 
 
-def test_every_log_is_a_record_with_all_fields(straight):
-    records = [json.loads(line) for line in (straight[2] / "logs" / "progress.jsonl").open()]
-    assert all(set(FIELDS) <= set(r) for r in records)
+def test_every_log_is_a_record_with_all_fields(folder):
+    records = [json.loads(line) for line in (folder / "runs" / "straight" / "logs" / "progress.jsonl").open()]
+    assert all(set(FIELDS) <= set(r) and r["attention"] == "sdpa" and r["kernels"] == "none" for r in records)
     steps = [r for r in records if r["loss"] is not None]
     assert [r["step"] for r in steps] == [1, 2, 3] and all(r["tokens_per_second"] > r["supervised_tokens_per_second"] > 0 for r in steps)
     assert all(0 <= r["data_wait"] <= 1 and r["mfu"] is None for r in steps) and steps[-1]["eta_seconds"] == 0
+
+
+def test_an_attention_that_leaks_is_refused_before_the_first_step(folder):
+    "Registered without a mask function, as transformers allows it."
+    AttentionInterface.register("leaking", lambda *args, cu_seq_lens_q=None, position_ids=None, **more: sdpa_attention_forward(*args, **more))
+    with pytest.raises(AttentionError, match="leaking lets packed conversations see each other.*Set attention to auto") as raised:
+        train(load_settings(**{**SMALL, "workspace": str(folder), "run_name": "leaking", "attention": "leaking"}))
+    packed, separate = (float(str(raised.value).partition(word)[2].split()[0]) for word in ("rows lose ", "rows alone "))
+    assert abs(packed - separate) > 1e-3 and not list((folder / "runs" / "leaking").glob("checkpoint-*"))
+
+
+def test_what_was_chosen_stands_in_the_log_and_in_the_manifest(folder):
+    said = run(folder, "chosen", attention="auto", max_steps=1)
+    assert "Attention: sdpa, the fastest without a GPU. Checked: packed rows lose" in said
+    kept = json.loads((folder / "runs" / "chosen" / "manifest.json").read_text())["speed"]
+    assert kept["attention"] == "sdpa" and kept["attention_check"]["difference"] < 1e-4 < kept["attention_check"]["leak"]
+
+
+def test_kernels_that_cannot_run_are_refused(folder):
+    assert "kernels is liger, and there is no GPU. Set kernels to auto or none." in run(folder, "liger", ok=False, kernels="liger")
+
+
+def rows_apart(query, key, value, ends, scale):
+    "What the kernel computes, in plain PyTorch: tokens, heads, width in and out."
+    parts = [F.scaled_dot_product_attention(*(t[a:b].transpose(0, 1)[None] for t in (query, key, value)), is_causal=True, scale=scale, enable_gqa=True)
+             for a, b in zip(ends.tolist(), ends.tolist()[1:])]
+    return torch.cat([part[0].transpose(0, 1) for part in parts])
+
+
+def slopes_apart(slope, query, key, value, scale):
+    "The gradients of one row's attention, written out: heads, tokens, width; several heads of queries share one of keys."
+    groups = len(query) // len(key)
+    keys, values = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+    weights = (query @ keys.mT * scale).masked_fill(torch.ones(query.shape[1], query.shape[1]).triu(1).bool(), -torch.inf).softmax(-1)
+    inner = slope @ values.mT
+    inner = weights * (inner - (inner * weights).sum(-1, keepdim=True)) * scale
+    share = lambda t: t.unflatten(0, (len(key), groups)).sum(1)
+    return inner @ keys, share(inner.mT @ query), share(weights.mT @ slope)
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    "PyTorch's flash-attention for rows of different lengths has no CPU version; this is one."
+    def forward(query, key, value, ends, ends_k, longest, longest_k, dropout, causal, debug, *, scale=None, window_size_left=None, window_size_right=None, **more):
+        calls.append(longest)
+        assert causal and dropout == 0 and int(ends.diff().max()) == longest and torch.equal(ends, ends_k)
+        empty = torch.empty(0)
+        return rows_apart(query, key, value, ends, scale), torch.zeros(query.shape[1], len(query)), empty, empty, empty
+
+    def backward(slope, query, key, value, out, sums, ends, ends_k, longest, longest_k, dropout, causal, state, unused, *, scale=None, **more):
+        made = [slopes_apart(*(t[a:b].transpose(0, 1) for t in (slope, query, key, value)), scale) for a, b in zip(ends.tolist(), ends.tolist()[1:])]
+        return tuple(torch.cat([part[i].transpose(0, 1) for part in made]) for i in range(3))
+
+    calls = []
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", forward, "CPU")
+    library.impl("_flash_attention_backward", backward, "CPU")
+    yield calls
+    library._destroy()
+
+
+def fresh_model():
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.5)
+    made = Qwen3ForCausalLM(config)
+    add_fused_lm_head(made, outputs=("log_probs",))
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(): return fresh_model()
+
+
+COLLATE = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+ROWS = [[(7 * i + n) % 256 for i in range(n)] for n in (24, 31, 17)]
+
+
+def test_pytorchs_kernel_for_packed_rows_gets_what_it_needs(model, kernel):
+    def slopes(name):
+        model.set_attn_implementation(name)
+        return torch.autograd.grad(log_probabilities(model, block(ROWS, COLLATE)).sum(), list(model.parameters()))
+    found = settle_attention(model, VARLEN, True, COLLATE, ROWS)
+    assert found.name == VARLEN and found.check.difference < 1e-5 < 0.1 < found.check.leak
+    for ours, theirs in zip(slopes(VARLEN), slopes("sdpa")): torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("keep, times", [(True, 2), (False, 4)])
+def test_selective_checkpointing_keeps_what_pytorchs_kernel_gave(kernel, keep, times):
+    made = fresh_model().train()
+    made.set_attn_implementation(VARLEN)
+    if keep: keep_attention(made)
+    made.gradient_checkpointing_enable({"use_reentrant": False})
+    kernel.clear()
+    batch = block(ROWS, COLLATE)
+    made(**{n: batch[n] for n in ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")}, use_cache=False).logits.sum().backward()
+    assert len(kernel) == times, kernel
+
+
+def test_pytorchs_kernel_for_packed_rows_leaves_the_rest_to_sdpa(model, kernel):
+    ids = torch.tensor(ROWS[0])[None]
+    padded = {"input_ids": F.pad(ids, (5, 0)), "attention_mask": F.pad(torch.ones_like(ids), (5, 0))}
+    by_positions = {"input_ids": torch.tensor(sum(ROWS, []))[None], "position_ids": torch.cat([torch.arange(len(r)) for r in ROWS])[None]}
+    for inputs in (padded, by_positions, {"input_ids": ids}):
+        made = []
+        for name in (VARLEN, "sdpa"):
+            model.set_attn_implementation(name)
+            with torch.no_grad(): made.append(model(**inputs, use_cache=False).logits[:, 5:])  # with a cache, transformers does not look for restarts
+        torch.testing.assert_close(*made, rtol=1e-4, atol=1e-4)
+    generated = []
+    for name in (VARLEN, "sdpa"):
+        model.set_attn_implementation(name)
+        generated.append(model.generate(**padded, max_new_tokens=4, do_sample=False).tolist())
+    assert generated[0] == generated[1]
+
+
+def test_auto_passes_over_what_leaks_and_says_so(model, monkeypatch):
+    "A kernel that is installed and wrong: the list is ours, the check finds it, the next is taken."
+    import proxy_sft.attention as room
+    AttentionInterface.register("blind", lambda *args, cu_seq_lens_q=None, position_ids=None, **more: room.sdpa_attention_forward(*args, **more))
+    monkeypatch.setattr(room, "ORDER", ("blind", "flash_attention_2", "eager"))
+    monkeypatch.setattr(room, "why_not", lambda *args: "")
+    found = settle_attention(model, "auto", True, COLLATE, ROWS)
+    assert found.name == "eager" and found.check.passed
+    monkeypatch.setattr(room, "ORDER", ("blind",))
+    with pytest.raises(AttentionError, match="blind lets packed conversations see each other"): settle_attention(model, "auto", True, COLLATE, ROWS)
