@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPEN', 'CLOSE', 'BEFORE_JSON', 'THOUGHT', 'METRICS', 'SCRIPTS', 'LITTLE_WORDS', 'EvaluateError', 'split_blocks',
            'as_server_reads', 'loose_calls', 'as_it_was_meant', 'Answer', 'read_answer', 'Reply', 'read_reply',
-           'canonical', 'in_plain_form', 'plain_call', 'arguments_are_exact', 'fits_schema', 'score_turn',
+           'canonical', 'in_plain_form', 'plain_call', 'arguments_are_exact', 'fits_schema', 'score_turn', 'wilson',
            'HeldoutTurn', 'language_of', 'turns_of', 'read_rows', 'what_is_known', 'smallest', 'choose_turns',
            'ChatRow', 'choose_chat_rows', 'expected_text', 'has_model']
 
@@ -13,6 +13,7 @@ __all__ = ['OPEN', 'CLOSE', 'BEFORE_JSON', 'THOUGHT', 'METRICS', 'SCRIPTS', 'LIT
 import hashlib
 import heapq
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -213,6 +214,18 @@ def score_turn(
             "complete": len(made) == len(expected), "arguments": arguments_are_exact(expected, made),
             "meaning": arguments_are_exact(*plain), "schema": bool(made) and all(fits_schema(c, tools) for c in made),
             "exact": same and parseable and answer.stopped}
+
+# %% ../nbs/01d_answers.ipynb #wilson-export
+def wilson(
+    right: int, # successes
+    of: int, # trials
+    z: float = 1.959964, # normal quantile; this one for 95 %
+) -> tuple[float, float]: # lower and upper bound, shares of 1; (0, 1) without trials
+    "Wilson's score interval (E. B. Wilson, 1927, J. Am. Stat. Assoc. 22:209)."
+    if not of: return 0.0, 1.0
+    p, n = right / of, of
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 # %% ../nbs/01d_answers.ipynb #turn-export
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ COMMANDS = {
         "proxy-sft inspect --profile demo --row 3",
         "proxy-sft inspect workspace/converted/demo/train.jsonl --search weather --view tokens")),
     "evaluate": Command("ask base and tuned model the same held-out turns", "evaluate", (
-        "proxy-sft evaluate -p profile qwen3_8b", "proxy-sft evaluate --server http://localhost:8000/v1"), parameters=True),
+        "proxy-sft evaluate -p profile qwen3_8b", "proxy-sft evaluate --server http://localhost:8000/v1",
+        "proxy-sft evaluate -p profile qwen3_8b --bfcl ./bfcl_eval/data"), parameters=True),
     "status": Command("show where a run stands: step, loss, speed, time left, ranks", "status", (
         "proxy-sft status qwen3_8b_8gpu", "proxy-sft status qwen3_8b_8gpu --json")),
     "report": Command("write one HTML page about a run", "report", ("proxy-sft report demo", "proxy-sft report demo --output demo.html")),

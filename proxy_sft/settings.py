@@ -37,6 +37,7 @@ class Places(Group):
     run_name: Optional[str] = Field(None, min_length=1, description="name of the run's folder; the profile's name when not set")
     output_dir: Optional[str] = Field(None, min_length=1, description="folder of the run; workspace/runs/<run_name> when not set")
     max_rows: Optional[int] = Field(None, ge=1, description="download: stop after so many rows, for a taste")
+    bfcl: Optional[str] = Field(None, min_length=1, description="folder of the Berkeley leaderboard's files (BFCL v4), asked by 03_evaluate when set")
     demo_rows: int = Field(1600, ge=200, description="demo: conversations that are generated")
 
 # %% ../nbs/000_settings.ipynb #conversion

@@ -1,9 +1,12 @@
 """Reading and scoring answers, the choice of turns, generation, and the whole evaluation with small models."""
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
+import socket
+import time
 
 import pytest
 import torch
@@ -14,8 +17,9 @@ from proxy_sft.chat import Inspection, save_chat_files, server_prompts, supervis
 from proxy_sft.demo import write_demo_model
 from proxy_sft.answers import (
     METRICS, Answer, EvaluateError, HeldoutTurn, Reply, as_it_was_meant, as_server_reads, choose_turns, expected_text, read_answer, score_turn, turns_of)
-from proxy_sft.evaluate import Evaluation, evaluate, evaluation_html, judge, model_folders, plot_svg, show_turn, table_rows, wilson
-from proxy_sft.generate import answer_limit, generate_replies, load_model, token_batches
+from proxy_sft.bfcl import tool_of
+from proxy_sft.evaluate import Evaluation, evaluate, evaluate_leaderboard, evaluation_html, judge, model_folders, plot_svg, show_turn, table_rows, wilson
+from proxy_sft.generate import answer_limit, ask_in_time, generate_replies, load_model, questions_that_fit, token_batches
 from proxy_sft.settings import load_settings
 from proxy_sft.stops import StopRequested
 
@@ -200,7 +204,8 @@ def test_batches_cover_all_prompts():
         assert all(len(b) <= size and (len(b) == 1 or len(b) * max(lengths[i] for i in b) <= tokens) for b in batches)
 
 
-ASKED = [row(i, tools=TOOLS[:1]) for i in range(4)]
+BERKELEY = {**TOOLS[0]["function"], "parameters": {**TOOLS[0]["function"]["parameters"], "type": "dict"}}  # as the leaderboard declares it
+ASKED = [row(i, tools=[tool_of(BERKELEY)]) for i in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +268,98 @@ def test_a_stop_keeps_the_answers_and_the_next_start_goes_on(world, monkeypatch)
     try:
         with pytest.raises(StopRequested, match="STOP lies in"): evaluate(settings, max_turns=6, batch_size=2)
     finally: (settings.run_dir / "STOP").unlink()
+
+
+FORK = multiprocessing.get_context("fork")  # a process that has loaded everything already
+
+
+def on_a_rank(rank, ranks, port, does):
+    "What torchrun does for one rank."
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    does()
+
+
+def on_two_ranks(does):
+    "Do it on two ranks; both must end well."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = [FORK.Process(target=on_a_rank, args=(rank, 2, port, does)) for rank in range(2)]
+    for process in ranks: process.start()
+    for process in ranks: process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
+def kill_when_some_are_kept(does, folder):
+    "Start it, and kill -9 as soon as two answers are on disk; the lines that were there."
+    process = FORK.Process(target=does)
+    process.start()
+    def kept(): return [line for path in folder.glob("*.jsonl") for line in path.read_bytes().splitlines() if line]
+    while process.is_alive() and len(kept()) < 2: time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    return kept()
+
+
+def test_killed_and_on_two_ranks_the_same_bytes(world):
+    settings, _ = world
+    written = settings.run_dir / "evaluation.json"
+    def ask(): evaluate(settings, max_turns=6, batch_size=1)
+    ask()
+    straight = written.read_bytes()
+    written.unlink()
+    lines = kill_when_some_are_kept(ask, settings.run_dir / "answers")
+    assert 2 <= len(lines) < 12 and not written.exists()
+    ask()
+    assert written.read_bytes() == straight and not (settings.run_dir / "answers").exists()
+    on_two_ranks(ask)
+    assert written.read_bytes() == straight
+
+
+def test_kept_answers_are_not_asked_again(world):
+    settings, _ = world
+    def ask(): return evaluate(settings, max_turns=6, batch_size=1)
+    first = json.loads(kill_when_some_are_kept(ask, settings.run_dir / "answers")[0])
+    for path in (settings.run_dir / "answers").glob("*.jsonl"): path.write_text(json.dumps({**first, "text": "kept", "tokens": 1}) + "\n")
+    assert [reply.text for replies in ask().replies.values() for reply in replies].count("kept") == 1
+
+
+@pytest.fixture
+def berkeley(tmp_path):
+    "Files of the leaderboard: what the model learnt by heart, something that it did not, and a prompt that is too long."
+    (tmp_path / "possible_answer").mkdir()
+    def entries(name): return [{"id": f"{name}_{i}", "question": [[{"role": "user", "content": f"Question {i}" + " again" * (4000 if i == 4 else 0)}]],
+                                "function": [BERKELEY]} for i in range(5)]
+    for name in ("simple_python", "irrelevance"): (tmp_path / f"BFCL_v4_{name}.json").write_text("\n".join(map(json.dumps, entries(name))))
+    answers = [{"id": f"simple_python_{i}", "ground_truth": [{"weather.now": {"city": ["zurich", "zürich"] if i < 3 else ["Bern"]}}]} for i in range(5)]
+    (tmp_path / "possible_answer" / "BFCL_v4_simple_python.json").write_text("\n".join(map(json.dumps, answers)))
+    return tmp_path
+
+
+def test_leaderboard(world, berkeley):
+    settings, _ = world
+    written = settings.run_dir / "bfcl.json"
+    def ask(): return evaluate_leaderboard(settings, berkeley, "simple_python,irrelevance", max_new_tokens=64, batch_size=1)
+    board = ask()
+    assert board.counts("tuned")["simple_python"] == (3, 5) and board.counts("base") == {"simple_python": (0, 5), "irrelevance": (4, 5)}
+    assert board.problems["tuned"] == {"prompt too long": 2} and board.verdicts["tuned"][3].startswith("city: 'Zürich' is none of")
+    straight = written.read_bytes()
+    written.unlink()
+    kill_when_some_are_kept(ask, settings.run_dir / "answers-bfcl")
+    on_two_ranks(ask)
+    assert written.read_bytes() == straight and not (settings.run_dir / "answers-bfcl").exists()
+    assert evaluate_leaderboard(settings, berkeley, "irrelevance", most=2, base_only=True, max_new_tokens=4).counts("base")["irrelevance"][1] == 2
+    with pytest.raises(EvaluateError, match="BFCL_v4_simple_java"): evaluate_leaderboard(settings, berkeley)
+
+
+def test_asking_in_training_is_bounded(world):
+    settings, tokenizer = world
+    model, _ = load_model(settings.run_dir, "cpu")
+    turns, prompts = questions_that_fit([t for i in range(4) for t in turns_of(**ASKED[i])], tokenizer, settings)
+    counts = ask_in_time(model.train(), tokenizer, turns, prompts, limit=64, seconds=60)
+    assert counts["answered"] == [8, 8] and counts["exact"] == [4, 4] and counts["decision"] == [8, 8] and model.training
+    assert ask_in_time(model, tokenizer, turns, prompts, limit=64, seconds=0.0)["answered"] == [0, 8]
 
 
 def test_base_alone_writes_nothing(world, tmp_path):

@@ -14,7 +14,7 @@ from proxy_sft.answers import read_reply, turns_of
 from proxy_sft.evaluate import evaluate
 from proxy_sft.servers import Server
 from proxy_sft.serving import serving_notes
-from test_evaluate import ASKED, TOOLS, WEATHER, row, world  # noqa: F401 (a fixture)
+from test_evaluate import ASKED, WEATHER, row, world  # noqa: F401 (a fixture)
 
 
 def free_port() -> int:
@@ -63,7 +63,7 @@ def test_smoke_test_as_a_user_runs_it(served, tmp_path):
     _, script = serving_notes(settings, tmp_path)
     asked = row(2)["messages"]
     code = (f"import sys; sys.path.insert(0, {str(script.parent)!r}); import json, smoke_test\n"
-            f"sys.exit(smoke_test.main({url!r}, '.', {asked[0]['content']!r}, json.loads({json.dumps(TOOLS[:1])!r}), '1'))")
+            f"sys.exit(smoke_test.main({url!r}, '.', {asked[0]['content']!r}, json.loads({json.dumps(ASKED[2]["tools"])!r}), '1'))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and 'call:   weather.now {"city": "Zürich"}' in done.stdout and "answer: Answer " in done.stdout, done
     wrong = subprocess.run([sys.executable, script, url, "another-name"], capture_output=True, text=True)
