@@ -61,9 +61,9 @@ def test_evaluation_by_a_server_is_that_of_the_process(served):
 def test_smoke_test_as_a_user_runs_it(served, tmp_path):
     settings, url = served
     _, script = serving_notes(settings, tmp_path)
-    asked = row(2)["messages"]
+    asked, known = row(2)["messages"], json.dumps(ASKED[2]["tools"])
     code = (f"import sys; sys.path.insert(0, {str(script.parent)!r}); import json, smoke_test\n"
-            f"sys.exit(smoke_test.main({url!r}, '.', {asked[0]['content']!r}, json.loads({json.dumps(ASKED[2]["tools"])!r}), '1'))")
+            f"sys.exit(smoke_test.main({url!r}, '.', {asked[0]['content']!r}, json.loads({known!r}), '1'))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and 'call:   weather.now {"city": "Zürich"}' in done.stdout and "answer: Answer " in done.stdout, done
     wrong = subprocess.run([sys.executable, script, url, "another-name"], capture_output=True, text=True)
