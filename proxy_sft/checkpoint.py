@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['FREE_TO_CHANGE', 'HARMLESS', 'CheckpointError', 'prune', 'sweep', 'clear_away', 'setback', 'checkpoint_facts',
-           'differences', 'refuse_acting_pickles', 'checkpoint_to_resume', 'random_state_files', 'world_size_words',
-           'set_aside', 'everybody_gets', 'from_everybody', 'anybody', 'sees_other_disk', 'agreed_checkpoint',
-           'expected_bytes', 'checkpoints_to_come', 'lack_of_room', 'require_room', 'CompleteCheckpoints', 'in_words',
-           'publish_final', 'StopEvaluation', 'StopOnRequest']
+           'differences', 'rows_per_step', 'convertible', 'refuse_acting_pickles', 'checkpoint_to_resume',
+           'random_state_files', 'world_size_words', 'set_aside', 'convert_world', 'everybody_gets', 'from_everybody',
+           'anybody', 'sees_other_disk', 'agreed_checkpoint', 'expected_bytes', 'checkpoints_to_come', 'lack_of_room',
+           'require_room', 'CompleteCheckpoints', 'in_words', 'publish_final', 'StopEvaluation', 'StopOnRequest']
 
 # %% ../nbs/01b_checkpoint.ipynb #imports
 import os
 import secrets
 import shutil
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -74,7 +75,7 @@ def setback(swept: dict[str, str], settings: Settings) -> str: # what `sweep` ga
 
 # %% ../nbs/01b_checkpoint.ipynb #facts
 FREE_TO_CHANGE = {"workspace", "run_name", "output_dir", "max_rows", "num_proc", "shared_file_system", "dataloader_workers", "logging_steps",
-                  "save_steps", "save_total_limit", "report_to", "resume", "eval_steps", "eval_tool_calls_every",
+                  "save_steps", "save_total_limit", "report_to", "resume", "resume_world", "eval_steps", "eval_tool_calls_every",
                   "eval_tool_calls_turns", "eval_tool_calls_seconds", "device", "certificate",
                   "save_weights_steps", "on_full_disk", "max_hours",
                   "preflight", "gpu_hour_price", "bfcl"}
@@ -86,11 +87,21 @@ def checkpoint_facts(settings: Settings, data_key: str, world_size: int) -> dict
     return {"settings": fixed, "data_key": data_key, "world_size": world_size, "python": sys.version.split()[0],
             "versions": {p: version(p) for p in packages}}
 
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]: # one line each; empty when going on is the same training
-    "What has changed between a checkpoint's facts and this run's, versions left out."
+def differences(then: dict[str, Any], now: dict[str, Any], convert: bool = False) -> list[str]: # one line each; empty when going on is the same training
+    "What has changed between a checkpoint's facts and this run's, versions left out; with `convert` also another number of ranks that takes the same rows."
     pairs = [(n, then["settings"].get(n), now["settings"].get(n)) for n in sorted({*then["settings"], *now["settings"]})]
     pairs += [(n, then[n], now[n]) for n in ("data_key", "world_size")]
-    return [f"{name}: {old!r} then, {new!r} now" for name, old, new in pairs if old != new]
+    same = {"world_size", "gradient_accumulation", "batch_size"} if convert and convertible(then, now) else set()
+    return [f"{name}: {old!r} then, {new!r} now" for name, old, new in pairs if old != new and name not in same]
+
+def rows_per_step(facts: dict[str, Any]) -> int: # blocks
+    "How many rows an optimizer step takes, over all ranks."
+    return facts["world_size"] * facts["settings"]["gradient_accumulation"] * facts["settings"]["batch_size"]
+
+def convertible(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    "Whether another number of ranks is the same training but for rounding: as many rows per step, which the sampler gives out in the same order, and DeepSpeed on both sides."
+    sharded = any(Path(name).name.endswith("optim_states.pt") for name in then.get("files", []))
+    return then["world_size"] != now["world_size"] and rows_per_step(then) == rows_per_step(now) and sharded and bool(now["settings"].get("deepspeed")) and "RANK" in os.environ
 
 # %% ../nbs/01b_checkpoint.ipynb #pickles
 HARMLESS = {"deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "argparse.Namespace",
@@ -129,7 +140,7 @@ def checkpoint_to_resume(
         raise CheckpointError(f"Cannot go on from {folder}: {error}{instead}") from error
     if lacking := [n for n in ("settings", "data_key", "world_size", "step") if n not in then]:
         raise CheckpointError(f"{folder} is no checkpoint of this project: its {MANIFEST} does not tell {', '.join(lacking)}.")
-    if changed := differences(then, facts):
+    if changed := differences(then, facts, settings.resume_world == "convert"):
         raise CheckpointError(f"{folder} belongs to another training. What differs:\n  " + "\n  ".join(changed) + world_size_words(then, facts) +
                               "\nChoose another run_name, or put the settings back, or set resume to never to begin anew.")
     if missing := [n for n in random_state_files(then["world_size"], ranks) if n not in then["files"]]:
@@ -143,10 +154,10 @@ def random_state_files(world_size: int, ranks: Optional[range] = None) -> list[s
     return ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in ranks or range(world_size)]
 
 def world_size_words(then: dict[str, Any], now: dict[str, Any]) -> str: # empty when the number of ranks is the same
-    "Why another number of ranks is refused."
+    "Why another number of ranks is refused, and when it can be converted."
     if then["world_size"] == now["world_size"]: return ""
-    return ("\nAnother number of ranks is refused even where optimizer states could be converted: each step would take other rows in another "
-            "order, and random states of the new ranks do not exist, so it would be another training without a word.")
+    return (f"\nAnother number of ranks is another training unless each step takes the same rows: {rows_per_step(then)} then, {rows_per_step(now)} now (ranks × gradient_accumulation × "
+            "batch_size). With as many as then, DeepSpeed under torchrun, and resume_world set to convert, its states are converted and the losses go on but for rounding.")
 
 def set_aside(run_dir: Path) -> Optional[Path]: # where the earlier run lies now
     "For `resume: never`: move an earlier run's checkpoints and final model into `previous-N`, so that nothing is lost."
@@ -157,6 +168,21 @@ def set_aside(run_dir: Path) -> Optional[Path]: # where the earlier run lies now
     for path in found:
         (target / path.relative_to(run_dir)).parent.mkdir(parents=True, exist_ok=True)
         os.rename(path, target / path.relative_to(run_dir))
+    return target
+
+# %% ../nbs/01b_checkpoint.ipynb #convert
+def convert_world(checkpoint: Path, run_dir: Path) -> Path: # `.converted/checkpoint-N`
+    "A checkpoint of another number of ranks in the form that any number reads; `CheckpointError` when it fails."
+    target, step = run_dir / ".converted" / checkpoint.name, next(checkpoint.glob("global_step*"))
+    if problem := lack_of_room(run_dir, 2 * sealed_bytes(checkpoint), "converting a checkpoint to another number of ranks"): raise CheckpointError(problem)
+    shutil.rmtree(target.parent, ignore_errors=True)
+    for name in [n for n in read_manifest(checkpoint)["files"] if not n.startswith("global_step")]:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint / name, target / name)
+    done = subprocess.run([sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(step), "--output_folder", str(target / f"{step.name}_universal"),
+                           "--inject_missing_state"], capture_output=True, text=True)
+    if done.returncode: raise CheckpointError(f"{checkpoint} could not be converted to another number of ranks: {done.stderr.strip()[-600:]}")
+    (target / "latest_universal").write_text(f"{step.name}_universal", encoding="utf-8")
     return target
 
 # %% ../nbs/01b_checkpoint.ipynb #together
@@ -302,7 +328,7 @@ def _publish(self: CompleteCheckpoints, target: Path, kind: str) -> None:
         if problem := next((p for p in from_everybody(in_words(act) if self.publishes else "") if p), ""):
             raise CheckpointError(f"{target.name} could not be completed: {problem}. The earlier checkpoints are untouched; free space and start the run again.")
     if self.publishes:
-        shutil.rmtree(self.run_dir / ".saving", ignore_errors=True)
+        for name in (".saving", ".converted"): shutil.rmtree(self.run_dir / name, ignore_errors=True)
         prune(self.run_dir, self.keep, kind)
 
 @patch

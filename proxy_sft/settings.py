@@ -105,6 +105,7 @@ class Record(Group):
     save_steps: int = Field(100, ge=1, description="optimizer steps between checkpoints")
     save_total_limit: int = Field(4, ge=1, description="complete checkpoints kept")
     resume: str = Field("auto", min_length=1, description="auto goes on from the newest complete checkpoint; never starts anew; or a path")
+    resume_world: Literal["refuse", "convert"] = Field("refuse", description="a checkpoint of another number of ranks: refuse it, or convert DeepSpeed's states where each step takes the same rows")
     eval_steps: Optional[int] = Field(100, ge=1, description="optimizer steps between held-out losses; null for start and end only")
     eval_tool_calls_every: Optional[int] = Field(None, ge=1, description="optimizer steps between questions to the model in training; null for never")
     eval_tool_calls_turns: int = Field(64, ge=1, description="held-out turns that are asked then")

@@ -7,7 +7,7 @@ __all__ = ['CHECKPOINTING', 'TrainError', 'require_certificate', 'uses_deepspeed
            'checkpointing_arguments', 'training_arguments', 'deepspeed_values', 'ToolTrainer', 'StepWatch',
            'skip_deepspeed_step', 'blocks_of', 'lines_of', 'broken_step', 'model_card', 'begin_run', 'agree',
            'start_processes', 'leave_reductions_to_gloo', 'build_trainer', 'trainer_columns', 'TrainResult',
-           'is_finished', 'train', 'train_from', 'check_batch']
+           'is_finished', 'train', 'train_from', 'converted', 'check_batch']
 
 # %% ../nbs/02_train.ipynb #imports
 import json
@@ -33,7 +33,7 @@ from trl import SFTConfig, SFTTrainer
 from .attention import settle_attention
 from .chat import certify_batches, save_chat_files, served_template
 from .checkpoint import (CheckpointError, CompleteCheckpoints, StopOnRequest, agreed_checkpoint, anybody, checkpoint_facts, checkpoint_step,
-                                  checkpoint_to_resume, complete_checkpoints, everybody_gets, expected_bytes, from_everybody, publish_final,
+                                  checkpoint_to_resume, complete_checkpoints, convert_world, everybody_gets, expected_bytes, from_everybody, publish_final,
                                   require_room, sees_other_disk, set_aside, setback, sweep)
 from .cost import Shape, weights_dtype
 from .doctor import device_name, require_health
@@ -87,7 +87,7 @@ def checkpointing_arguments(kind: str) -> dict[str, Any]: # none, selective or f
     "Which activations are computed anew; selective is TRL's: what attention gave is kept."
     return {CHECKPOINTING: kind != "none", f"{CHECKPOINTING}_kwargs": {"selective": True} if kind == "selective" else None}
 
-def training_arguments(settings: Settings, resumed: bool, separate: bool = False) -> SFTConfig: # separate: each machine has its own run folder
+def training_arguments(settings: Settings, resumed: bool, separate: bool = False, universal: bool = False) -> SFTConfig: # separate: each machine has its own run folder
     "Our settings in TRL's words."
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     return SFTConfig(
@@ -98,7 +98,7 @@ def training_arguments(settings: Settings, resumed: bool, separate: bool = False
         learning_rate=settings.learning_rate, lr_scheduler_type=settings.lr_scheduler, warmup_steps=settings.warmup_ratio,
         weight_decay=settings.weight_decay, adam_beta2=settings.adam_beta2, max_grad_norm=settings.max_grad_norm, optim=settings.optimizer,
         bf16=settings.bf16, fp16=False, **checkpointing_arguments(settings.activation_checkpointing), **kernel_arguments(kernels_for(settings, training_device(settings))),
-        deepspeed=deepspeed_values(settings, separate) if uses_deepspeed(settings) else None, save_on_each_node=separate,
+        deepspeed=deepspeed_values(settings, separate, universal) if uses_deepspeed(settings) else None, save_on_each_node=separate,
         dataset_kwargs={"skip_prepare_dataset": True}, padding_free=settings.packing, packing=False, max_length=None,
         dataloader_num_workers=settings.dataloader_workers, dataloader_pin_memory=not on_cpu,
         save_strategy="steps", save_steps=settings.save_steps, save_total_limit=None,
@@ -106,10 +106,11 @@ def training_arguments(settings: Settings, resumed: bool, separate: bool = False
         logging_steps=settings.logging_steps, logging_nan_inf_filter=False, logging_first_step=True, report_to=settings.report_to or "none",
         disable_tqdm=True, log_level="warning", ddp_find_unused_parameters=False if dist.is_available() else None)
 
-def deepspeed_values(settings: Settings, separate: bool) -> dict[str, Any]: # what DeepSpeed is told
+def deepspeed_values(settings: Settings, separate: bool, universal: bool = False) -> dict[str, Any]: # universal: the checkpoint was converted
     "The DeepSpeed configuration; where machines have disks of their own, each writes the weights it will want to read."
     values = json.loads(deepspeed_file(settings).read_text(encoding="utf-8"))
-    return {**values, "checkpoint": {**values.get("checkpoint", {}), "use_node_local_storage": True}} if separate else values
+    more = {**({"use_node_local_storage": True} if separate else {}), **({"load_universal": True} if universal else {})}
+    return {**values, "checkpoint": {**values.get("checkpoint", {}), **more}} if more else values
 
 # %% ../nbs/02_train.ipynb #trainer
 class ToolTrainer(CompleteCheckpoints, SFTTrainer):
@@ -314,13 +315,13 @@ def leave_reductions_to_gloo() -> None:
     import deepspeed
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-def build_trainer(settings: Settings, prepared: Prepared, facts: dict[str, Any], resumed: bool, separate: bool = False) -> ToolTrainer:
+def build_trainer(settings: Settings, prepared: Prepared, facts: dict[str, Any], resumed: bool, separate: bool = False, universal: bool = False) -> ToolTrainer:
     "Model, data and arguments joined."
     tokenizer = AutoTokenizer.from_pretrained(settings.model_dir)
     tokenizer.chat_template = served_template(settings.template)
     split = lambda name: None if (data := prepared.dataset(name)) is None else trainer_columns(data, settings)
     stop, watch = StopOnRequest(settings.run_dir, settings.max_hours), StepWatch(settings.skip_loss_spikes)
-    arguments = training_arguments(settings, resumed, separate)  # before the model: ZeRO-3 divides weights while they are read
+    arguments = training_arguments(settings, resumed, separate, universal)  # before the model: ZeRO-3 divides weights while they are read
     model = load_for_training(settings, tokenizer, weights_dtype(settings, uses_deepspeed(settings)))
     meter = SpeedMeter(Shape.of(model.config), device_name(settings))
     progress = Progress(settings.run_dir, max(25, settings.logging_steps), meter)
@@ -379,7 +380,9 @@ def train(
 
 def train_from(checkpoint: Optional[Path], settings: Settings, prepared: Prepared, facts: dict[str, Any], separate: bool) -> None:
     "Train until the last step, or until a stop."
-    trainer = build_trainer(settings, prepared, facts, checkpoint is not None, separate)
+    universal = checkpoint is not None and read_manifest(checkpoint)["world_size"] != facts["world_size"]
+    if universal: checkpoint = converted(checkpoint, settings, facts, separate)
+    trainer = build_trainer(settings, prepared, facts, checkpoint is not None, separate, universal)
     if trainer.publishes:
         weights = list(trainer.model.parameters())
         size = expected_bytes(settings.run_dir, sum(p.numel() for p in weights), settings.optimizer, uses_deepspeed(settings), weights[0].element_size())
@@ -391,6 +394,14 @@ def train_from(checkpoint: Optional[Path], settings: Settings, prepared: Prepare
         step = checkpoint_step(complete_checkpoints(settings.run_dir)[-1])
         raise StopRequested(f"Stopped as asked{f' ({trainer.stop.reason})' if trainer.stop.reason else ''}, with a complete checkpoint at step {step}. "
                             "The same command goes on from there.")
+
+def converted(checkpoint: Path, settings: Settings, facts: dict[str, Any], separate: bool) -> Path: # the same on every rank
+    "The checkpoint for another number of ranks, made by rank 0."
+    if separate: raise TrainError("A checkpoint of another number of ranks cannot be converted where machines have run folders of their own: no machine has all parts.")
+    def convert():
+        print(f"{checkpoint.name} was written by {read_manifest(checkpoint)['world_size']} ranks; it is converted for {facts['world_size']}. Losses go on but for rounding.", flush=True)
+        return convert_world(checkpoint, settings.run_dir)
+    return everybody_gets(agree(convert if World.from_environment().rank == 0 else None))
 
 # %% ../nbs/02_train.ipynb #check-batch
 def check_batch(trainer: ToolTrainer) -> None: # raises TrainError

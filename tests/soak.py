@@ -50,7 +50,7 @@ def be_a_rank(log, rank, ranks, port, hook, given):
     try:
         out = os.open(log.with_suffix(f".{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for n in (1, 2): os.dup2(out, n)
-        if ranks > 1: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        if given.pop("torchrun", ranks > 1): os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         from proxy_sft.stops import StopRequested
         from proxy_sft.train import train
         if hook: hook(rank)
@@ -171,6 +171,26 @@ class Soak:
     def blocks(self):
         from proxy_sft.prepare import prepare
         return in_child(lambda: [len(prepare(settings_of(workspace=str(self.folder / "ws"), packing=p, run_name="blocks")).dataset("train")) for p in (False, True)])
+
+    # another number of ranks
+    def worlds(self):
+        "Losses after a conversion beside those of the ranks that began: 2 to 1, and 2 to 4."
+        losses = lambda name: {r["step"]: (r["loss"], r["grad_norm"]) for r in json.loads((self.dir(name) / "trainer_state.json").read_text())["log_history"] if "loss" in r}
+        self.reference(2, gradient_accumulation=2)
+        whole, lines = losses(f"straight-{len(self.straight) - 1}"), []
+        assert self.run("worlds", 2, stop_at(self.dir("worlds"), 5), gradient_accumulation=2) == [75, 75], words(self.folder / "worlds", 2)[-2000:]
+        for ranks, more, says in ((4, {}, "2 then, 4 now"), (4, dict(resume_world="convert", gradient_accumulation=2), "4 then, 8 now"), (1, dict(resume_world="convert", gradient_accumulation=4, torchrun=False), "world_size: 2 then, 1 now")):
+            codes, text = self.run("worlds", ranks, **{"gradient_accumulation": 1, **more}), words(self.folder / "worlds", ranks)
+            lines.append(("refused", ranks, all(codes) and says in text and "resume_world" in text))
+        for ranks in (1, 4):
+            name = f"worlds-{ranks}"
+            shutil.copytree(self.dir("worlds"), self.dir(name))
+            codes = self.run(name, ranks, torchrun=True, resume_world="convert", gradient_accumulation=4 // ranks)
+            assert codes == [0] * ranks and "it is converted for" in words(self.folder / name, ranks), (codes, words(self.folder / name, ranks)[-3000:])
+            found = losses(name)
+            far = max(abs(a - b) / b for step in whole for a, b in zip(found[step], whole[step]))
+            lines.append(("2 ranks to", ranks, f"largest relative difference in loss and gradient norm {far:.1e}", far < 1e-4 and found.keys() == whole.keys()))
+        return f"another number of ranks: {lines}", all(l[-1] for l in lines)
 
     # kill -9 of the whole tree
     def kills(self, count=50):
@@ -446,7 +466,7 @@ def hashes(run_dir) -> bool:
     return all(bool(verify(f)) for f in complete_checkpoints(run_dir))
 
 
-PARTS = ("exact", "broken", "spikes", "full", "flips", "terms", "kills", "mixed")
+PARTS = ("exact", "worlds", "broken", "spikes", "full", "flips", "terms", "kills", "mixed")
 
 
 def main() -> int:
