@@ -18,6 +18,7 @@ from typing import Any, Optional
 from .launch import FINAL, LaunchError, RunFolder, is_alive
 from .sealed import complete_checkpoints, is_complete
 from .settings import load_settings
+from .tables import text_table
 
 # %% ../nbs/02c_status.ipynb #find
 def find_run(
@@ -100,12 +101,12 @@ def rank_line(state: dict, now: float) -> str:
 
 def snapshot_text(found: dict[str, Any], now: float) -> str: # several lines
     "A snapshot for a terminal; what was not logged is not shown."
-    lines = [f"{Path(found['run']).name}: {found['state']}"]
-    if "step" in found: lines.append(f"  step             {found['step']:,}" + (f" of {found['max_steps']:,}" if "max_steps" in found else ""))
-    lines += [f"  {name.replace('_', ' '):<16} {form.format(found[name])}" for name, form in FORMATS.items() if name in found]
-    if not found["final_model"]: lines.append(f"  time left        {plain_time(found['eta_seconds'])}")
-    lines.append(f"  checkpoints      {', '.join(found['checkpoints']) or 'none is complete yet'}{', and the final model' * found['final_model']}")
-    lines.append(f"  free disk        {found['free_disk_gib']:,} GiB")
+    rows = [("step", f"{found['step']:,}" + (f" of {found['max_steps']:,}" if "max_steps" in found else ""))] if "step" in found else []
+    rows += [(name.replace("_", " "), form.format(found[name])) for name, form in FORMATS.items() if name in found]
+    if not found["final_model"]: rows.append(("time left", plain_time(found["eta_seconds"])))
+    rows.append(("checkpoints", f"{', '.join(found['checkpoints']) or 'none is complete yet'}{', and the final model' * found['final_model']}"))
+    rows.append(("free disk", f"{found['free_disk_gib']:,} GiB"))
+    lines = [f"{Path(found['run']).name}: {found['state']}", *(f"  {line}" for line in text_table(rows).splitlines())]
     if found["ranks"]: lines += ["", f"{'rank':>4}  {'state':<8}  {'cell':>4}  {'last seen':>14}  {'ran':>10}  host:pid"]
     return "\n".join([*lines, *(rank_line(s, now) for s in found["ranks"])])
 
