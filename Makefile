@@ -32,7 +32,7 @@ notebooks: env
 	@$(BIN)/python tests/execute_notebooks.py
 
 lab: env
-	$(BIN)/jupyter lab --notebook-dir=. nbs/05_tour.ipynb
+	$(BIN)/jupyter lab --notebook-dir=. $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/nbs/05_tour.ipynb
 
 docs: env
 	$(BIN)/python tests/api_pages.py _docs
