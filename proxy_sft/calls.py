@@ -258,7 +258,11 @@ class Reader:
     __slots__ = "text", "tools", "fold", "repairs", "folds", "json_reads"
     def __init__(self, text:str, tools:list|None=None, fold:bool=True, repairs:list|None=None): # as in `parse_calls`
         self.text, self.tools, self.fold, self.repairs, self.folds = text, tools, fold, repairs, 0
-        self.json_reads = "\\/" not in text and text.count("[") + text.count("{") < MAX_DEPTH
+        self.json_reads = None # not known yet
+
+    def may_read_json(self) -> bool: # JSON means something else by `\/`, and recurses
+        if self.json_reads is None: self.json_reads = "\\/" not in self.text and self.text.count("[") + self.text.count("{") < MAX_DEPTH
+        return self.json_reads
 
     def fail(self, position:int, reason:str, found:str="") -> CallError: # as `call_error` has them
         return call_error(self.text, position, reason, found)
@@ -521,7 +525,7 @@ def read_bulky(
     "A list or dict, as JSON where it is JSON, or a string with escapes."
     text, after = reader.text, None
     if text[pos] in "'\"": value, after = read_string(text, pos)
-    elif reader.json_reads:
+    elif reader.may_read_json():
         try: value, after = read_json(text, pos)
         except (ValueError, RecursionError): reader.json_reads = False # not JSON: the general way knows better
     if after is not None:

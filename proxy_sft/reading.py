@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['TAG', 'DOLCI_SENTENCES', 'SENTENCE', 'FILLED_TAG', 'THINK', 'ROLES', 'NOTHING', 'FOLDED', 'CALL_NOTES', 'NO_CALLS',
-           'NO_TOOLS', 'CONTROL_TEXTS', 'BLOCK', 'ODD_NAME', 'ODD_TEXTS', 'ASKED', 'TOOLS_READ', 'TOOLS_KEPT',
-           'ConvertError', 'without_tag_sentences', 'split_reasoning', 'kind', 'Talk', 'read_calls', 'read_turn',
-           'add_turn', 'add_results', 'calls_text', 'read_calls_of_others', 'add_plain', 'read_talk', 'finish_talk',
-           'read_tools', 'parsed_back', 'check_controls', 'mended', 'read_closely', 'usual_messages', 'add_usual_calls',
-           'read_usual', 'read_usual_tools', 'read_once', 'read_mended', 'read_row', 'convert_row']
+           'NO_TOOLS', 'CONTROL_TEXTS', 'BLOCK', 'ODD_NAME', 'usual_row', 'ASKED', 'TOOLS_READ', 'TOOLS_KEPT',
+           'ConvertError', 'without_tag_sentences', 'split_reasoning', 'kind', 'role_of', 'Talk', 'read_calls',
+           'read_turn', 'add_turn', 'add_results', 'tools_of', 'calls_text', 'read_calls_of_others', 'add_plain',
+           'read_talk', 'finish_talk', 'read_tools', 'parsed_back', 'check_controls', 'mended', 'read_closely',
+           'read_mended', 'read_row', 'convert_row', 'Message', 'Row', 'usual_messages', 'add_usual_calls',
+           'read_usual', 'read_usual_tools']
 
 # %% ../nbs/00ba_reading.ipynb #reading-imports
 import functools
 import itertools
 import json
 import re
-from typing import Optional
+from typing import Annotated, Literal, Optional, Union
+
+import msgspec
 
 from .calls import CallError, parse_calls
 from .schema import (
@@ -85,6 +88,11 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "environm
 
 def kind(value) -> str: return type(value).__name__
 
+def role_of(message) -> Optional[str]: # None where it has none that is known
+    "Qwen3's name for the role of a message."
+    role = message.get("role") if type(message) is dict else None
+    return ROLES.get(role) if type(role) is str else None
+
 class Talk:
     "A row on its way from Dolci to Qwen3."
     __slots__ = ("source", "strictness", "messages", "tools", "functions", "calls", "repairs", "flags")
@@ -113,9 +121,11 @@ class Talk:
         return text.replace("\0", "")
 
 # %% ../nbs/00ba_reading.ipynb #convert-calls
-def read_calls(talk: Talk, index: int) -> list[dict]: # `{"name", "arguments"}`
+def read_calls(talk: Talk,
+    index: int, # position of the message
+    text: Optional[str], # its `function_calls`
+) -> list[dict]: # `{"name", "arguments"}`
     "The checked calls of a message; [] when it has none, DefectError when they contradict something."
-    text = talk.source[index].get("function_calls")
     if not text: return []
     if type(text) is not str: raise DefectError("malformed_calls", f"expected text, found a {kind(text)}", index)
     if "\0" in text:
@@ -145,7 +155,7 @@ def read_turn(talk: Talk, start: int, end: int) -> tuple[str, str, list[dict]]: 
     "The assistant's messages `start` to `end` as one turn."
     texts, reasonings, calls = [], [], []
     for index in range(start, end):
-        text, here = talk.text(index), read_calls(talk, index)
+        text, here = talk.text(index), read_calls(talk, index, talk.source[index].get("function_calls"))
         if "</think>" in text:
             text, reasoning, repair = split_reasoning(text)
             talk.meet(repair, index, reasoning[:120])
@@ -191,6 +201,11 @@ NO_CALLS = (None, "", "null")
 
 NO_TOOLS = (*NO_CALLS, "[]")
 
+def tools_of(message) -> Optional[str]: # None for none; text, unless the row is broken
+    "What a message says about tools."
+    functions = message.get("functions") if type(message) is dict else None
+    return functions if functions and functions not in NO_TOOLS else None
+
 def calls_text(talk: Talk, index: int) -> str: # at most 120 characters
     "What stands in a message's `function_calls`, for the ledger."
     return str(talk.source[index]["function_calls"])[:120]
@@ -198,7 +213,7 @@ def calls_text(talk: Talk, index: int) -> str: # at most 120 characters
 def read_calls_of_others(talk: Talk, index: int) -> bool:
     "Whether a message that is not the assistant's carries calls."
     calls = talk.source[index].get("function_calls")
-    return calls not in NO_CALLS and str(calls).strip() not in NO_CALLS
+    return bool(calls) and str(calls).strip() not in NO_CALLS
 
 def add_plain(talk: Talk, role: str, index: int) -> None:
     "Write a system or user message."
@@ -218,7 +233,7 @@ def add_plain(talk: Talk, role: str, index: int) -> None:
 def read_talk(talk: Talk) -> None:
     "Read all messages of a row into `talk.messages`."
     source, at = talk.source, 0
-    roles = [ROLES.get(m.get("role")) if type(m) is dict else None for m in source]
+    roles = [role_of(message) for message in source]
     if None in roles:
         raise DefectError("bad_message", f"role is {str(source[roles.index(None)])[:120]}", roles.index(None))
     roles.append("end")
@@ -248,7 +263,7 @@ def finish_talk(talk: Talk) -> None:
 
 def read_tools(talk: Talk) -> None:
     "The row's tools, without copies; DefectError when two messages bring different ones."
-    lists = [(i, m["functions"]) for i, m in enumerate(talk.source) if type(m) is dict and m.get("functions") not in NO_TOOLS]
+    lists = [(i, functions) for i, message in enumerate(talk.source) if (functions := tools_of(message))]
     if not lists: return
     index, functions = lists[0]
     if type(functions) is not str: raise DefectError("malformed_tools", f"expected text, found a {kind(functions)}", index)
@@ -309,91 +324,12 @@ def read_closely(source: list[dict], strictness: str) -> tuple[Talk, bytes, byte
     check_controls(talk, messages)
     return talk, messages, tools
 
-# %% ../nbs/00ba_reading.ipynb #convert-usual
-ODD_TEXTS = (b"\\u0000", *CONTROL_TEXTS)
-
-def usual_messages(talk: Talk) -> Optional[list[dict]]: # None: look closely
-    "The messages of a row in which every question has an answer, and every call its result."
-    source, messages, last, at = talk.source, [], "", 0
-    while at < len(source):
-        message, at = source[at], at + 1
-        if type(message) is not dict or (message.get("functions") and at > 1): return None
-        role, text, calls = message.get("role"), message.get("content"), message.get("function_calls")
-        if calls:
-            if role != "assistant" or text or last not in ASKED: return None
-            if (at := add_usual_calls(talk, messages, at)) is None: return None
-            last = "tool"
-            continue
-        if type(text) is not str or not text or text.isspace(): return None
-        if role == "assistant" and last in ASKED or role == "user" and last != "user": pass
-        elif role == "system" and at == 1:
-            text = without_tag_sentences(text, bool(talk.tools))
-            if not text or text.isspace(): continue
-        else: return None
-        messages.append({"role": role, "content": text})
-        last = role
-    return messages if last == "assistant" else None
-
-ASKED = ("user", "tool")
-
-# %% ../nbs/00ba_reading.ipynb #convert-usual-calls
-def add_usual_calls(talk: Talk, messages: list[dict], at: int) -> Optional[int]: # behind the results; None: look closely
-    "Write the calls of the message before `at`, and the results that follow."
-    calls, contents = read_calls(talk, at - 1), []
-    for message in itertools.islice(talk.source, at, None):
-        if type(message) is not dict or message.get("role") not in ("environment", "tool"): break
-        if message.get("function_calls") or message.get("functions"): return None
-        contents.append(message.get("content"))
-    if not calls or len(contents) not in (1, len(calls)): return None
-    for content in contents:
-        if type(content) is not str: return None
-    messages.append({"role": "assistant", "content": "",
-                     "tool_calls": [{"type": "function", "function": call} for call in calls]})
-    messages += [{"role": "tool", "content": result} for result in pair_results(calls, contents)]
-    talk.calls += len(calls)
-    return at + len(contents)
-
-def read_usual(source: list[dict], strictness: str) -> Optional[tuple[Talk, bytes, bytes]]: # None: look closely
-    "`read_closely` for a row without any defect, note or control text."
-    talk = Talk(source, strictness)
-    try:
-        tools = read_usual_tools(talk)
-        talk.messages = usual_messages(talk)
-        if talk.messages is None or talk.repairs or talk.flags: return None
-        messages = dump_json(talk.messages)
-    except (DefectError, UnicodeEncodeError): return None  # the long way says what it is
-    odd = b"\\" in messages and ODD_TEXTS[0] in messages or b"<" in messages and any(t in messages for t in CONTROL_TEXTS)
-    return None if odd or tools is None else (talk, messages, tools)
-
-# %% ../nbs/00ba_reading.ipynb #convert-usual-tools
-TOOLS_READ = {}  # tools read lately, by the length of their text: (text, tools, functions, JSON); many rows share theirs
-TOOLS_KEPT = 512
-
-def read_usual_tools(talk: Talk) -> Optional[bytes]: # as JSON; None: look closely
-    "The tools of the first message, where nothing is wrong with them."
-    text = talk.source[0].get("functions") if type(talk.source[0]) is dict else None
-    if text in NO_TOOLS: return b"[]"
-    if type(text) is not str or talk.source[0].get("role") != "system": return None
-    kept = TOOLS_READ.get(len(text) % TOOLS_KEPT)
-    if kept is None or kept[0] != text:
-        tools = parse_tools(text)
-        functions, written = functions_by_name(tools), dump_json(tools)
-        if not tools or len(functions) < len(tools): return None
-        if b"\\" in written and any(map(ODD_NAME.search, functions)): return None
-        TOOLS_READ[len(text) % TOOLS_KEPT] = kept = text, tools, functions, written
-    _, talk.tools, talk.functions, written = kept
-    return written
-
-def read_once(source: list[dict], strictness: str) -> tuple[Talk, bytes, bytes]: # the talk, messages and tools as JSON
-    "Read a row's messages and write them as JSON."
-    return read_usual(source, strictness) or read_closely(source, strictness)
-
 # %% ../nbs/00ba_reading.ipynb #convert-mended
 def read_mended(source: list[dict], strictness: str) -> tuple[Talk, bytes, bytes]:
-    "`read_once`, and again with mended texts when half a surrogate pair stands in the way."
-    try: return read_once(source, strictness)
+    "`read_closely`, and again with mended texts when half a surrogate pair stands in the way."
+    try: return read_closely(source, strictness)
     except UnicodeEncodeError:
-        try: read = read_once([mended(message) for message in source], strictness)
+        try: read = read_closely([mended(message) for message in source], strictness)
         except UnicodeEncodeError:
             raise DefectError("surrogate_in_call", "half a surrogate pair in a call or a tool") from None
     read[0].meet("surrogate_replaced", -1)
@@ -409,7 +345,7 @@ def read_row(row: dict, strictness: str = "default") -> tuple[Talk, bytes, bytes
     try: return read_mended(source, strictness)
     except DefectError as defect:
         if action(defect.reason, strictness) != "cut": raise
-        roles = [ROLES.get(m.get("role")) if type(m) is dict else None for m in source[:max(defect.index, 0)]]
+        roles = [role_of(message) for message in source[:max(defect.index, 0)]]
         cut = max((i for i, role in enumerate(roles) if role == "user" and "assistant" in roles[:i]), default=0)
         if not cut: raise
         read = read_row({"messages": source[:cut]}, strictness)
@@ -427,3 +363,94 @@ def convert_row(
         row_id = row.get("id") if isinstance(row, dict) else None
         raise ConvertError(error.reason, error.found, row_id, error.index) from None
     return {"messages_json": messages.decode(), "tools_json": tools.decode()}
+
+# %% ../nbs/00ba_reading.ipynb #convert-usual-row
+class Message(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    "A message with Dolci's columns and no others."
+    role: Literal[tuple(ROLES)]
+    content: Optional[str] = None
+    function_calls: Optional[str] = None
+    functions: Optional[str] = None
+
+class Row(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    "A row with Dolci's columns and no others; the three releases name the source differently."
+    messages: Annotated[list[Message], msgspec.Meta(min_length=1)]
+    id: Union[str, Annotated[int, msgspec.Meta(ge=-2**63, le=2**63 - 1)], float, None] = None
+    source_dataset: Optional[str] = None
+    dataset_source: Optional[str] = None
+    source: Optional[str] = None
+    domain: Optional[str] = None
+
+usual_row = msgspec.json.Decoder(Row).decode # a line of JSON -> `Row`; ValueError for a line of any other shape
+
+# %% ../nbs/00ba_reading.ipynb #convert-usual
+def usual_messages(talk: Talk, tools: list[dict]) -> Optional[list[dict]]: # None: look closely
+    "The messages of a row in which every question has an answer, and every call its result."
+    source, messages, last, at = talk.source, [], "", 0
+    while at < len(source):
+        message, at = source[at], at + 1
+        role, text = message.role, message.content
+        if message.functions and at > 1: return None
+        if message.function_calls:
+            if role != "assistant" or text or last not in ASKED: return None
+            if (at := add_usual_calls(talk, messages, at)) is None: return None
+            last = "tool"
+            continue
+        if not text or text.isspace() or "\0" in text: return None
+        if role == "assistant" and last in ASKED or role == "user" and last != "user": pass
+        elif role == "system" and at == 1:
+            text = without_tag_sentences(text, bool(tools))
+            if not text or text.isspace(): continue
+        else: return None
+        messages.append({"role": role, "content": text})
+        last = role
+    return messages if last == "assistant" else None
+
+ASKED = ("user", "tool")
+
+# %% ../nbs/00ba_reading.ipynb #convert-usual-calls
+def add_usual_calls(talk: Talk, messages: list[dict], at: int) -> Optional[int]: # behind the results; None: look closely
+    "Write the calls of the message before `at`, and the results that follow."
+    calls, contents = read_calls(talk, at - 1, talk.source[at - 1].function_calls), []
+    for message in talk.source[at:]:
+        if message.role != "environment" and message.role != "tool": break
+        if message.function_calls or message.functions or message.content is None or "\0" in message.content: return None
+        contents.append(message.content)
+    if not calls or len(contents) not in (1, len(calls)): return None
+    messages.append({"role": "assistant", "content": "",
+                     "tool_calls": [{"type": "function", "function": call} for call in calls]})
+    messages += [{"role": "tool", "content": result} for result in pair_results(calls, contents)]
+    talk.calls += len(calls)
+    return at + len(contents)
+
+def read_usual(row: Row, strictness: str) -> Optional[tuple[Talk, bytes, bytes]]: # None: look closely
+    "`read_row` for a row without any defect, note or control text."
+    talk = Talk(row.messages, strictness)
+    try:
+        tools = read_usual_tools(talk, row.messages[0])
+        if tools is None: return None
+        talk.messages = usual_messages(talk, talk.tools)
+        if talk.messages is None or talk.repairs or talk.flags: return None
+        messages = dump_json(talk.messages)
+    except (DefectError, UnicodeEncodeError): return None  # the long way says what it is
+    if b"<" in messages and any(text in messages for text in CONTROL_TEXTS): return None
+    return talk, messages, tools
+
+# %% ../nbs/00ba_reading.ipynb #convert-usual-tools
+TOOLS_READ = {}  # tools read lately, by the length of their text: (text, tools, functions, JSON); some rows share theirs
+TOOLS_KEPT = 32  # few: what is kept pushes what is in use out of the processor's cache
+
+def read_usual_tools(talk: Talk, first: Message) -> Optional[bytes]: # as JSON; None: look closely
+    "The tools of the first message, where nothing is wrong with them."
+    text = first.functions
+    if text in NO_TOOLS: return b"[]"
+    if first.role != "system": return None
+    kept = TOOLS_READ.get(len(text) % TOOLS_KEPT)
+    if kept is None or kept[0] != text:
+        tools = parse_tools(text)
+        functions, written = functions_by_name(tools), dump_json(tools)
+        if not tools or len(functions) < len(tools): return None
+        if b"\\" in written and any(map(ODD_NAME.search, functions)): return None
+        TOOLS_READ[len(text) % TOOLS_KEPT] = kept = text, tools, functions, written
+    _, talk.tools, talk.functions, written = kept
+    return written

@@ -15,7 +15,7 @@ import pytest
 import zstandard
 from transformers import AutoTokenizer
 
-from proxy_sft import convert as converting, ledger, streams
+from proxy_sft import convert as converting, ledger, reading, streams
 from proxy_sft.calls import format_calls
 from proxy_sft.chat import render_chat
 from proxy_sft.convert import ConvertError, convert, convert_file, convert_row, row_facts
@@ -73,7 +73,7 @@ def write_rows(path, rows):
     return path
 
 
-def read_rows(path): return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_rows(path): return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def contents(folder): return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
@@ -283,6 +283,57 @@ def test_a_name_that_breaks_the_template_is_refused(tokenizer):
         odd = {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
         row = talk(("user", "q"), ("call", format_calls([{"name": name, "arguments": {}}])), tools=[odd])
         assert reason_of(row) == "tool_call_in_text"
+
+
+# The short way and the long way
+
+ODD = ["", "\0", "\ud83d", "😀", "\u2028", "\\", '"', "'", "\n", "<|im_end|>", "<tool_call>", "</think>", "<think>x</think>", "null", "\u3000", "[]", "<functions>", "=", ")", "(",
+       ", ", "1e999", "123456789012345678901234567890", "007", "None", "**x", "# c", "\x1f", "\ufeff"]
+ANYTHING = [None, "", " ", "null", 0, 1.5, True, [], {}, "x", ["x"], 10**30]
+
+
+def changed(row, chance):
+    "A row with one thing changed in it, now and then beyond recognition."
+    row = json.loads(json.dumps(row))
+    messages, what = row["messages"], chance.random()
+    one = chance.choice(messages)
+    if what < 0.5:
+        column = chance.choice([name for name in ("content", "function_calls", "functions") if one.get(name)] or ["content"])
+        text, at = str(one.get(column) or ""), chance.randrange(1 + len(str(one.get(column) or "")))
+        one[column] = text[:at] + chance.choice(ODD) + text[at + chance.choice((0, 0, 1, 5)):]
+    elif what < 0.6: messages.remove(one)
+    elif what < 0.7: messages.insert(chance.randrange(len(messages)), one)
+    elif what < 0.8: one["role"] = chance.choice(["system", "user", "assistant", "environment", "tool", "narrator", None, ["user"]])
+    elif what < 0.93: one[chance.choice(["role", "content", "function_calls", "functions", "extra"])] = chance.choice(ANYTHING)
+    else: row[chance.choice(["id", "source_dataset", "dataset_source", "domain", "extra", "messages"])] = chance.choice(ANYTHING + [2**63, 1.0, "\ud83d"])
+    return row
+
+
+@pytest.mark.parametrize("strictness", ["strict", "default", "lenient"])
+def test_the_short_way_and_the_long_way_agree(tmp_path, strictness):
+    "A file's rows are read the short way where that is possible, a single row never is: both must say the same."
+    chance, rows = random.Random(11), demo_rows(600)
+    rows += [changed(chance.choice(rows), chance) for _ in range(900 if not os.environ.get("PROXY_SFT_SOAK") else 20_000)]
+    source, out = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out"
+    report = convert_file(source, out / "train.jsonl", strictness=strictness)
+    kept = dict(zip(row_facts(out / "train.jsonl")["line"].to_pylist(), read_rows(out / "train.jsonl"), strict=True))
+    rejected = {entry["line"]: (entry["reason"], entry["message"]) for entry in read_rows(out / "rejected.jsonl")}
+    assert len(kept) + len(rejected) == len(rows) == report.rows and min(len(kept), len(rejected)) > 300
+    for line, row in enumerate(rows, 1):
+        try: assert kept.get(line) == convert_row(row, strictness=strictness), (line, row)
+        except ConvertError as error: assert rejected.get(line) == (error.reason, error.found[:200]), (line, row)
+    lines = [line for line in source.read_bytes().splitlines() if b"extra" not in line and b"narrator" not in line]
+    short = sum(reading.read_usual(reading.usual_row(line), strictness) is not None for line in lines[:500])
+    assert short > 300, "the short way is hardly ever taken"
+
+
+def test_rows_of_a_strange_shape_are_one_row_s_fault(tmp_path):
+    strange = [{**chat(), "messages": [message(["user"], "x"), message("assistant", "y")]}, {**chat(), "messages": [message({}, "x")]},
+               {**chat("odd"), "source_dataset": "half \ud83d", "messages": [3]}]
+    nothing = {**chat("none"), "messages": [{**m, "functions": [], "function_calls": []} for m in chat("none")["messages"]]}
+    report = convert_file(write_rows(tmp_path / "in.jsonl", [*strange, nothing, {**chat("7"), "id": 7}, {**chat("big"), "id": 2**70}]), tmp_path / "out" / "train.jsonl")
+    assert (report.kept, report.rejected) == (3, {"bad_message": 3}) and "half ?" in report.by_source
+    assert row_facts(tmp_path / "out" / "train.jsonl")["id"].to_pylist() == ["c", "7", str(2**70)]
 
 
 # Files
