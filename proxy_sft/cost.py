@@ -211,7 +211,7 @@ def memory_parts(
     share = lambda since: ranks if stage >= since else 1
     master = 4 if zero is not None and size == 2 else 0
     logits = 4 * min(4096, settings.batch_size * settings.max_length) * min(32_768, shape.vocabulary)
-    buckets = (zero or {}).get("reduce_bucket_size", 0) + (zero or {}).get("allgather_bucket_size", 0)
+    buckets = sum(n for name in ("reduce_bucket_size", "allgather_bucket_size") if isinstance(n := (zero or {}).get(name, 0), int))
     activations = rehearse(config, settings.batch_size * settings.max_length, dtype, settings.activation_checkpointing, settings.bf16)
     return {"weights": count * size // share(3), "gradients": count * size // share(2), "32-bit copy": count * master // share(1),
             "optimizer": count * state_bytes(settings.optimizer, 4 if master else size) // share(1),
