@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Optional, TextIO
 
-from .settings import Settings, SettingsError, did_you_mean, load_settings, settings_table
+from .settings import Settings, SettingsError, did_you_mean, load_settings, offloads, settings_table
 from .stops import STOP_FILE, STOP_SIGNALS, STOPPED, StopRequested, request_stop, stop_requested
 
 # %% ../nbs/02a_launch.ipynb #error
@@ -752,10 +752,11 @@ def torchrun_command(
     args: argparse.Namespace, # as `add_run_arguments` defines them
     worker: list[str], # notebook, output and options for every worker
     log_dir: str = "", # where torchrun keeps its own files
+    settings: Optional[Settings] = None, # of the run
 ) -> list[str]: # the command, worker's part included
-    "The torchrun command for a run; without torchrun when there is one process."
+    "The torchrun command for a run; without torchrun when there is one process and nothing is offloaded."
     module = ["-m", "proxy_sft.launch", *worker]
-    if str(args.nproc) == "1" and args.nnodes == "1" and not args.max_restarts: return [sys.executable, *module]
+    if str(args.nproc) == "1" and args.nnodes == "1" and not args.max_restarts and not (settings and offloads(settings)): return [sys.executable, *module]
     options = ["--nproc-per-node", str(args.nproc), "--nnodes", args.nnodes, "--max-restarts", str(args.max_restarts),
                "--signals-to-handle", ",".join(s.name for s in STOP_SIGNALS), "--shutdown-timeout", "900"]
     if log_dir: options += ["--log-dir", log_dir]
@@ -880,7 +881,7 @@ def run_command(
     worker += [word for name, value in given.items() if value for word in (name, value)]
     if args.dry_run:
         print(settings_table(request.settings), "", f"run folder: {request.folder.root}", sep="\n")
-        print(shlex.join(torchrun_command(args, worker)), *doctor_lines(args, request.settings), sep="\n")
+        print(shlex.join(torchrun_command(args, worker, settings=request.settings)), *doctor_lines(args, request.settings), sep="\n")
         return 0
     request.folder.make()
     refuse_second_run(args, request.folder)
@@ -889,7 +890,7 @@ def run_command(
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN: signal.signal(number, launcher.on_signal)
     print(f"proxy-sft: {args.notebook} on {args.nproc} process(es), run folder {request.folder.root}", flush=True)
-    launcher.start(torchrun_command(args, worker, str(launcher.private)))
+    launcher.start(torchrun_command(args, worker, str(launcher.private), request.settings))
     code = launcher.child.wait()
     sweep_run(launcher.run)
     request.folder.stop_file.unlink(missing_ok=True)

@@ -73,11 +73,11 @@ KEY_SETTINGS = ("template", "train_on", "max_length", "cut", "packing", "max_tra
 KEY_MODULES, KEY_LIBRARIES = ("certificate", "chat", "lengths", "prepare"), ("jinja2", "tokenizers", "transformers")
 FORMAT = 2  # raise when the files in a prepared folder change their meaning
 
-def key_parts(settings: Settings) -> dict[str, Any]: # part -> value or hash
+def key_parts(settings: Settings, data: bool = True) -> dict[str, Any]: # part -> value or hash; data: with the hashes of the data's bytes
     "Everything that the content of a prepared folder depends on."
     tokenizer = sorted({*settings.model_dir.glob("*token*.json"), *settings.model_dir.glob("vocab*"), *settings.model_dir.glob("merges*")})
-    data = [settings.converted_dir / f"{split}.jsonl" for split in ("train", "heldout")]
-    parts = {f"data/{p.name}": file_hash(p) for file in data for p in (file, facts_file(file)) if p.is_file()}
+    files = [settings.converted_dir / f"{split}.jsonl" for split in ("train", "heldout")] if data else []
+    parts = {f"data/{p.name}": file_hash(p) for file in files for p in (file, facts_file(file)) if p.is_file()}
     parts |= {f"tokenizer/{p.name}": file_hash(p) for p in tokenizer}
     parts |= {f"settings/{name}": getattr(settings, name) for name in KEY_SETTINGS}
     parts |= {f"code/{name}": file_hash(Path(chat.__file__).parent / f"{name}.py") for name in KEY_MODULES}

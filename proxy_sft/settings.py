@@ -6,10 +6,11 @@
 __all__ = ['SettingsError', 'Group', 'Places', 'Conversion', 'Rendering', 'Training', 'Hardware', 'Record', 'Settings',
            'repository_root', 'in_folder', 'place', 'train_file', 'data_name', 'configs_dir', 'profile_names',
            'did_you_mean', 'read_profile', 'load_settings', 'check_names', 'plain_words', 'notebook_parameters',
-           'settings_table', 'yaml_scalar', 'save_settings', 'deepspeed_file']
+           'settings_table', 'yaml_scalar', 'save_settings', 'deepspeed_file', 'zero_settings', 'offloads']
 
 # %% ../nbs/000_settings.ipynb #imports
 import difflib
+import json
 import os
 from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_args
@@ -286,3 +287,15 @@ def deepspeed_file(settings: Settings) -> Path: # raises SettingsError
     path = path if path.is_file() else configs_dir() / settings.deepspeed
     if not path.is_file(): raise SettingsError(f"There is no DeepSpeed configuration {settings.deepspeed}; looked in {settings.root} and {path.parent}.")
     return path
+
+# %% ../nbs/000_settings.ipynb #zero
+def zero_settings(settings: Settings) -> dict[str, Any]: # empty without DeepSpeed; raises SettingsError
+    "What the DeepSpeed configuration says about dividing memory."
+    if settings.deepspeed is None: return {}
+    file = deepspeed_file(settings)
+    try: return json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {})
+    except ValueError as error: raise SettingsError(f"{file} is no JSON: {error}. Mend the place it names, or set deepspeed to ds_config_zero2.json.") from error
+
+def offloads(settings: Settings) -> bool: # worth DeepSpeed even with one process
+    "Whether optimizer states or weights lie in the host's memory."
+    return any((zero_settings(settings).get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param"))
