@@ -829,11 +829,11 @@ def inspect_command(
     path = Path(args.file or Path(settings.converted_dir) / "train.jsonl")
     folder = Path(args.tokenizer or settings.model_dir)
     try: rows = RowFile(path)
-    except OSError as error: return _complain(f"cannot read {path}: {error.strerror}")
+    except OSError as error: return _complain(f"cannot read {path}: {error.strerror}. {'Name another file.' if args.file else 'Run nbs/01_convert.ipynb first, or name a file.'}")
     query = Query(text=args.search, source=args.source, reason=args.reason, calls=args.calls)
     found = args.row
     if query != Query(): found, _ = find_row(rows, query, args.row, stretch=len(rows))
-    if found is None: print("no row fits", file=sys.stderr)
+    if found is None: print(f"no row of {path.name} from row {args.row} on fits; ask for less", file=sys.stderr)
     if found is None: return 1
     try: row, known = rows[found], rows.known(found)
     except IndexError as error: return _complain(str(error))
