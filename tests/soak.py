@@ -66,7 +66,7 @@ def be_a_rank(log, rank, ranks, port, hook, given):
         os._exit(code)
 
 
-def end(pids: list[int], seconds: float = 300) -> list[int]: # exit codes by rank, negative for a signal; the first failure ends the others, as the launcher has it
+def end(pids: list[int], seconds: float = 300, grace: float = 3) -> list[int]: # exit codes by rank, negative for a signal; the first failure ends the others, as the launcher has it
     "Wait for all ranks of a life."
     codes, until, failed = {}, time.monotonic() + seconds, None
     while len(codes) < len(pids):
@@ -75,7 +75,7 @@ def end(pids: list[int], seconds: float = 300) -> list[int]: # exit codes by ran
             done, status = os.waitpid(pid, os.WNOHANG)
             if done: codes[pid] = os.waitstatus_to_exitcode(status)
         if failed is None and any(c not in (0, 75) for c in codes.values()): failed = time.monotonic()
-        if (failed and time.monotonic() - failed > 3) or time.monotonic() > until:
+        if (failed and time.monotonic() - failed > grace) or time.monotonic() > until:
             for pid in set(pids) - set(codes): os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
     return [codes[pid] for pid in pids]
@@ -127,9 +127,9 @@ class Soak:
         self.folder, self.dice, self.lives, self.found = folder, random.Random(seed), 0, {}
         self.straight = {}
 
-    def run(self, name, ranks=1, hook=None, seconds=300, **given):
+    def run(self, name, ranks=1, hook=None, seconds=300, grace=3, **given):
         self.lives += 1
-        return end(life(self.folder / name, ranks, hook, workspace=str(self.folder / "ws"), run_name=name, **given), seconds)
+        return end(life(self.folder / name, ranks, hook, workspace=str(self.folder / "ws"), run_name=name, **given), seconds, grace)
 
     def dir(self, name): return self.folder / "ws" / "runs" / name
 
@@ -352,6 +352,21 @@ class Soak:
         finally: subprocess.run(["umount", "-l", str(small)], check=True)
         return f"full disk: {lines}", all(l[-1] and (len(l) == 2 or l[3]) for l in lines)
 
+    def full_two(self):
+        "The disk fills while one rank writes; the other must come to its end by itself, not wait for ever."
+        whole, small = self.reference(2), self.folder / "small-two"
+        size = sum(f.stat().st_size for f in (self.dir(f"straight-{len(self.straight) - 1}") / "checkpoint-8").rglob("*"))
+        small.mkdir()
+        if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4 * size}", "none", str(small)]).returncode: return "full disk with two ranks: skipped, a tmpfs cannot be mounted here", True
+        try:
+            run_dir, ballast = small / "two", small / "ballast"
+            codes = self.run("full-two", 2, fill_inside_save(run_dir, small, ballast), grace=120, output_dir=str(run_dir))
+            text, kept = words(self.folder / "full-two", 2), in_child(lambda: [f.name for f in complete(run_dir)])
+            ballast.unlink(missing_ok=True)
+            plain = codes == [1, 1] and "checkpoint-4 could not be written" in text and kept == ["checkpoint-2"]
+            return f"full disk with two ranks: {codes}, {kept} kept", plain and self.finish("full-two", 2, output_dir=str(run_dir)) == whole
+        finally: subprocess.run(["umount", "-l", str(small)], check=True)
+
     # a mixed soak
     def mixed(self, count=200):
         kinds, right, silent, faults = {}, 0, 0, 0
@@ -439,7 +454,7 @@ def fill_inside_save(run_dir, small, ballast):
         usual = CompleteCheckpoints._room_for
         def _room_for(self, target):
             answer = usual(self, target)
-            if self.state.global_step == 4: ballast.write_bytes(b"x" * (shutil.disk_usage(small).free - 300_000))
+            if self.state.global_step == 4 and rank == 0: ballast.write_bytes(b"x" * (shutil.disk_usage(small).free - 300_000))
             return answer
         CompleteCheckpoints._room_for = _room_for
     return hook
@@ -460,13 +475,18 @@ def spoil(value, where, at):
     return hook
 
 
+def complete(run_dir):
+    from proxy_sft.sealed import complete_checkpoints
+    return complete_checkpoints(run_dir)
+
+
 def hashes(run_dir) -> bool:
     from proxy_sft.checkpoint import complete_checkpoints
     from proxy_sft.sealed import verify
     return all(bool(verify(f)) for f in complete_checkpoints(run_dir))
 
 
-PARTS = ("exact", "worlds", "broken", "spikes", "full", "flips", "terms", "kills", "mixed")
+PARTS = ("exact", "worlds", "broken", "spikes", "full", "full_two", "flips", "terms", "kills", "mixed")
 
 
 def main() -> int:
