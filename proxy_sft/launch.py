@@ -764,6 +764,7 @@ def torchrun_command(
         options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", args.rdzv_endpoint, "--rdzv-id", args.rdzv_id,
                     "--rdzv-conf", f"is_host={int(args.node_rank == 0)}"]
     elif args.nnodes != "1" or args.master_port:
+        if args.max_restarts: raise LaunchError("--max-restarts needs --rdzv-endpoint HOST:PORT where machines or ports are given: with fixed addresses the other machines would not learn of a restart.")
         options += ["--node-rank", str(args.node_rank), "--master-addr", args.master_addr,
                     "--master-port", str(args.master_port or 29500)]
     else: options += ["--local-addr", "127.0.0.1"]
@@ -812,13 +813,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 # %% ../nbs/02a_launch.ipynb #launcher
 class Launcher:
     "Starts a run, carries signals, ends everything, tells the outcome."
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, restarts: bool = False): # whether torchrun may start the ranks again
         self.request, self.folder, self.run = request, request.folder, uuid.uuid4().hex
+        self.new_store = str(int(restarts)) # torch 2.13 would keep its store, and ranks that are started again find the addresses of dead ones
         self.began, self.signalled, self.child = time.time(), [], None
         self.private = short_private_folder()
 
     def start(self, command: list[str]) -> None: # it gets a session of its own, dies with us, and logs its errors
-        env = {**os.environ, "PROXY_SFT_RUN": self.run, "PROXY_SFT_BEGAN": str(self.began), "PYTHONUNBUFFERED": "1"}
+        env = {**os.environ, "PROXY_SFT_RUN": self.run, "PROXY_SFT_BEGAN": str(self.began), "PYTHONUNBUFFERED": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": self.new_store}
         with open(self.folder.logs / "torchrun.log", "a", encoding="utf-8") as errors:
             self.child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=errors,
                                           start_new_session=True, preexec_fn=die_with_parent)
@@ -885,7 +887,7 @@ def run_command(
         return 0
     request.folder.make()
     refuse_second_run(args, request.folder)
-    launcher = Launcher(request)
+    launcher = Launcher(request, bool(args.max_restarts))
     finish = start_guard(f"PROXY_SFT_RUN={launcher.run}", launcher.private)
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN: signal.signal(number, launcher.on_signal)

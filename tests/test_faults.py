@@ -36,6 +36,30 @@ def test_a_token_in_the_environment_is_written_nowhere(tmp_path):
     assert not [p for p in written if b"canary0123456789" in p.read_bytes()] and "canary0123456789" not in done.stdout + done.stderr
 
 
+@soak
+def test_ranks_that_are_started_again_go_on_from_the_newest_checkpoint(tmp_path):
+    from proxy_sft.launch import read_json
+    command = [str(BIN / "proxy-sft"), "run", "nbs/02_train.ipynb", "--nproc", "2", "--max-restarts", "1"]
+    def start(name): return subprocess.Popen([*command, *words(workspace=tmp_path, run_name=name, max_steps=30)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    killed, run_dir = start("killed"), tmp_path / "runs" / "killed"
+    while not (run_dir / "checkpoint-4" / "COMPLETE").exists():
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.02)
+    worker = read_json(run_dir / "status" / "rank-1.json")["pid"]
+    kernels = [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/status") if f"PPid:\t{worker}\n" in p.read_text() and b"ipykernel" in (p.parent / "cmdline").read_bytes()]
+    os.kill(kernels[0], signal.SIGKILL)
+    said = killed.communicate()[0]
+    assert killed.returncode == 0 and read_json(run_dir / "status" / "rank-1.json")["attempt"] == 1, said
+    straight = start("straight")
+    assert straight.communicate()[0] and straight.returncode == 0
+    log = lambda name: [(r["step"], r["loss"]) for r in json.loads((tmp_path / "runs" / name / "trainer_state.json").read_text())["log_history"] if "loss" in r]
+    assert log("killed") == log("straight") and len(log("straight")) == 30
+    assert (run_dir / "model.safetensors").read_bytes() == (tmp_path / "runs" / "straight" / "model.safetensors").read_bytes()
+    lines = [json.loads(line) for line in (run_dir / "logs" / "progress.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line.get("loss")]
+    assert 30 <= len(steps) < 50, steps # it did not begin anew
+
+
 # ---- two machines: two network namespaces, joined by a pair of virtual cards
 
 class Machines:

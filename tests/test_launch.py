@@ -192,6 +192,37 @@ def test_every_end_of_a_kernel_fails_the_command(ends, name):
     assert not run.survivors()
 
 
+# The kernel joins a control group with little memory and asks for much: the system kills it, as it does on a full machine.
+TOO_MUCH = """
+import os
+from pathlib import Path
+group = Path(folder_of_group)
+(group / ("memory.max" if (group / "memory.max").exists() else "memory.limit_in_bytes")).write_text("300000000")
+(group / "cgroup.procs").write_text(str(os.getpid()))
+taken = b"x" * 1_000_000_000
+"""
+
+
+@pytest.fixture
+def memory_group():
+    root = next((p for p in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")) if p.is_dir()), Path("/nowhere"))
+    group = root / f"sft-{uuid.uuid4().hex[:8]}"
+    try: group.mkdir()
+    except OSError as error: pytest.skip(f"no control groups for memory here: {error}")
+    if not [f for f in ("memory.max", "memory.limit_in_bytes") if (group / f).exists()]:
+        group.rmdir()
+        pytest.skip("no control groups for memory here")
+    yield group
+    group.rmdir()
+
+
+def test_out_of_memory_is_the_cause_that_is_shown_last(started, tmp_path, memory_group):
+    run = started(LAUNCH, notebook(tmp_path / "nb.ipynb", f"folder_of_group = {str(memory_group)!r}", TOO_MUCH, "pass"))
+    assert run.end() == 1, run.err
+    assert "killed by SIGKILL; the system kills a process that uses too much memory this way" in run.err.strip().splitlines()[-1]
+    assert not run.survivors()
+
+
 def test_status_tells_what_became_of_the_ranks(ends, capsys):
     assert commands.main(["status", str(ends["exception"].root)]) == 0
     assert "failed" in capsys.readouterr().out
@@ -293,6 +324,15 @@ def test_a_killed_worker_stops_the_others(started, tmp_path):
     assert run.end() == 1 and time.monotonic() - killed < 60
     assert "Rank 1" in run.err and "was killed" in run.err.strip().splitlines()[-1]
     assert not run.survivors()
+
+
+def test_ranks_are_started_again_after_one_was_killed(started, tmp_path):
+    come = "import os, time\nfrom pathlib import Path\nmine = Path(folder, 'was-' + os.environ['RANK'])\nagain = mine.exists()\nmine.touch()"
+    late = "if again and os.environ['RANK'] == '1': time.sleep(3)" # rank 0 asks for the address of rank 1 and must not be given the dead one's
+    nb = notebook(tmp_path / "nb.ipynb", come, late, ALL_REDUCE.replace("dist.destroy_process_group()", ""), "if not again: (os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(300))", "print('done', again)")
+    run = started(LAUNCH, nb, "--nproc", "2", "--max-restarts", "1")
+    assert run.end() == 0, run.err
+    assert "2 of 2 ranks done" in run.out and text_of(run.root / "notebooks" / "rank-1.ipynb") == "rank 1 of 2 sums to 3\ndone True\n" and not run.survivors()
 
 
 # ---- stops
