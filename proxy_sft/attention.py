@@ -119,7 +119,7 @@ def block(rows: list[list[int]], collate: Callable[[list[dict]], dict[str, Any]]
     return collate([{"input_ids": ids, "labels": ids, "seq_lengths": np.array([len(row) for row in rows])}])
 
 def compare_packed(
-    model: PreTrainedModel, # with TRL's fused head, in evaluation mode
+    model: PreTrainedModel, # with TRL's fused head, and without dropout
     collate: Callable[[list[dict]], dict[str, Any]], # the trainer's collator, padding-free
     rows: list[list[int]], # token ids; a few short conversations
     tolerance: float,
@@ -178,7 +178,7 @@ def settle_attention(
         raise AttentionError(f"attention is {wanted!r}, which transformers does not know.{did_you_mean(wanted, sorted(known))} Known: auto, {', '.join(sorted(known))}.")
     device, tolerance, passed_over = next(model.parameters()).device, TOLERANCE[torch.bfloat16 if half else torch.float32], []
     capability, training = torch.cuda.get_device_capability(device) if device.type == "cuda" else None, model.training
-    model.eval()
+    model.train(not getattr(model.config, "attention_dropout", 0))  # as it will be trained; dropout would hide what is compared
     try:
         for name in ORDER if wanted == "auto" else (wanted,):
             problem, found = why_not(name, capability, half, packed) if wanted == "auto" else "", None

@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED', 'DOLCI', 'PEAKS', 'Shape', 'published_config', 'flops_per_token', 'mean_context', 'CostTable',
            'padded_share', 'BatchingTable', 'peak_flops', 'utilisation', 'AllocationMeter', 'set_checkpointing',
            'one_pass', 'build_model', 'activation_bytes', 'rehearse', 'rehearsed', 'weights_dtype', 'state_bytes',
-           'bucket_bytes', 'memory_parts']
+           'trained_parameters', 'frozen_bytes', 'bucket_bytes', 'memory_parts']
 
 # %% ../nbs/01c_cost.ipynb #imports
 import json
@@ -222,15 +222,30 @@ def rehearsed(config: str, kind: type, *how) -> int: # a configuration as JSON, 
 
 # %% ../nbs/01c_cost.ipynb #dtype
 def weights_dtype(settings: Settings, with_deepspeed: bool) -> torch.dtype:
-    "The precision in which the model is loaded: bfloat16 where DeepSpeed keeps a 32-bit copy, else 32 bits, unless the settings say otherwise."
+    "The precision in which the model is loaded: bfloat16 where DeepSpeed keeps a 32-bit copy or weights are frozen, else 32 bits, unless the settings say otherwise."
     if settings.weights != "auto": return getattr(torch, settings.weights)
-    return torch.bfloat16 if settings.bf16 and with_deepspeed else torch.float32
+    return torch.bfloat16 if settings.bf16 and (with_deepspeed or settings.lora_rank) else torch.float32
 
 def state_bytes(optimizer: str, weight: int) -> int: # per weight; weight: bytes of one
     "Bytes of AdamW's two states; an unknown optimizer counts as AdamW with 32 bits."
     if optimizer.startswith("paged_"): return 0
     if "8bit" in optimizer: return 2
+    if optimizer == "adamw_bf16": return 4
     return 2 * weight if optimizer.startswith("adamw_torch") else 8
+
+# %% ../nbs/01c_cost.ipynb #trained
+def trained_parameters(shape: Shape, settings: Settings) -> int:
+    "All weights, or those of the adapters: rank x (inputs + outputs) of each layer that has one."
+    if settings.lora_rank is None: return shape.parameters
+    keys = shape.key_heads * shape.head_dim
+    sides = {"q_proj": shape.attention_width, "k_proj": keys, "v_proj": keys, "o_proj": shape.attention_width, "gate_proj": shape.inner, "up_proj": shape.inner, "down_proj": shape.inner}
+    named = sides if settings.lora_targets == "all-linear" else [name.strip() for name in settings.lora_targets.split(",")]
+    return settings.lora_rank * shape.layers * sum(shape.hidden + sides.get(name, 0) for name in named)
+
+def frozen_bytes(shape: Shape, settings: Settings, size: int) -> int: # size: bytes of a weight
+    "Weights as they are stored: with nf4, half a byte and 0.02 for the scales in all linear layers but the head."
+    linear = shape.layers * shape.layer_matrices
+    return shape.parameters * size if settings.quantize == "none" else int(linear * 0.52) + (shape.parameters - linear) * size
 
 # %% ../nbs/01c_cost.ipynb #memory-parts
 def bucket_bytes(zero: dict[str, Any], count: int, hidden: int, size: int) -> int: # `zero_optimization`; weights; bytes of one
@@ -255,9 +270,11 @@ def memory_parts(
     away = lambda what: ((zero or {}).get(f"offload_{what}") or {}).get("device", "none") != "none"
     logits = 4 * min(4096, settings.batch_size * settings.max_length) * min(32_768, shape.vocabulary)
     activations = rehearse(config, settings.batch_size * settings.max_length, dtype, settings.activation_checkpointing, settings.bf16)
-    copy = 4 * count // share(1) if stage else 0
-    states = {"32-bit copy": copy, "optimizer": count * state_bytes(settings.optimizer, 4 if copy else size) // share(1)}
-    weights, gradients = count * size // share(3), count * size // share(2)
+    trained = trained_parameters(shape, settings)
+    each = size if trained == count or stage else 4  # of what is trained: adapters have 32 bits beside frozen weights of 16
+    copy = 4 * trained // share(1) if stage else 0
+    states = {"32-bit copy": copy, "optimizer": trained * state_bytes(settings.optimizer, 4 if copy else each) // share(1)}
+    weights, gradients = (frozen_bytes(shape, settings, size) + (0 if trained == count else trained * each)) // share(3), trained * each // share(2)
     parts = {"weights": 0 if away("param") else weights, "gradients": 0 if away("optimizer") and stage > 1 else gradients, **(dict.fromkeys(states, 0) if away("optimizer") else states),
              "activations": max(0, activations - logits), "logits": logits, "communication buffers": bucket_bytes(zero or {}, count, shape.hidden, size)}
     host = {"host: weights": weights if away("param") else 0, "host: gradients and optimizer": sum(states.values()) + copy if away("optimizer") else 0}

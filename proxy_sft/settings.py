@@ -82,7 +82,12 @@ class Training(Group):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     adam_beta2: float = Field(0.999, gt=0, lt=1, description="AdamW second-moment decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
-    optimizer: str = Field("adamw_torch_fused", min_length=1, description="any optimizer name that transformers knows")
+    optimizer: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adamw_bf16"] = Field(
+        "adamw_torch_fused", description="AdamW: fused, plain, states in 8 bits (bitsandbytes), those paged to the host, or all in bfloat16 with stochastic rounding (torchao)")
+    lora_rank: Optional[int] = Field(None, ge=1, description="train LoRA adapters of this rank instead of all weights")
+    lora_alpha: Optional[int] = Field(None, ge=1, description="the adapters' scale times their rank; twice the rank when not set")
+    lora_targets: str = Field("all-linear", min_length=1, description="layers that get an adapter: all-linear, or names with commas")
+    quantize: Literal["none", "nf4"] = Field("none", description="frozen weights in 4 bits (QLoRA, with lora_rank; bitsandbytes)")
     full_sequence_loss: bool = Field(False, description="train every token instead of assistant tokens only (upstream's recipe)")
 
 # %% ../nbs/000_settings.ipynb #hardware

@@ -1,10 +1,12 @@
 """Ways of training that must give the same losses, attention that must not leak, and what must be refused."""
 import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
+from peft import PeftModel
+from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
@@ -25,6 +27,8 @@ SAME = {  # name: settings, how far the three losses may be from the straight ru
     "full": (dict(activation_checkpointing="full"), 1e-6),
     "auto": (dict(attention="auto"), 1e-6),
     "eager": (dict(attention="eager"), 1e-5),
+    "adamw_torch": (dict(optimizer="adamw_torch"), 1e-5),
+    "adamw_8bit": (dict(optimizer="adamw_8bit"), 1e-2),        # changes numerics: optimizer states in 8 bits
     "bf16": (dict(bf16=True), 2e-2),                           # changes numerics: products in 16 bits
     "bfloat16": (dict(bf16=True, weights="bfloat16"), 5e-2),   # changes numerics: weights and optimizer states in 16 bits
 }
@@ -87,6 +91,33 @@ def test_what_was_chosen_stands_in_the_log_and_in_the_manifest(folder):
     assert "Attention: sdpa, the fastest without a GPU. Checked: packed rows lose" in said
     kept = json.loads((folder / "runs" / "chosen" / "manifest.json").read_text())["speed"]
     assert kept["attention"] == "sdpa" and kept["attention_check"]["difference"] < 1e-4 < kept["attention_check"]["leak"]
+
+
+def test_adapters_stop_and_go_on_and_become_a_whole_model(folder):
+    "Every weight but the adapters' stays; the final model is the base model and the adapter; going on from step 2 gives the same."
+    given = dict(lora_rank=8, save_steps=2)
+    run(folder, "lora", **given)
+    run_dir = folder / "runs" / "lora"
+    saved = {f.name for f in (run_dir / "checkpoint-2").iterdir()}
+    assert "adapter_model.safetensors" in saved and not any(n.startswith("model") for n in saved) and (run_dir / "adapter" / "adapter_config.json").is_file()
+    final, base = (AutoModelForCausalLM.from_pretrained(p, local_files_only=True) for p in (run_dir, folder / "models" / "demo"))
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "models" / "demo", local_files_only=True), str(run_dir / "checkpoint-3"))
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(final(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(final(ids).logits, base(ids).logits, atol=1e-2)
+    assert torch.equal(final.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    expected, whole = losses(folder, "lora"), (run_dir / "model.safetensors").read_bytes()
+    shutil.rmtree(run_dir / "checkpoint-3")
+    run(folder, "lora", **given)
+    assert losses(folder, "lora") == expected and (run_dir / "model.safetensors").read_bytes() == whole
+
+
+def test_adapters_under_zero2_train_as_one_rank_does(folder):
+    run(folder, "one", lora_rank=8, gradient_accumulation=2)
+    run(folder, "zero", ranks=2, lora_rank=8)
+    assert losses(folder, "zero") == pytest.approx(losses(folder, "one"), rel=2e-4)
+    assert (folder / "runs" / "zero" / "model.safetensors").is_file()
 
 
 def test_kernels_that_cannot_run_are_refused(folder):
