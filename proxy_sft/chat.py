@@ -364,6 +364,7 @@ class Renderer(Coder):
         super().__init__(tokenizer, "" if fast else "asked for")
         self.source, self.options, self.pattern = source, options, _control_pattern(tokenizer)
         self._think, self._frame, self._known = None, None, {}  # `_think` None: only the template knows
+        self.controls = np.array(sorted(control_tokens(tokenizer).values()))
         if not fast: return
         try: self._load(direct)
         except Exception as error: self.fallback = f"{type(error).__name__}: {error}"[:200]  # users print it
@@ -377,7 +378,12 @@ class Renderer(Coder):
         self._jinja.render_template("chat", messages=[{"role": "user", "content": ""}], **self.options)
         thoughts = {chat_template("nothink"): "", chat_template("empty_think"): "<think>\n\n</think>\n\n"}
         if direct: self._think = thoughts.get(self.source)
-        if self._think is not None: self._frame = _tools_frame(self.source)
+        if self._think is None: return
+        self._frame = _tools_frame(self.source)
+        count = lambda text: len(self.pattern.findall(text))
+        self._weights = [count(text) for text in ("<|im_start|><|im_end|>", self._think, "<tool_call></tool_call>",
+                                                  "<tool_response></tool_response>", "".join(self._frame))]
+        self._weights[-1] -= count(STOP_TOKEN)  # it is the turn's
 
     def text(self, messages: list, tools: Optional[list], generate: bool = False) -> str:
         "The rendered text."
@@ -388,36 +394,47 @@ class Renderer(Coder):
         return self._jinja.render_template("chat", messages=messages, tools=tools or None,
                                            add_generation_prompt=generate, **self.options)
 
-    def known_tools(self, column: str) -> Optional[str]: # None: it holds a control token or escapes
+    def known_tools(self, column: str) -> str:
         "The tools' part for a JSON column; rows often share their tools."
+        if column == "[]": return ""
         if column not in self._known:
             if len(self._known) > 2000: self._known.clear()
-            tools = orjson.loads(column)
-            plain = not self.pattern.search(_json_text(tools) if "\\u00" in column else column)
-            self._known[column] = _tools_text(self._frame, tools) if plain else None
+            text = _tools_text(self._frame, orjson.loads(column))
+            self._known[column] = _tools_text(self._frame, json.loads(column)) if "e+" in text else text  # big integers
         return self._known[column]
 
 # %% ../nbs/00c_chat.ipynb #row-text-export
-def _row_text(row: dict, renderer: Renderer) -> tuple[Optional[str], list]:
-    "The rendered text, or None for a row that must take the reference path; and its messages."
-    if "messages" in row: return _parsed_text(renderer, *row_parts(row))
-    column, tools = row["messages_json"], row.get("tools_json") or "[]"
+def _written_controls(messages: list, tools: bool, weights: list) -> int:
+    "How many control tokens `chatml_text` writes for a conversation whose data hold none."
+    roles = [message["role"] for message in messages]
+    results, calls, turns = roles.count("tool"), 0, len(roles)
+    for message in messages:
+        if "tool_calls" in message and message["role"] == "assistant": calls += len(message["tool_calls"] or ())
+    if results: turns += sum(a == "tool" != b for a, b in zip(roles, [*roles[1:], ""])) - results  # a run is one turn
+    if tools and roles[0] != "system": turns += 1
+    counts = turns, roles.count("assistant"), calls, results, int(tools)
+    return sum(count * weight for count, weight in zip(counts, weights))
+
+
+def _row_text(row: dict, renderer: Renderer) -> tuple[Optional[str], list, int]:
+    "Its text, or None for a row that must take the reference path; its messages; its control tokens, -1: not counted."
+    if "messages" in row or renderer._think is None: return _parsed_text(renderer, *row_parts(row))
     try:
-        messages = orjson.loads(column)
-        if renderer._think is None or "\\u00" in column: text, _ = _parsed_text(renderer, messages, orjson.loads(tools))
-        elif renderer.pattern.search(column) or (known := renderer.known_tools(tools)) is None: return None, messages
-        else: text = chatml_text(messages, known, renderer._think)
-    except orjson.JSONDecodeError: return None, row_parts(row)[0]  # NaN, lone surrogates
-    except (KeyError, IndexError, TypeError): text, _ = _parsed_text(renderer, *row_parts(row))  # out of the ordinary
-    if text and "e+" in text: text = renderer.text(*row_parts(row))  # orjson may have rounded a big integer
-    return text, messages
+        messages = orjson.loads(row["messages_json"])
+        tools = renderer.known_tools(row.get("tools_json") or "[]")
+        text = chatml_text(messages, tools, renderer._think)
+        controls = _written_controls(messages, bool(tools), renderer._weights)
+    except orjson.JSONDecodeError: return None, row_parts(row)[0], -1  # NaN, lone surrogates
+    except (KeyError, IndexError, TypeError): return _parsed_text(renderer, *row_parts(row))  # out of the ordinary
+    if "tool_calls" in row["messages_json"] and "e+" in text: text = renderer.text(*row_parts(row))  # orjson may have rounded a big integer
+    return text, messages, controls
 
 
-def _parsed_text(renderer: Renderer, messages: list, tools: list) -> tuple[Optional[str], list]:
-    "The same for a row whose JSON is read already."
-    if renderer.pattern.search(_json_text([messages, tools])): return None, messages
-    try: return renderer.text(messages, tools), messages
-    except Exception: return None, messages  # the reference path raises the same error in its own words
+def _parsed_text(renderer: Renderer, messages: list, tools: list) -> tuple[Optional[str], list, int]:
+    "The same for a row whose JSON is read already, or whose template is not written directly."
+    if renderer.pattern.search(_json_text([messages, tools])): return None, messages, -1
+    try: return renderer.text(messages, tools), messages, -1
+    except Exception: return None, messages, -1  # the reference path raises the same error in its own words
 
 # %% ../nbs/00c_chat.ipynb #bodies-export
 def _follows(ids: np.ndarray, at: np.ndarray, pattern: list) -> np.ndarray:
@@ -427,6 +444,17 @@ def _follows(ids: np.ndarray, at: np.ndarray, pattern: list) -> np.ndarray:
     return ok
 
 
+def _answers(ids: np.ndarray, header: list, prompt: list, stop: int) -> tuple:
+    "Of every assistant turn: its header's position, its body's start and end, whether header and body are joined."
+    heads = np.flatnonzero(ids == header[0])
+    heads = heads[_follows(ids, heads, header[:-1])]
+    bare, full = _follows(ids, heads, header), _follows(ids, heads, prompt)
+    joined = ~bare | (~full & _follows(ids, heads, prompt[:-1]) & (len(prompt) > len(header)))
+    starts = heads + np.where(full, len(prompt), len(header))
+    stops = np.flatnonzero(ids == stop)
+    return heads, starts, np.append(stops, -2)[np.searchsorted(stops, starts)] + 1, joined
+
+
 def find_bodies(
     ids: np.ndarray, # token ids, one row or many end to end
     header: list, # ids of `<|im_start|>assistant\n`
@@ -434,13 +462,7 @@ def find_bodies(
     stop: int, # id of the stop token
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # starts, ends (behind the stop; -1: none), joined headers
     "Bodies of all assistant turns, by their ids."
-    heads = np.flatnonzero(ids == header[0])
-    heads = heads[_follows(ids, heads, header[:-1])]
-    bare, full = _follows(ids, heads, header), _follows(ids, heads, prompt)
-    joined = ~bare | (~full & _follows(ids, heads, prompt[:-1]) & (len(prompt) > len(header)))
-    starts = heads + np.where(full, len(prompt), len(header))
-    stops = np.flatnonzero(ids == stop)
-    ends = np.append(stops, -2)[np.searchsorted(stops, starts)] + 1
+    heads, starts, ends, joined = _answers(ids, header, prompt, stop)
     return starts[~joined], ends[~joined], heads[joined]
 
 # %% ../nbs/00c_chat.ipynb #token-rows-export
@@ -461,21 +483,53 @@ class TokenRows:
         return {"input_ids": ids.tolist(), "labels": np.where(self.trained[part], ids, IGNORED).tolist()}
 
 # %% ../nbs/00c_chat.ipynb #trained-tokens-export
-def _trained_tokens(encoder: Any, ids: np.ndarray, offsets: np.ndarray, messages: list) -> tuple[np.ndarray, set]:
-    "Which tokens are trained, and the rows that need the reference path."
-    starts, ends, joined = find_bodies(ids, encoder.header, encoder.prompt, encoder.stop)
-    row, count = np.searchsorted(offsets, starts, side="right") - 1, len(messages)
-    bad = {*row[(ends < 0) | (ends > offsets[row + 1])], *(np.searchsorted(offsets, joined, side="right") - 1)}
-    answers = [[m["role"] for m in chat].count("assistant") for chat in messages]
-    bad |= {*np.flatnonzero(np.bincount(row, minlength=count) != answers)}
-    chosen = ~np.isin(row, list(bad)) if bad else np.ones(len(row), bool)
-    if encoder.train_on == "last": chosen &= np.append(row[1:] != row[:-1], True)[:len(row)]
-    if encoder.train_on == "calls": chosen[chosen] = [bool(m.get("tool_calls")) for i, chat in enumerate(messages)
-                                                   if i not in bad for m in chat if m["role"] == "assistant"]
-    edges = np.zeros(len(ids) + 1, np.int8)
-    edges[starts[chosen]] += 1
-    edges[ends[chosen]] -= 1
-    return np.cumsum(edges[:-1], dtype=np.int8).view(bool), {int(i) for i in bad}
+def _count_literals(ids: np.ndarray, offsets: np.ndarray, written: list, controls: np.ndarray) -> np.ndarray:
+    "Rows whose ids hold another number of control tokens than the template wrote."
+    found = np.flatnonzero(ids >= controls[0])
+    found = found[np.isin(ids[found], controls)]
+    count, written = np.diff(np.searchsorted(found, offsets)), np.array(written, np.int64)
+    return np.flatnonzero((count != written) & (written >= 0))
+
+
+def _trained_tokens(encoder: Any, ids: np.ndarray, offsets: np.ndarray, messages: list) -> tuple[np.ndarray, set, dict]:
+    "Which tokens are trained; rows that need the reference path; rows to divide, in front of which answer."
+    heads, starts, ends, joined = _answers(ids, encoder.header, encoder.prompt, encoder.stop)
+    row, count = np.searchsorted(offsets, heads, side="right") - 1, len(messages)
+    roles = [[m["role"] for m in chat] for chat in messages]
+    other = np.bincount(row, minlength=count) != [some.count("assistant") for some in roles]
+    known, chosen = ~other[row], np.ones(len(row), bool)
+    if encoder.train_on == "last": chosen = np.append(row[1:] != row[:-1], True)[:len(row)]
+    if encoder.train_on == "calls": chosen[known] = [bool(m.get("tool_calls")) for i in np.flatnonzero(~other)
+                                                     for m, role in zip(messages[i], roles[i]) if role == "assistant"]
+    chosen &= known
+    last = np.flatnonzero(chosen)
+    last = last[np.append(row[last][1:] != row[last][:-1], True)[:len(last)]]  # of each row's chosen answers
+    last = last[joined[last]]
+    divide = dict(zip(row[last].tolist(), (last - np.searchsorted(row, row[last])).tolist()))
+    chosen &= ~joined
+    other[row[chosen & ((ends < 0) | (ends > offsets[row + 1]))]] = True
+    trained, chosen = np.zeros(len(ids), bool), chosen & ~other[row]
+    for start, end in zip(starts[chosen].tolist(), ends[chosen].tolist()): trained[start:end] = True
+    return trained, set(np.flatnonzero(other).tolist()), divide
+
+# %% ../nbs/00c_chat.ipynb #divided-export
+def _with_rows(ids: np.ndarray, trained: np.ndarray, offsets: np.ndarray, new: dict) -> tuple:
+    "Ids, trained and offsets with other tokens for some rows."
+    if not new: return ids, trained, offsets
+    pieces, lengths, at = [], np.diff(offsets), 0
+    for row in sorted(new):
+        pieces += [(ids[offsets[at]:offsets[row]], trained[offsets[at]:offsets[row]]), new[row]]
+        lengths[row], at = len(new[row][0]), row + 1
+    pieces.append((ids[offsets[at]:], trained[offsets[at]:]))
+    return *(np.concatenate(column) for column in zip(*pieces)), np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+
+
+def _divide(text: str, answer: int, prompt: str) -> tuple[str, str]:
+    "A text without literals in front of its so-many-th answer's body and from there on."
+    at = -1
+    for _ in range(answer + 1): at = text.index(HEADER, at + 1)
+    at += len(prompt if text.startswith(prompt, at) else HEADER)
+    return text[:at], text[at:]
 
 # %% ../nbs/00c_chat.ipynb #encoder-export
 class ChatEncoder:
@@ -485,8 +539,8 @@ class ChatEncoder:
         self.tokenizer, self.template, self.train_on = tokenizer, template, train_on
         fast = fast and template != "trl_training"  # that one is TRL's own path by definition
         self.renderer = Renderer(tokenizer, chat_template(template), serving_options(template), fast)
-        prompt = _generation_prompt(self.renderer.source, json.dumps(self.renderer.options))
-        self.header, self.prompt = encode_text(HEADER, tokenizer), encode_text(prompt, tokenizer)
+        self.asks = _generation_prompt(self.renderer.source, json.dumps(self.renderer.options))
+        self.header, self.prompt = encode_text(HEADER, tokenizer), encode_text(self.asks, tokenizer)
         self.stop = tokenizer.convert_tokens_to_ids(STOP_TOKEN)
 
     @property
@@ -494,17 +548,23 @@ class ChatEncoder:
 
     def encode(self, rows: list, parallel: Optional[bool] = None) -> TokenRows:
         "Ids and labels of rows; `parallel=False` keeps to one thread (worker processes do so by themselves)."
-        parts = [(None, []) if self.fallback else _row_text(row, self.renderer) for row in rows]
-        ids, offsets = self.renderer.ids([text or "" for text, _ in parts], parallel)
-        trained, slow = _trained_tokens(self, ids, offsets, [messages for _, messages in parts])
-        slow |= {i for i, (text, _) in enumerate(parts) if text is None}
-        if not slow: return TokenRows(ids, trained, offsets)
-        pieces = [(ids[a:b], trained[a:b]) for a, b in zip(offsets, offsets[1:])]
+        parts = [(None, [], -1) if self.fallback else _row_text(row, self.renderer) for row in rows]
+        texts, messages, written = zip(*parts) if parts else ((), (), ())
+        ids, offsets = self.renderer.ids([text or "" for text in texts], parallel)
+        trained, slow, divide = _trained_tokens(self, ids, offsets, messages)
+        slow |= {*_count_literals(ids, offsets, written, self.renderer.controls).tolist()}
+        slow |= {i for i, text in enumerate(texts) if text is None}
+        divide = {i: _divide(texts[i], answer, self.asks) for i, answer in divide.items() if i not in slow}
+        new = {}
+        if divide:
+            pairs, ends = self.renderer.ids([part for pair in divide.values() for part in pair], parallel)
+            learnt, again, more = _trained_tokens(self, pairs, ends[::2], [messages[i] for i in divide])
+            new = {i: (pairs[a:b], learnt[a:b]) for i, a, b in zip(divide, ends[::2], ends[2::2])}
+            slow |= {i for place, i in enumerate(divide) if place in again or place in more}
         for i in slow:
             out = supervise(*row_parts(rows[i]), self.tokenizer, self.template, self.train_on)
-            pieces[i] = np.array(out["input_ids"], np.int32), np.array(out["labels"], np.int64) != IGNORED
-        offsets = np.cumsum([0, *(len(part) for part, _ in pieces)], dtype=np.int64)
-        return TokenRows(*(np.concatenate(column) for column in zip(*pieces)), offsets, len(slow))
+            new[i] = np.array(out["input_ids"], np.int32), np.array(out["labels"], np.int64) != IGNORED
+        return TokenRows(*_with_rows(ids, trained, offsets, new), len(slow))
 
 # %% ../nbs/00c_chat.ipynb #verify-export
 def _verify(self, rows: list, sample: int = 16, longest: int = 2, seed: int = 0) -> bool:
