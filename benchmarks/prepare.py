@@ -19,6 +19,7 @@ os.environ.update(TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_B
 
 import json
 import random
+import re
 import site
 import sys
 import tempfile
@@ -36,11 +37,12 @@ from proxy_sft.convert import convert_row
 from proxy_sft.settings import load_settings
 
 ROWS, TOOL_SHARE, CORES = 2_152_112, 227_579 / 2_152_112, 16
+CONTROLS = re.compile(r"<\|\w+\|>|</?(think|tool_call|tool_response)>")
 MODEL = Path(__file__).resolve().parent.parent.parent / "shared" / "qwen3-8b"
 
 
 class Text:
-    "Passages of the installed packages' text, none twice."
+    "Passages of the installed packages' text, none twice; files that hold control tokens as text are left out."
     def __init__(self):
         packages = Path(site.getsitepackages()[0])
         self.files = [*sorted(packages.glob("*/METADATA")), *sorted(packages.rglob("*.py"))]
@@ -50,7 +52,8 @@ class Text:
     def take(self, size):
         while len(self.left) < size:
             if not self.files: raise SystemExit("There is no more text on this machine: ask for fewer rows.")
-            self.left += self.files.pop().read_text(encoding="utf-8", errors="ignore")
+            text = self.files.pop().read_text(encoding="utf-8", errors="ignore")
+            if not CONTROLS.search(text): self.left += text
         taken, self.left = self.left[:size], self.left[size:]
         return taken.strip() or "empty"
 

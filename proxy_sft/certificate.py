@@ -11,6 +11,7 @@ __all__ = ['ROLES', 'MOST_FAILURES', 'KINDS', 'BATCH', 'PART', 'Inspection', 'se
 import json
 import random
 import unicodedata
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from html import escape
@@ -310,16 +311,7 @@ BATCH = 256        # rows measured at once
 PART = 8 << 20     # bytes of a file per task
 
 
-def _lines(path: str, start: int, end: int):
-    "The rows whose lines begin in a byte range of a file."
-    with open(path, "rb") as file:
-        file.seek(max(start - 1, 0))
-        if start: file.readline()
-        while file.tell() < end and (line := file.readline()):
-            if line.strip(): yield json.loads(line)
-
-
-def _chosen_lines(path: str, starts: np.ndarray):
+def _lines(path: str, starts: np.ndarray):
     "The rows whose lines begin at these bytes."
     with open(path, "rb") as file:
         for start in starts.tolist():
@@ -331,13 +323,14 @@ def line_starts(
     path: Any, # a text file
 ) -> np.ndarray: # int64, one more than lines: the last is the file's size
     "Where each line of a file begins, found at the speed of the disk."
-    starts, position = [np.zeros(1, np.int64)], 0
+    starts, position = array("q", [0]), 0
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
-            starts.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + position + 1)
+            at = -1
+            while (at := block.find(b"\n", at + 1)) >= 0: starts.append(position + at + 1)
             position += len(block)
-    found = np.concatenate(starts)
-    return found if found[-1] == position else np.append(found, position)
+    if starts[-1] != position: starts.append(position)
+    return np.array(starts, np.int64)
 
 # %% ../nbs/00ca_certificate.ipynb #work-export
 def _measure_all(inspection: Inspection, rows: Any, first: int = 0) -> tuple[Counter, list]:
@@ -356,18 +349,14 @@ def _start_worker(*settings): _worker["inspection"] = Inspection(*settings)
 
 
 def _work(task: tuple) -> tuple[Counter, list]:
-    "A byte range of a file, chosen lines of it, or a list of rows, in a worker; rows are numbered from 0."
-    kind, *where = task
-    rows = {"range": _lines, "lines": _chosen_lines, "rows": list}[kind](*where)
-    return _measure_all(_worker["inspection"], rows)
+    "Lines of a file, or a list of rows, in a worker; rows are numbered from 0."
+    return _measure_all(_worker["inspection"], _lines(*task) if len(task) == 2 else task[0])
 
 # %% ../nbs/00ca_certificate.ipynb #certify-export
 def _tasks(rows: Any, starts: Optional[np.ndarray] = None) -> list[tuple]:
-    "Byte ranges of a file, stretches of its chosen lines, or stretches of a list."
-    if starts is not None: return [("lines", str(rows), starts[a:a + 4 * BATCH]) for a in range(0, len(starts), 4 * BATCH)]
-    if not isinstance(rows, (str, Path)): return [("rows", rows[a:a + 4 * BATCH]) for a in range(0, len(rows), 4 * BATCH)]
-    size = Path(rows).stat().st_size
-    return [("range", str(rows), a, min(a + PART, size)) for a in range(0, size, PART)]
+    "Stretches of a file's lines, or of a list."
+    if starts is None: return [(rows[a:a + 4 * BATCH],) for a in range(0, len(rows), 4 * BATCH)]
+    return [(str(rows), some) for some in np.split(starts, np.flatnonzero(np.diff(starts // PART)) + 1) if len(some)]
 
 
 def _run_tasks(tasks: list, settings: tuple, num_proc: int) -> list[tuple]:
@@ -382,22 +371,25 @@ def _run_tasks(tasks: list, settings: tuple, num_proc: int) -> list[tuple]:
         return list(pool.map(certificate._work, tasks))
 
 # %% ../nbs/00ca_certificate.ipynb #selected-export
-def _selected(rows: Any, lines: Any) -> tuple:
-    "The path or a list of the rows; where the chosen lines of a file begin, or None; the rows' numbers, or None."
-    numbers = None if lines is None else np.asarray(lines, np.int64).reshape(-1)
+def _selected(rows: Any, lines: Any, starts: Optional[np.ndarray]) -> tuple:
+    "A path and where its lines begin, or a list and None; the numbers of the chosen rows."
     known = isinstance(rows, (str, Path))
-    starts = line_starts(rows) if known and numbers is not None else None
     if not known: rows = list(rows)
-    count = len(rows) if not known else None if starts is None else len(starts) - 1
-    if numbers is not None and len(numbers) and not 0 <= numbers.min() <= numbers.max() < count:
+    elif starts is None: starts = line_starts(rows)
+    count = len(starts) - 1 if known else len(rows)
+    if lines is None: return rows, starts, np.flatnonzero(np.diff(starts) > 2) if known else np.arange(count)  # not empty
+    numbers = np.asarray(lines, np.int64).reshape(-1)
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < count:
         raise ChatError(f"lines name rows {numbers.min()} to {numbers.max()}; there are rows 0 to {count - 1}")
-    if numbers is None: return rows, None, None
-    return (rows, starts[numbers], numbers) if known else ([rows[i] for i in numbers], None, numbers)
+    return rows, starts, numbers
 
 
-def _number(numbers: Optional[np.ndarray], row: int) -> int:
-    "A row's number in the whole, by its number among the chosen."
-    return row if numbers is None else int(numbers[row])
+def _some_rows(rows: Any, starts: Optional[np.ndarray], numbers: np.ndarray, sample: int, seed: int) -> list:
+    "Rows to compare: a random choice and the longest lines of a file, or all of a list."
+    if starts is None: return rows
+    longest = numbers[np.argsort(starts[numbers] - starts[numbers + 1], kind="stable")[:4]]
+    some = np.random.default_rng(seed).choice(numbers, min(len(numbers), 4 * sample), replace=False) if len(numbers) else numbers
+    return list(_lines(str(rows), starts[np.union1d(longest, some)]))
 
 # %% ../nbs/00ca_certificate.ipynb #certify-function-export
 def certify(
@@ -410,28 +402,23 @@ def certify(
     seed: int = 0, # of the sample
     fast: bool = True, # False measures everything by the reference path
     lines: Any = None, # numbers of the rows to measure, from 0, as an array or list; None for all
+    starts: Optional[np.ndarray] = None, # of a file: its `line_starts`, where they are known already
 ) -> Certificate: # see its `verdict`, `passed`, `problems`, `to_json()`
     "Measure a data set: is what would be trained what a server would show?"
-    rows, starts, numbers = _selected(rows, lines)
+    rows, starts, numbers = _selected(rows, lines, starts)
+    if starts is None: rows = [rows[i] for i in numbers]
     inspection = Inspection(tokenizer, template, train_on, fast)
     if template == "trl_training": fallback = "TRL's own"
-    else: fallback = check_fast(inspection, _some_rows(rows, starts), sample, seed) if fast else "asked for"
+    elif not fast: fallback = "asked for"
+    else: fallback = check_fast(inspection, _some_rows(rows, starts, numbers, sample, seed), sample, seed)
     settings, counts, examples = (tokenizer, template, train_on, not fallback), Counter(), []
-    for part, wrong in _run_tasks(_tasks(rows, starts), settings, num_proc):
-        for example in wrong: example["row"] = _number(numbers, example["row"] + counts["rows"])
+    tasks = _tasks(rows, None if starts is None else starts[numbers])
+    for part, wrong in _run_tasks(tasks, settings, num_proc):
+        for example in wrong: example["row"] = int(numbers[example["row"] + counts["rows"]])
         counts, examples = counts + part, [*examples, *wrong][:MOST_FAILURES]
     return Certificate(template, train_on, dict(counts), examples, fallback)
 
 # %% ../nbs/00ca_certificate.ipynb #check-fast-export
-def _some_rows(rows: Any, starts: Optional[np.ndarray] = None, most: int = 20000) -> list:
-    "Rows to draw the sample from: all of a list, stretches spread evenly over a file or its chosen lines."
-    if not isinstance(rows, (str, Path)): return rows
-    if starts is not None: return list(_chosen_lines(str(rows), starts[::max(len(starts) // most, 1)][:most]))
-    size, step = Path(rows).stat().st_size, 40
-    begins = [size * i // step for i in range(step)]
-    return [row for a in begins for row in islice(_lines(str(rows), a, size), most // step)]
-
-
 def check_fast(inspection: Inspection, rows: list, sample: int, seed: int) -> str:
     "Compare ids, labels and prompts of a sample and of the longest rows with the reference; what differs, in words."
     if not inspection.encoder.verify(rows, sample, seed=seed): return inspection.encoder.fallback

@@ -17,6 +17,8 @@ import warnings
 import weakref
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
 
@@ -39,9 +41,8 @@ ROW_ERRORS = (ValueError, TypeError, KeyError, jinja2.TemplateError)  # what a r
 
 def _trl_template(file: str) -> str:
     "One of the template files that TRL ships, unchanged."
-    import trl
-    path = Path(trl.__file__).parent / "chat_templates" / file
-    if not path.exists(): raise ChatError(f"this TRL ({trl.__version__}) does not ship {file}; 1.16.0 does")
+    path = Path(find_spec("trl").origin).parent / "chat_templates" / file  # importing it takes half a second
+    if not path.exists(): raise ChatError(f"this TRL ({version('trl')}) does not ship {file}; 1.16.0 does")
     return path.read_text(encoding="utf-8")
 
 
@@ -310,15 +311,15 @@ def chatml_text(
     elif system is not None: out.append(f"<|im_start|>system\n{system}<|im_end|>\n")
     for message in messages if system is None else messages[1:]:
         role, content = message["role"], message["content"]
-        if not isinstance(content, str): raise TypeError("a content that is no text")
-        if last == "tool" and role != "tool": out.append("<|im_end|>\n")
-        if role == "assistant":
-            calls = message.get("tool_calls")
-            said = "\n".join([content] * bool(content) + [_call_turn(c) for c in calls]) if calls else content
-            out.append(f"<|im_start|>assistant\n{think}{said}<|im_end|>\n")
-        elif role == "tool": out.append(f"{'' if last == 'tool' else '<|im_start|>user'}\n<tool_response>\n{content}\n</tool_response>")
-        elif role in ("user", "system"): out.append(f"<|im_start|>{role}\n{content}<|im_end|>\n")
-        else: raise KeyError(role)
+        if type(content) is not str: raise TypeError("a content that is no text")
+        if role == "tool": out.append(f"{'' if last == 'tool' else '<|im_start|>user'}\n<tool_response>\n{content}\n</tool_response>")
+        else:
+            if last == "tool": out.append("<|im_end|>\n")
+            if role == "assistant":
+                if calls := message.get("tool_calls"): content = "\n".join([content] * bool(content) + [_call_turn(c) for c in calls])
+                out.append(f"<|im_start|>assistant\n{think}{content}<|im_end|>\n")
+            elif role == "user" or role == "system": out.append(f"<|im_start|>{role}\n{content}<|im_end|>\n")
+            else: raise KeyError(role)
         last = role
     if last == "tool": out.append("<|im_end|>\n")
     if generate: out.append(f"{HEADER}{think}")
@@ -404,37 +405,41 @@ class Renderer(Coder):
         return self._known[column]
 
 # %% ../nbs/00c_chat.ipynb #row-text-export
-def _written_controls(messages: list, tools: bool, weights: list) -> int:
+def _answers_of(messages: list) -> list: # whether each assistant message has calls
+    return [bool(message.get("tool_calls")) for message in messages if message["role"] == "assistant"]
+
+
+def _written_controls(messages: list, answers: list, tools: bool, weights: list) -> int:
     "How many control tokens `chatml_text` writes for a conversation whose data hold none."
+    turn, think, call, result, frame = weights
     roles = [message["role"] for message in messages]
-    results, calls, turns = roles.count("tool"), 0, len(roles)
-    for message in messages:
-        if "tool_calls" in message and message["role"] == "assistant": calls += len(message["tool_calls"] or ())
-    if results: turns += sum(a == "tool" != b for a, b in zip(roles, [*roles[1:], ""])) - results  # a run is one turn
-    if tools and roles[0] != "system": turns += 1
-    counts = turns, roles.count("assistant"), calls, results, int(tools)
-    return sum(count * weight for count, weight in zip(counts, weights))
+    count = turn * len(roles) + think * len(answers)
+    if "tool" in roles:  # a run of results is one turn
+        results, runs = roles.count("tool"), sum([a == "tool" != b for a, b in zip(roles, [*roles[1:], ""])])
+        count += result * results - turn * (results - runs)
+    if True in answers: count += call * sum([len(m.get("tool_calls") or ()) for m in messages if m["role"] == "assistant"])
+    return count + (frame + turn * (roles[0] != "system") if tools else 0)
 
 
 def _row_text(row: dict, renderer: Renderer) -> tuple[Optional[str], list, int]:
-    "Its text, or None for a row that must take the reference path; its messages; its control tokens, -1: not counted."
+    "Its text, or None for a row that must take the reference path; its answers; its control tokens, -1: not counted."
     if "messages" in row or renderer._think is None: return _parsed_text(renderer, *row_parts(row))
     try:
         messages = orjson.loads(row["messages_json"])
         tools = renderer.known_tools(row.get("tools_json") or "[]")
-        text = chatml_text(messages, tools, renderer._think)
-        controls = _written_controls(messages, bool(tools), renderer._weights)
-    except orjson.JSONDecodeError: return None, row_parts(row)[0], -1  # NaN, lone surrogates
+        text, answers = chatml_text(messages, tools, renderer._think), _answers_of(messages)
+        controls = _written_controls(messages, answers, bool(tools), renderer._weights)
+    except orjson.JSONDecodeError: return None, [], -1  # NaN, lone surrogates
     except (KeyError, IndexError, TypeError): return _parsed_text(renderer, *row_parts(row))  # out of the ordinary
-    if "tool_calls" in row["messages_json"] and "e+" in text: text = renderer.text(*row_parts(row))  # orjson may have rounded a big integer
-    return text, messages, controls
+    if True in answers and "e+" in text: text = renderer.text(*row_parts(row))  # orjson may have rounded a big integer
+    return text, answers, controls
 
 
 def _parsed_text(renderer: Renderer, messages: list, tools: list) -> tuple[Optional[str], list, int]:
     "The same for a row whose JSON is read already, or whose template is not written directly."
-    if renderer.pattern.search(_json_text([messages, tools])): return None, messages, -1
-    try: return renderer.text(messages, tools), messages, -1
-    except Exception: return None, messages, -1  # the reference path raises the same error in its own words
+    if renderer.pattern.search(_json_text([messages, tools])): return None, [], -1
+    try: return renderer.text(messages, tools), _answers_of(messages), -1
+    except Exception: return None, [], -1  # the reference path raises the same error in its own words
 
 # %% ../nbs/00c_chat.ipynb #bodies-export
 def _follows(ids: np.ndarray, at: np.ndarray, pattern: list) -> np.ndarray:
@@ -485,22 +490,20 @@ class TokenRows:
 # %% ../nbs/00c_chat.ipynb #trained-tokens-export
 def _count_literals(ids: np.ndarray, offsets: np.ndarray, written: list, controls: np.ndarray) -> np.ndarray:
     "Rows whose ids hold another number of control tokens than the template wrote."
-    found = np.flatnonzero(ids >= controls[0])
+    found = np.flatnonzero(ids >= int(controls[0]))  # an int64 would make all ids int64
     found = found[np.isin(ids[found], controls)]
     count, written = np.diff(np.searchsorted(found, offsets)), np.array(written, np.int64)
     return np.flatnonzero((count != written) & (written >= 0))
 
 
-def _trained_tokens(encoder: Any, ids: np.ndarray, offsets: np.ndarray, messages: list) -> tuple[np.ndarray, set, dict]:
-    "Which tokens are trained; rows that need the reference path; rows to divide, in front of which answer."
+def _trained_tokens(encoder: Any, ids: np.ndarray, offsets: np.ndarray, answers: list) -> tuple[np.ndarray, set, dict]:
+    "Which tokens are trained; rows that need the reference path; rows to divide, in front of which answer. `answers`: of each row, whether each has calls."
     heads, starts, ends, joined = _answers(ids, encoder.header, encoder.prompt, encoder.stop)
-    row, count = np.searchsorted(offsets, heads, side="right") - 1, len(messages)
-    roles = [[m["role"] for m in chat] for chat in messages]
-    other = np.bincount(row, minlength=count) != [some.count("assistant") for some in roles]
+    row, count = np.searchsorted(offsets, heads, side="right") - 1, len(answers)
+    other = np.bincount(row, minlength=count) != [*map(len, answers)]
     known, chosen = ~other[row], np.ones(len(row), bool)
     if encoder.train_on == "last": chosen = np.append(row[1:] != row[:-1], True)[:len(row)]
-    if encoder.train_on == "calls": chosen[known] = [bool(m.get("tool_calls")) for i in np.flatnonzero(~other)
-                                                     for m, role in zip(messages[i], roles[i]) if role == "assistant"]
+    if encoder.train_on == "calls": chosen[known] = [calls for i in np.flatnonzero(~other) for calls in answers[i]]
     chosen &= known
     last = np.flatnonzero(chosen)
     last = last[np.append(row[last][1:] != row[last][:-1], True)[:len(last)]]  # of each row's chosen answers
@@ -549,16 +552,16 @@ class ChatEncoder:
     def encode(self, rows: list, parallel: Optional[bool] = None) -> TokenRows:
         "Ids and labels of rows; `parallel=False` keeps to one thread (worker processes do so by themselves)."
         parts = [(None, [], -1) if self.fallback else _row_text(row, self.renderer) for row in rows]
-        texts, messages, written = zip(*parts) if parts else ((), (), ())
+        texts, answers, written = zip(*parts) if parts else ((), (), ())
         ids, offsets = self.renderer.ids([text or "" for text in texts], parallel)
-        trained, slow, divide = _trained_tokens(self, ids, offsets, messages)
+        trained, slow, divide = _trained_tokens(self, ids, offsets, answers)
         slow |= {*_count_literals(ids, offsets, written, self.renderer.controls).tolist()}
         slow |= {i for i, text in enumerate(texts) if text is None}
         divide = {i: _divide(texts[i], answer, self.asks) for i, answer in divide.items() if i not in slow}
         new = {}
         if divide:
             pairs, ends = self.renderer.ids([part for pair in divide.values() for part in pair], parallel)
-            learnt, again, more = _trained_tokens(self, pairs, ends[::2], [messages[i] for i in divide])
+            learnt, again, more = _trained_tokens(self, pairs, ends[::2], [answers[i] for i in divide])
             new = {i: (pairs[a:b], learnt[a:b]) for i, a, b in zip(divide, ends[::2], ends[2::2])}
             slow |= {i for place, i in enumerate(divide) if place in again or place in more}
         for i in slow:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['KEY_SETTINGS', 'KEY_MODULES', 'KEY_LIBRARIES', 'FORMAT', 'SAMPLE', 'LONGEST', 'BY_TOKENS', 'PIECE_BYTES',
-           'WORTH_BYTES', 'TOKENS', 'BLOCKS', 'ANSWER', 'PrepareError', 'require_inputs', 'key_parts', 'cache_key',
-           'what_changed', 'prepared_folders', 'choose_rows', 'read_rows', 'parsed_line', 'FastPathDiffers', 'guard',
-           'check', 'encode_whole', 'end_to_end', 'exchanges_that_fit', 'shorten', 'cut_row', 'Encoded', 'encode_rows',
-           'used_rows', 'pieces_of', 'write_tokens', 'write_stream', 'read_stream', 'start_worker', 'end_with_builder',
-           'encode_piece', 'encoded_pieces', 'encoded_by_processes', 'Scratch', 'gathered', 'build_split', 'facts_of',
-           'sources_of', 'describe_split', 'build', 'claim_of', 'build_claimed', 'fresh', 'build_splits',
+           'BATCH_BYTES', 'WORTH_BYTES', 'TOKENS', 'BLOCKS', 'WRITTEN_TOKENS', 'ANSWER', 'PrepareError',
+           'require_inputs', 'key_parts', 'cache_key', 'what_changed', 'prepared_folders', 'choose_rows', 'read_rows',
+           'parsed_line', 'FastPathDiffers', 'guard', 'check', 'encode_whole', 'end_to_end', 'exchanges_that_fit',
+           'shorten', 'cut_row', 'Encoded', 'encode_rows', 'used_rows', 'pieces_of', 'token_batch', 'write_stream',
+           'read_batches', 'read_stream', 'start_worker', 'end_with_builder', 'encode_piece', 'encoded_pieces',
+           'encoded_by_processes', 'Scratch', 'gathered', 'Source', 'sources_of', 'build_split', 'blocks_of',
+           'facts_of', 'names_of', 'describe_split', 'build', 'claim_of', 'build_claimed', 'fresh', 'build_splits',
            'certify_train', 'remove_abandoned', 'Prepared', 'split_line', 'prepare', 'build_or_wait', 'waiting_line',
            'build_for', 'check_folder', 'Cache', 'list_caches', 'prune_caches', 'cache_line', 'caches_command']
 
@@ -27,6 +28,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from itertools import chain
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -35,6 +37,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 from blake3 import blake3
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -45,7 +48,7 @@ from .certificate import certify, line_starts
 from .chat import IGNORED, ROW_ERRORS, ChatEncoder, TokenRows, chat_template
 from .convert import ConvertError, convert, facts_file, row_facts, without_main
 from .download import download
-from .lengths import FACTS, FATES, Borders, Facts, LengthTable, cut_to_fit, describe_rows, exchanges, fit, pack, supervised_sums, token_statistics
+from .lengths import FACTS, FATES, Borders, Facts, LengthTable, cut_to_fit, describe_rows, exchanges, fit, pack, supervised_before, token_statistics
 from .sealed import COMPLETE, SealError, file_hash, is_complete, publish, read_manifest, sealed_bytes, unmake, verify
 from .settings import Settings
 from .stops import StopRequested, listening, stop_if_asked
@@ -213,7 +216,7 @@ def encode_rows(rows: list[dict], numbers: np.ndarray, encoder: ChatEncoder, bor
         fate[i], found = cut_row(rows[i], whole["exchange_starts"][i].values.to_numpy(), int(whole["tokens"][i]), encoder, settings)
         if found is None: continue
         shorter[i] = learn(found)
-        used[i], learnt[i] = len(found.ids), supervised_sums(shorter[i].trained, shorter[i].offsets)[-1]
+        used[i], learnt[i] = len(found.ids), supervised_before(shorter[i], shorter[i].offsets)[-1]
         if not learnt[i]: fate[i] = FATES.index("dropped: nothing to learn")
     used[fate > 1] = learnt[fate > 1] = 0
     columns = {"line": numbers, "fate": fate, "used_tokens": used, "used_supervised": learnt, **whole}
@@ -228,28 +231,32 @@ def used_rows(tokens: TokenRows, shorter: dict[int, TokenRows], fate: np.ndarray
     return end_to_end(views) if views else TokenRows(tokens.ids[:0], tokens.trained[:0], tokens.offsets[:1])
 
 # %% ../nbs/01a_prepare.ipynb #pieces
-PIECE_BYTES = 8 << 20          # of text per piece
+PIECE_BYTES = 16 << 20         # of text per piece
+BATCH_BYTES = 1 << 20          # of text encoded together: what is worked on stays in the processor's cache
 WORTH_BYTES = (128 << 20, 2 << 20)  # of text from which more processes pay: on the fast path, on the reference path
 TOKENS = pa.schema([("ids", pa.int32()), ("trained", pa.int8())])
 
-def pieces_of(starts: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]: # row numbers of each
-    "The chosen rows in stretches of about equal size."
+def pieces_of(starts: np.ndarray, chosen: np.ndarray, size: int, first_line: int = 0) -> list[np.ndarray]: # row numbers of each
+    "The chosen rows in stretches of about `size` bytes; `starts[0]` belongs to `first_line`."
     if not len(chosen): return []
-    at = (np.cumsum(np.diff(starts)[chosen]) - 1) // PIECE_BYTES
+    at = (np.cumsum(starts[chosen - first_line + 1] - starts[chosen - first_line]) - 1) // size
     return np.split(chosen, np.flatnonzero(np.diff(at)) + 1)
 
-def write_tokens(path: Path, rows: TokenRows) -> None:
-    "A piece's tokens, end to end, as one Arrow batch."
-    batch = pa.RecordBatch.from_arrays([pa.array(rows.ids), pa.array(rows.trained.view(np.int8))], schema=TOKENS)
-    write_stream(path, TOKENS, iter([batch]))
+def token_batch(rows: TokenRows) -> pa.RecordBatch: # TOKENS
+    "Rows' tokens, end to end."
+    return pa.RecordBatch.from_arrays([pa.array(rows.ids), pa.array(rows.trained.view(np.int8))], schema=TOKENS)
 
 def write_stream(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
     "Record batches to an Arrow stream file."
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for batch in batches: writer.write_batch(batch)
 
-def read_stream(path: Path) -> pa.Table:
+def read_batches(path: Path) -> list[pa.RecordBatch]:
     "An Arrow stream file, mapped into memory."
+    with pa.memory_map(str(path)) as file: return list(pa.ipc.open_stream(file))
+
+def read_stream(path: Path) -> pa.Table:
+    "The same as a table."
     with pa.memory_map(str(path)) as file: return pa.ipc.open_stream(file).read_all()
 
 # %% ../nbs/01a_prepare.ipynb #worker
@@ -268,19 +275,22 @@ def end_with_builder() -> None:
     parent_process().join()
     os._exit(1)
 
-def encode_piece(path: Path, starts: np.ndarray, numbers: np.ndarray, target: Path) -> pa.RecordBatch: # FACTS
-    "One piece; `starts` are those of its own span of the file."
-    encoder, settings, first = _worker["encoder"], _worker["settings"], int(numbers[0])
-    rows = read_rows(path, starts, numbers, first)
-    check([rows[int(np.random.default_rng(first).integers(len(rows)))]], encoder)
-    found = encode_rows(rows, numbers, encoder, _worker["borders"], settings)
-    write_tokens(target, found.rows)
-    return found.facts
+def encode_piece(path: Path, starts: np.ndarray, numbers: np.ndarray, target: Path) -> list[pa.RecordBatch]: # FACTS
+    "One piece, batch by batch; `starts` are those of its own span of the file."
+    encoder, settings, first, facts = _worker["encoder"], _worker["settings"], int(numbers[0]), []
+    check(read_rows(path, starts, np.random.default_rng(first).choice(numbers, 1), first), encoder)
+    def tokens():
+        for some in pieces_of(starts, numbers, BATCH_BYTES, first):
+            found = encode_rows(read_rows(path, starts, some, first), some, encoder, _worker["borders"], settings)
+            facts.append(found.facts)
+            yield token_batch(found.rows)
+    write_stream(target, TOKENS, tokens())
+    return facts
 
 # %% ../nbs/01a_prepare.ipynb #processes
-def encoded_pieces(path: Path, starts: np.ndarray, chosen: np.ndarray, settings: Settings, fast: bool, scratch: Path) -> Iterator[pa.RecordBatch]:
+def encoded_pieces(path: Path, starts: np.ndarray, chosen: np.ndarray, settings: Settings, fast: bool, scratch: Path) -> Iterator[list[pa.RecordBatch]]:
     "Facts of the chosen rows in order, piece by piece; their tokens lie in `scratch`, one file per piece."
-    pieces = pieces_of(starts, chosen)
+    pieces = pieces_of(starts, chosen, PIECE_BYTES)
     tasks = [(path, starts[p[0]:p[-1] + 2], p, scratch / f"{i:06}.arrow") for i, p in enumerate(pieces)]
     processes = min(settings.num_proc or os.cpu_count() or 1, len(tasks))
     start_worker(settings, fast)
@@ -289,7 +299,7 @@ def encoded_pieces(path: Path, starts: np.ndarray, chosen: np.ndarray, settings:
         for task in tasks: yield encode_piece(*task)
     else: yield from encoded_by_processes(tasks, processes, settings, fast)
 
-def encoded_by_processes(tasks: list[tuple], processes: int, settings: Settings, fast: bool) -> Iterator[pa.RecordBatch]:
+def encoded_by_processes(tasks: list[tuple], processes: int, settings: Settings, fast: bool) -> Iterator[list[pa.RecordBatch]]:
     "The same by several processes; never more than a few pieces ahead of the reader."
     context, room, waiting = get_context("forkserver"), importlib.import_module("proxy_sft.prepare"), deque()
     context.set_forkserver_preload(["proxy_sft.prepare"])  # imported once, not once per process
@@ -307,60 +317,85 @@ def encoded_by_processes(tasks: list[tuple], processes: int, settings: Settings,
 
 # %% ../nbs/01a_prepare.ipynb #blocks
 BLOCKS = pa.schema([(name, pa.list_(pa.int32())) for name in ("input_ids", "labels", "seq_lengths")])
+WRITTEN_TOKENS = 1 << 20  # about so many are gathered and written together
 
 class Scratch:
-    "The tokens of all pieces, mapped; a row is found by its place among the used ones."
+    "The tokens of all batches, mapped; a row is found by its place among the used ones."
 
-    def __init__(self, files: list[Path], lengths: list[np.ndarray]): # of each piece: its file, tokens per used row
-        tables = [read_stream(f) for f in files]
-        self.columns = [[t[name].combine_chunks().to_numpy() for t in tables] for name in TOKENS.names]
-        self.piece = np.repeat(np.arange(len(files)), [len(some) for some in lengths]).tolist()
-        ends = [np.cumsum(some) for some in lengths]
-        self.end = np.concatenate([np.zeros(0, np.int64), *ends]).tolist()
-        self.start = np.concatenate([np.zeros(0, np.int64), *(e - some for e, some in zip(ends, lengths))]).tolist()
+    def __init__(self, files: list[Path], lengths: list[np.ndarray]): # all files in order; of each batch in them: tokens per used row
+        batches = [batch for file in files for batch in read_batches(file)]
+        self.columns = [[batch[name].to_numpy() for batch in batches] for name in TOKENS.names]
+        self.batch = np.repeat(np.arange(len(batches), dtype=np.int32), [len(some) for some in lengths])
+        self.end = np.concatenate([np.zeros(0, np.int64), *(np.cumsum(some, dtype=np.int64) for some in lengths)])
+        self.start = self.end - np.concatenate([np.zeros(0, np.int64), *lengths])
 
-    def gather(self, rows: list[int]) -> tuple[np.ndarray, np.ndarray]: # ids and labels of rows, end to end (int32)
+    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # ids and labels of rows, end to end (int32)
         "Copy rows together."
-        ids, trained = (np.concatenate([column[self.piece[r]][self.start[r]:self.end[r]] for r in rows]) for column in self.columns)
+        places = list(zip(self.batch[rows].tolist(), self.start[rows].tolist(), self.end[rows].tolist()))
+        ids, trained = (np.concatenate([column[batch][a:b] for batch, a, b in places]) for column in self.columns)
         return ids, np.where(trained.view(bool), ids, np.int32(IGNORED))
 
-def gathered(scratch: Scratch, blocks: list[list[int]], lengths: np.ndarray, at_once: int = 64) -> Iterator[pa.RecordBatch]: # BLOCKS
-    "Blocks of whole rows."
-    listed = lambda counts, values: pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), pa.array(values, pa.int32()))
-    for at in range(0, len(blocks), at_once):
-        some = blocks[at:at + at_once]
-        rows = [row for block in some for row in block]
-        sizes = [int(lengths[block].sum()) for block in some]
-        ids, labels = scratch.gather(rows)
-        yield pa.RecordBatch.from_arrays([listed(sizes, ids), listed(sizes, labels), listed(map(len, some), lengths[rows])], schema=BLOCKS)
+def gathered(scratch: Scratch, rows: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> Iterator[pa.RecordBatch]: # BLOCKS
+    "Blocks of whole rows: `rows` of all blocks one after the other, `counts` of them in each."
+    first, ends = np.cumsum([0, *counts]), lambda sizes: np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    tokens = np.concatenate([[0], np.cumsum(lengths[rows])])[first]  # in front of each block
+    listed = lambda sizes, values: pa.ListArray.from_arrays(ends(sizes), pa.array(values, pa.int32()))
+    at = 0
+    while at < len(counts):
+        to = max(at + 1, int(np.searchsorted(tokens, tokens[at] + WRITTEN_TOKENS, "right")) - 1)
+        some, sizes = rows[first[at]:first[to]], np.diff(tokens[at:to + 1])
+        ids, labels = scratch.gather(some)
+        yield pa.RecordBatch.from_arrays([listed(sizes, ids), listed(sizes, labels), listed(counts[at:to], lengths[some])], schema=BLOCKS)
+        at = to
 
 # %% ../nbs/01a_prepare.ipynb #split
+class Source(NamedTuple):
+    "A split's converted file."
+    path: Path          # .jsonl
+    starts: np.ndarray  # where each line begins, see `line_starts`; looked for once
+    chosen: np.ndarray  # rows that are prepared
+
+def sources_of(settings: Settings) -> dict[str, Source]: # split -> its source; empty files are left out
+    "What is prepared."
+    wanted, found = {"train": settings.max_train_samples, "heldout": settings.max_eval_samples}, {}
+    for split, most in wanted.items():
+        path = settings.converted_dir / f"{split}.jsonl"
+        if not path.is_file() or not path.stat().st_size: continue
+        starts = line_starts(path)
+        found[split] = Source(path, starts, choose_rows(len(starts) - 1, most, settings.seed))
+    return found
+
 def build_split(
-    source: Path, # a converted .jsonl file
+    source: Source,
     target: Path, # Arrow stream file to write; the facts lie beside it
-    wanted: Optional[int], # rows to choose
     settings: Settings,
     progress: Callable[[str], None], # told how far it is
     fast: bool, # False: the reference path
 ) -> dict[str, Any]: # counts, see `describe_split`
     "Encode, pack and write one split."
-    starts, scratch = line_starts(source), target.with_suffix(".scratch")
-    chosen, facts = choose_rows(len(starts) - 1, wanted, settings.seed), []
+    name, count, scratch, facts = source.path.stem, len(source.chosen), target.with_suffix(".scratch"), []
     scratch.mkdir()
-    with tqdm(total=len(chosen), desc=f"tokenise {source.stem}", unit=" rows", disable=not _show_progress()) as bar:
-        for some in encoded_pieces(source, starts, chosen, settings, fast, scratch):
-            facts.append(some)
-            bar.update(some.num_rows)
-            progress(f"{source.stem}: {bar.n:,} of {len(chosen):,} rows tokenised")
+    with tqdm(total=count, desc=f"tokenise {name}", unit=" rows", disable=not _show_progress()) as bar:
+        for some in encoded_pieces(*source, settings, fast, scratch):
+            facts += some
+            bar.update(sum(batch.num_rows for batch in some))
+            progress(f"{name}: {bar.n:,} of {count:,} rows tokenised")
     used = [(some := batch["used_tokens"].to_numpy())[some > 0] for batch in facts]
     lengths = np.concatenate([np.zeros(0, np.int32), *used])
-    progress(f"{source.stem}: packing {len(lengths):,} rows")
-    blocks = pack(lengths, settings.max_length) if settings.packing else [[i] for i in range(len(lengths))]
-    write_stream(target, BLOCKS, gathered(Scratch(sorted(scratch.iterdir()), used), blocks, lengths))
+    progress(f"{name}: packing {len(lengths):,} rows")
+    rows, counts = blocks_of(lengths, settings)
+    write_stream(target, BLOCKS, gathered(Scratch(sorted(scratch.iterdir()), used), rows, counts, lengths))
     shutil.rmtree(scratch)
     table = pa.Table.from_batches(facts, FACTS).combine_chunks()
     write_stream(facts_of(target), FACTS, iter(table.to_batches()))
-    return describe_split(source, table, len(chosen), len(blocks), settings)
+    return describe_split(source, table, len(counts), settings)
+
+# %% ../nbs/01a_prepare.ipynb #split-small
+def blocks_of(lengths: np.ndarray, settings: Settings) -> tuple[np.ndarray, np.ndarray]: # rows of all blocks one after the other; how many in each
+    "Which rows share a block; without packing, none do."
+    if not settings.packing: return np.arange(len(lengths)), np.ones(len(lengths), np.int64)
+    blocks = pack(lengths, settings.max_length)
+    return np.fromiter(chain.from_iterable(blocks), np.int64, len(lengths)), np.fromiter(map(len, blocks), np.int64, len(blocks))
 
 def facts_of(blocks: Path) -> Path: # train.arrow -> train.facts
     "The file with what became of every row."
@@ -370,19 +405,19 @@ def _show_progress() -> bool:
     return World.from_environment().rank == 0 and not os.environ.get("IN_TEST")
 
 # %% ../nbs/01a_prepare.ipynb #describe
-def sources_of(source: Path, lines: np.ndarray) -> Optional[list[str]]: # None: not known
-    "The source of each chosen row."
-    if not facts_file(source).is_file(): return None
-    try: names = row_facts(source)["source"].take(pa.array(lines))
+def names_of(source: Source) -> Optional[pa.Array]: # None: not known
+    "Where each chosen row comes from."
+    if not facts_file(source.path).is_file(): return None
+    try: names = row_facts(source.path)["source"].combine_chunks().take(pa.array(source.chosen)).fill_null("")
     except ConvertError as error: raise PrepareError(str(error)) from error
-    return [name or "unknown" for name in names.to_pylist()]
+    return pc.if_else(pc.equal(names, ""), "unknown", names)
 
-def describe_split(source: Path, facts: pa.Table, rows: int, blocks: int, settings: Settings) -> dict[str, Any]:
+def describe_split(source: Source, facts: pa.Table, blocks: int, settings: Settings) -> dict[str, Any]:
     "The counts of a split, which must add up; by source and length as well."
-    found = token_statistics(facts, settings.max_length, settings.cut, sources_of(source, facts["line"].to_numpy()))
+    found, rows = token_statistics(facts, settings.max_length, settings.cut, names_of(source)), len(source.chosen)
     counts = found.pop("all")
     if sum(counts[fate] for fate in FATES) != rows:
-        raise PrepareError(f"{rows} rows of {source} went in and {counts['rows']} came out; this is a fault of this program.")
+        raise PrepareError(f"{rows} rows of {source.path} went in and {counts['rows']} came out; this is a fault of this program.")
     return {**counts, "blocks": blocks, "fill": round(counts["tokens"] / max(1, blocks * settings.max_length), 4),
             "longest": int(facts["tokens"].to_numpy().max(initial=0)), **found}
 
@@ -412,12 +447,13 @@ def build_claimed(settings: Settings, parts: dict[str, Any], folder: Path, claim
     say(f"Preparing, because {what_changed(parts, settings.prepared_dir)}.")
     aside = settings.prepared_dir / f".building-{folder.name}-{claim.word}"
     try:
-        certificate = certify_train(settings, fresh(aside))
-        try: splits, path = build_splits(settings, aside, say, fast=True), "fast, compared with the reference"
+        sources = sources_of(settings)
+        certificate = certify_train(settings, sources, fresh(aside))
+        try: splits, path = build_splits(settings, sources, aside, say, fast=True), "fast, compared with the reference"
         except FastPathDiffers as error:
             say(f"Preparing anew by the reference path, because {error}.")
-            certificate = certify_train(settings, fresh(aside))
-            splits, path = build_splits(settings, aside, say, fast=False), f"reference, because {error}"
+            certificate = certify_train(settings, sources, fresh(aside))
+            splits, path = build_splits(settings, sources, aside, say, fast=False), f"reference, because {error}"
         (aside / "statistics.json").write_text(json.dumps(splits, indent=1) + "\n", encoding="utf-8")
         short = {name: {n: v for n, v in counts.items() if n not in ("by_source", "max_length")} for name, counts in splits.items()}
         if not claim.lost: publish(aside, folder, {"key_parts": parts, "splits": short, "path": path, "certified": certificate})
@@ -430,24 +466,20 @@ def fresh(folder: Path) -> Path:
     return folder
 
 # %% ../nbs/01a_prepare.ipynb #build-splits
-def build_splits(settings: Settings, aside: Path, progress: Callable[[str], None], fast: bool) -> dict[str, dict]: # split -> counts
+def build_splits(settings: Settings, sources: dict[str, Source], aside: Path, progress: Callable[[str], None], fast: bool) -> dict[str, dict]: # split -> counts
     "Both splits; `PrepareError` when nothing is left to train on."
-    wanted = {"train": settings.max_train_samples, "heldout": settings.max_eval_samples}
-    sources = {split: settings.converted_dir / f"{split}.jsonl" for split in wanted}
-    splits = {split: build_split(source, aside / f"{split}.arrow", wanted[split], settings, progress, fast)
-              for split, source in sources.items() if source.is_file() and source.stat().st_size}
+    splits = {split: build_split(source, aside / f"{split}.arrow", settings, progress, fast) for split, source in sources.items()}
     if not splits.get("train", {}).get("blocks"):
         fates = {fate: splits["train"][fate] for fate in FATES} if "train" in splits else "it is empty"
-        raise PrepareError(f"No conversation of {sources['train']} is left to train on: {fates}. "
+        raise PrepareError(f"No conversation of {settings.converted_dir / 'train.jsonl'} is left to train on: {fates}. "
                            f"Raise max_length (now {settings.max_length}) or change train_on (now {settings.train_on}).")
     return splits
 
-def certify_train(settings: Settings, aside: Path) -> bool: # whether the certificate passed
+def certify_train(settings: Settings, sources: dict[str, Source], aside: Path) -> bool: # whether the certificate passed
     "Measure serve parity over the training conversations before anything is trained; `certificate.json` in the folder."
-    source, tokenizer = settings.converted_dir / "train.jsonl", AutoTokenizer.from_pretrained(settings.model_dir)
-    rows, wanted = len(line_starts(source)) - 1, settings.max_train_samples
-    lines = None if wanted is None or wanted >= rows else choose_rows(rows, wanted, settings.seed)
-    found = certify(source, tokenizer, settings.template, settings.train_on, num_proc=settings.num_proc or os.cpu_count() or 1, lines=lines)
+    source, tokenizer = sources.get("train"), AutoTokenizer.from_pretrained(settings.model_dir)
+    rows, lines, starts = (source.path, source.chosen, source.starts) if source else ([], None, None)
+    found = certify(rows, tokenizer, settings.template, settings.train_on, num_proc=settings.num_proc or os.cpu_count() or 1, lines=lines, starts=starts)
     (aside / "certificate.json").write_text(found.to_json(), encoding="utf-8")
     return found.passed
 
