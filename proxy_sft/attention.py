@@ -160,7 +160,7 @@ def prove(model: PreTrainedModel, name: str, collate: Callable, rows: list[list[
 def refusal(found: PackedCheck) -> str:
     "Why an attention that leaks is refused, and what to set."
     return (f"lets packed conversations see each other: {found}. They differ by {found.difference:.2g} per token where {found.tolerance:g} is allowed. "
-            "Set attention to auto, sdpa or eager, or packing to false")
+            "Set attention to auto, sdpa or eager, or packing and padding_free to false")
 
 # %% ../nbs/01g_attention.ipynb #choose
 def settle_attention(

@@ -381,10 +381,7 @@ class Renderer(Coder):
         if direct: self._think = thoughts.get(self.source)
         if self._think is None: return
         self._frame = _tools_frame(self.source)
-        count = lambda text: len(self.pattern.findall(text))
-        self._weights = [count(text) for text in ("<|im_start|><|im_end|>", self._think, "<tool_call></tool_call>",
-                                                  "<tool_response></tool_response>", "".join(self._frame))]
-        self._weights[-1] -= count(STOP_TOKEN)  # it is the turn's
+        self._weights = _control_weights(self.pattern, self._think, self._frame)
 
     def text(self, messages: list, tools: Optional[list], generate: bool = False) -> str:
         "The rendered text."
@@ -395,16 +392,7 @@ class Renderer(Coder):
         return self._jinja.render_template("chat", messages=messages, tools=tools or None,
                                            add_generation_prompt=generate, **self.options)
 
-    def known_tools(self, column: str) -> str:
-        "The tools' part for a JSON column; rows often share their tools."
-        if column == "[]": return ""
-        if column not in self._known:
-            if len(self._known) > 2000: self._known.clear()
-            text = _tools_text(self._frame, orjson.loads(column))
-            self._known[column] = _tools_text(self._frame, json.loads(column)) if "e+" in text else text  # big integers
-        return self._known[column]
-
-# %% ../nbs/00c_chat.ipynb #row-text-export
+# %% ../nbs/00c_chat.ipynb #controls-written-export
 def _answers_of(messages: list) -> list: # whether each assistant message has calls
     return [bool(message.get("tool_calls")) for message in messages if message["role"] == "assistant"]
 
@@ -421,12 +409,30 @@ def _written_controls(messages: list, answers: list, tools: bool, weights: list)
     return count + (frame + turn * (roles[0] != "system") if tools else 0)
 
 
+def _control_weights(pattern: re.Pattern, think: str, frame: tuple) -> list:
+    "Control tokens in a turn, in what stands before an answer, in a call, in a result, and in the tools' part (without its turn's)."
+    texts = ("<|im_start|><|im_end|>", think, "<tool_call></tool_call>", "<tool_response></tool_response>",
+             "".join(frame).removesuffix(f"{STOP_TOKEN}\n"))
+    return [len(pattern.findall(text)) for text in texts]
+
+# %% ../nbs/00c_chat.ipynb #row-text-export
+def _known_tools(renderer: Renderer, column: str) -> str:
+    "The tools' part for a JSON column; rows often share their tools."
+    if column == "[]": return ""
+    known = renderer._known
+    if column not in known:
+        if len(known) > 2000: known.clear()
+        text = _tools_text(renderer._frame, orjson.loads(column))
+        known[column] = _tools_text(renderer._frame, json.loads(column)) if "e+" in text else text  # big integers
+    return known[column]
+
+
 def _row_text(row: dict, renderer: Renderer) -> tuple[Optional[str], list, int]:
     "Its text, or None for a row that must take the reference path; its answers; its control tokens, -1: not counted."
     if "messages" in row or renderer._think is None: return _parsed_text(renderer, *row_parts(row))
     try:
         messages = orjson.loads(row["messages_json"])
-        tools = renderer.known_tools(row.get("tools_json") or "[]")
+        tools = _known_tools(renderer, row.get("tools_json") or "[]")
         text, answers = chatml_text(messages, tools, renderer._think), _answers_of(messages)
         controls = _written_controls(messages, answers, bool(tools), renderer._weights)
     except orjson.JSONDecodeError: return None, [], -1  # NaN, lone surrogates

@@ -348,7 +348,7 @@ def gathered(scratch: Scratch, rows: np.ndarray, counts: np.ndarray, lengths: np
         yield pa.RecordBatch.from_arrays([listed(sizes, ids), listed(sizes, labels), listed(counts[at:to], lengths[some])], schema=BLOCKS)
         at = to
 
-# %% ../nbs/01a_prepare.ipynb #split
+# %% ../nbs/01a_prepare.ipynb #sources
 class Source(NamedTuple):
     "A split's converted file."
     path: Path          # .jsonl
@@ -365,6 +365,7 @@ def sources_of(settings: Settings) -> dict[str, Source]: # split -> its source; 
         found[split] = Source(path, starts, choose_rows(len(starts) - 1, most, settings.seed))
     return found
 
+# %% ../nbs/01a_prepare.ipynb #split
 def build_split(
     source: Source,
     target: Path, # Arrow stream file to write; the facts lie beside it

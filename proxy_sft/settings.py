@@ -62,6 +62,7 @@ class Rendering(Group):
     max_length: int = Field(32768, ge=16, description="tokens per block; longer conversations are cut at an exchange border")
     cut: Literal["keep_oldest", "keep_newest"] = Field("keep_oldest", description="which exchanges of a too long conversation stay")
     packing: bool = Field(True, description="fill each block with whole conversations that do not see each other")
+    padding_free: bool = Field(False, description="without packing: conversations of a micro-batch end to end instead of padded to the longest")
     max_train_samples: Optional[int] = Field(None, ge=1, description="train on so many conversations, a seeded choice; all when not set")
     max_eval_samples: Optional[int] = Field(512, ge=1, description="held-out conversations whose loss is measured; all when null")
     num_proc: Optional[int] = Field(None, ge=1, description="processes that convert and prepare; all cores when not set")
@@ -140,6 +141,8 @@ class Settings(Record, Hardware, Training, Rendering, Conversion, Places):
 
     @property
     def is_demo(self) -> bool: return self.model == "demo" or self.dataset == "demo"  # something is made here instead of fetched
+    @property
+    def end_to_end(self) -> bool: return self.packing or self.padding_free  # conversations of a micro-batch share a row of the batch
     @property
     def root(self) -> Path: return repository_root()
     @property

@@ -67,7 +67,7 @@ def require_certificate(prepared: Prepared, settings: Settings) -> None: # raise
 def speed_record(trainer: SFTTrainer, settings: Settings) -> dict[str, Any]: # for manifests and every record of the log
     "Set the attention and prove it on the trainer's own model, collator and data; say what was chosen."
     model = trainer.accelerator.unwrap_model(trainer.model)
-    chosen = settle_attention(getattr(model, "get_base_model", lambda: model)(), settings.attention, settings.packing, trainer.data_collator, short_rows(trainer.train_dataset),
+    chosen = settle_attention(getattr(model, "get_base_model", lambda: model)(), settings.attention, settings.end_to_end, trainer.data_collator, short_rows(trainer.train_dataset),
                               trainer.compute_loss_context_manager, half=settings.bf16)
     kernels = "liger" if trainer.args.use_liger_kernel else "none"
     if trainer.is_world_process_zero(): print(f"{chosen}{'' if kernels == 'none' else f' Kernels: {kernels}.'}", flush=True)
@@ -105,7 +105,7 @@ def training_arguments(settings: Settings, resumed: bool, separate: bool = False
         weight_decay=settings.weight_decay, adam_beta2=settings.adam_beta2, max_grad_norm=settings.max_grad_norm, **optimizer_of(settings)[0],
         bf16=settings.bf16, fp16=False, **checkpointing_arguments(settings.activation_checkpointing), **kernel_arguments(kernels_for(settings, training_device(settings))),
         deepspeed=deepspeed_values(settings, separate, universal) if uses_deepspeed(settings) else None, save_on_each_node=separate,
-        dataset_kwargs={"skip_prepare_dataset": True}, padding_free=settings.packing, packing=False, max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True}, padding_free=settings.end_to_end, packing=False, max_length=None,
         dataloader_num_workers=settings.dataloader_workers, dataloader_pin_memory=not on_cpu,
         save_strategy="steps", save_steps=settings.save_steps, save_total_limit=None,
         eval_strategy="steps", eval_steps=settings.eval_steps or 10**9, eval_on_start=not resumed, prediction_loss_only=True,

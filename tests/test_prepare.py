@@ -18,7 +18,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import builder
 import proxy_sft.prepare as room
+from proxy_sft.certificate import line_starts
 from proxy_sft.chat import IGNORED, ChatEncoder, supervise
 from proxy_sft.convert import convert_file
 from proxy_sft.lengths import FATES, Borders, cut_to_fit, pack
@@ -166,7 +168,7 @@ def test_a_damaged_line_and_a_row_that_no_template_renders(workspace):
     found = encode_rows(rows, np.arange(3), encoder, Borders.of(encoder.tokenizer), settings)
     assert [FATES[fate] for fate in found.facts["fate"].to_pylist()] == ["whole", "dropped: not renderable", "whole"] and len(found.rows) == 2
     source.write_bytes(b"".join([*lines[:5], lines[5][:40] + b"\n", *lines[6:]]))
-    with pytest.raises(PrepareError, match=r"line 6 is no JSON"): room.read_rows(source, starts := room.line_starts(source), np.arange(len(starts) - 1))
+    with pytest.raises(PrepareError, match=r"line 6 is no JSON"): room.read_rows(source, starts := line_starts(source), np.arange(len(starts) - 1))
 
 
 def test_packing_of_dolci_s_lengths_is_over_99_percent_full():
@@ -225,29 +227,13 @@ def test_what_changed_is_told(workspace, capsys):
 
 # Builders that die, builders that meet. Real processes, without a notebook.
 
-BUILDER = """
-import sys, time
-import proxy_sft.prepare as room
-from proxy_sft.settings import load_settings
-workspace, seconds, run, shared, processes = sys.argv[1:]
-real = room.build_splits
-def slow(*args, **kw):
-    print("building", flush=True)
-    time.sleep(float(seconds))
-    return real(*args, **kw)
-room.build_splits, room.require_inputs = slow, lambda settings: None
-if processes != "1": room.PIECE_BYTES, room.WORTH_BYTES = 10_000, (0, 0)
-found = room.prepare(load_settings("demo", workspace=workspace, run_name=run, shared_file_system=shared, num_proc=int(processes)))
-print("prepared", found.key, sum(map(len, found.dataset("train")["input_ids"])), flush=True)
-"""
-
-
-def start(workspace, seconds=0.0, rank=0, size=1, run="run", local=None, local_size=None, shared="true", processes=1):
-    "A process that prepares, as a rank of so many."
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(size),
-           "LOCAL_RANK": str(rank if local is None else local), "LOCAL_WORLD_SIZE": str(local_size or size)}
-    return subprocess.Popen([sys.executable, "-c", BUILDER, str(workspace), str(seconds), run, shared, str(processes)], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def start(workspace, rank=0, size=1, local=None, local_size=None, **given):
+    "A process that prepares, as a rank of so many; see `builder.build`."
+    env = {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank if local is None else local), "LOCAL_WORLD_SIZE": str(local_size or size)}
+    given = {"workspace": str(workspace), **given}
+    if given.get("processes", 1) == 1: return builder.started(env, workspace.parent, given)
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return subprocess.Popen([sys.executable, builder.__file__, json.dumps(given)], env={**os.environ, **env, "PYTHONPATH": path}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def result(process, ok=True):
@@ -271,18 +257,21 @@ def test_two_jobs_that_want_the_same_build_it_once(workspace):
 def test_a_builder_that_is_killed_leaves_nothing_that_counts_and_the_next_one_cleans_up(workspace):
     settings = settings_in(workspace)
     expected, draw = cache_key(key_parts(settings)), random.Random(3)
-    begun = time.monotonic()
     whole = result(start(workspace))
+    shutil.rmtree(workspace / "prepared")
+    begun = time.monotonic()
+    assert result(start(workspace)) == whole
     took, killed = time.monotonic() - begun, 0
     for moment in range(20 if SOAK else 5):
-        shutil.rmtree(workspace / "prepared")
-        builder = start(workspace, processes=2 if moment % 4 == 3 else 1)
-        time.sleep(took * draw.uniform(0.5, 1.05))  # the first half is importing
-        builder.kill()
-        killed += builder.wait() == -signal.SIGKILL
-        builder.communicate()
+        shutil.rmtree(workspace / "prepared", ignore_errors=True)
+        victim = start(workspace, processes=2 if moment % 4 == 3 else 1)
+        while moment % 4 == 3 and not leftovers(workspace): time.sleep(0.02)  # that one imports everything first
+        time.sleep(took * draw.uniform(0, 1.05))
+        victim.kill()
+        killed += victim.wait() == -signal.SIGKILL
+        victim.communicate()
         if is_complete(workspace / "prepared" / expected): room.check_folder(workspace / "prepared" / expected)
-        elif moment % 4 == 0: assert result(start(workspace)) == whole and not leftovers(workspace)  # the others are cleaned up in this process: imports take seconds
+        elif moment % 4 == 0: assert result(start(workspace)) == whole and not leftovers(workspace)
         else:
             assert build(settings, lambda text: None).name == expected and not leftovers(workspace)
             room.check_folder(workspace / "prepared" / expected)
@@ -291,15 +280,7 @@ def test_a_builder_that_is_killed_leaves_nothing_that_counts_and_the_next_one_cl
 
 def test_ranks_wait_for_a_slow_builder_beyond_any_collective_s_timeout(workspace):
     "The collective's timeout is set to 5 s here; the build takes 8 s and more, and no collective waits for it."
-    script = BUILDER.replace("found =", "import datetime, torch.distributed as dist\nfound =") + """
-import os
-dist.init_process_group("gloo", init_method="file://" + workspace + "/meet", rank=int(os.environ["RANK"]), world_size=2, timeout=datetime.timedelta(seconds=5))
-dist.barrier()
-print("met", flush=True)
-"""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [subprocess.Popen([sys.executable, "-c", script, str(workspace), "8", "run", "auto", "1"], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for r in range(2)]
+    ranks = [start(workspace, rank=r, size=2, seconds=8, shared="auto", meet=5) for r in range(2)]
     outs = [rank.communicate(timeout=300) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outs
     assert all("met" in out for out, _ in outs) and ["building" in out for out, _ in outs] == [True, False]
@@ -307,7 +288,7 @@ print("met", flush=True)
 
 def test_ranks_stop_at_once_when_their_builder_is_killed_or_fails(workspace):
     ranks = [start(workspace, seconds=600, rank=r, size=3) for r in range(3)]
-    while "building" not in ranks[0].stdout.readline(): pass
+    while "building" not in ranks[0].out.read_text(): time.sleep(0.05)
     while len(list((workspace / "runs" / "run").glob(".waiting-*"))) < 2: time.sleep(0.1)
     time.sleep(3)
     ranks[0].kill()
@@ -320,11 +301,10 @@ def test_ranks_stop_at_once_when_their_builder_is_killed_or_fails(workspace):
     for rank in ranks: assert "line 1" in result(rank, ok=False)
 
 
-def test_a_machine_that_sees_another_disk_prepares_for_itself(workspace, tmp_path, monkeypatch):
+def test_a_machine_that_sees_another_disk_prepares_for_itself(workspace, tmp_path):
     "Two machines of two ranks with a workspace each: the probe finds out, and both get the same rows."
     other = Path(shutil.copytree(workspace, tmp_path / "other"))
-    place = lambda r: dict(rank=r, size=4, local=r % 2, local_size=2, shared="auto")
-    monkeypatch.setattr(sys.modules[__name__], "BUILDER", BUILDER.replace("found =", "room.ANSWER = 8\nfound ="))
+    place = lambda r: dict(rank=r, size=4, local=r % 2, local_size=2, shared="auto", answer=8)
     ranks = [start(other if r > 1 else workspace, **place(r)) for r in range(4)]
     outs = [rank.communicate(timeout=300) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * 4, outs
@@ -347,12 +327,12 @@ def test_a_stale_claim_of_a_dead_host_does_not_hold_anybody_up(workspace, monkey
 
 
 def test_workers_of_a_killed_builder_end_by_themselves(workspace):
-    builder = start(workspace, processes=2)
-    while not (alive := children_of(builder.pid)): time.sleep(0.05)
+    killed = start(workspace, processes=2)
+    while not (alive := children_of(killed.pid)): time.sleep(0.05)
     time.sleep(4)
-    alive |= children_of(builder.pid)
-    builder.kill()
-    builder.communicate()
+    alive |= children_of(killed.pid)
+    killed.kill()
+    killed.communicate()
     end = time.monotonic() + 60
     while any(map(lives, alive)) and time.monotonic() < end: time.sleep(0.2)
     assert not [pid for pid in alive if lives(pid)]
@@ -417,3 +397,23 @@ def test_the_loss_of_a_packed_block_is_the_token_weighted_loss_of_its_rows_alone
 
 def loss_of(model, batch):
     with torch.no_grad(): return float(model(**{n: v for n, v in batch.items() if torch.is_tensor(v)}, use_cache=False).loss)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_without_packing_padded_and_padding_free_batches_have_the_loss_of_their_rows_alone(workspace, attention):
+    from proxy_sft.train import trainer_columns, training_arguments
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+    losses, alone, tokens = {}, 0.0, 0
+    for free in (False, True):
+        settings = settings_in(workspace, packing=False, padding_free=free)
+        data = trainer_columns(prepare(settings).dataset("train"), settings)
+        model = AutoModelForCausalLM.from_pretrained(settings.model_dir, dtype=torch.float32, attn_implementation=attention)
+        rows = [data[i] for i in (0, 5, 9)]
+        batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=training_arguments(settings, resumed=False).padding_free)(rows)
+        assert ("attention_mask" in batch, "position_ids" in batch) == (not free, free) and len(batch["input_ids"]) == (1 if free else 3)
+        losses[free] = loss_of(model, batch)
+    for row in rows:
+        one = {name: torch.tensor(row[name])[None] for name in ("input_ids", "labels")}
+        count = int((one["labels"][0, 1:] != IGNORED).sum())
+        alone, tokens = alone + loss_of(model, one) * count, tokens + count
+    assert [losses[False], losses[True]] == pytest.approx([alone / tokens] * 2, abs=1e-5)

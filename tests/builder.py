@@ -1,0 +1,69 @@
+"""A process that prepares, as a rank of so many: `python tests/builder.py '{"workspace": …}'`, or `started`, which does not import everything again."""
+import datetime
+import json
+import os
+import sys
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import proxy_sft.prepare as room
+from proxy_sft.settings import load_settings
+
+FORKS = get_context("forkserver")
+
+
+def build(workspace, seconds=0.0, run="run", shared="true", processes=1, answer=None, meet=None):
+    "Prepare; `seconds` are waited before building, `answer` replaces the probe's patience, `meet` is a collective's timeout afterwards."
+    real = room.build_splits
+    def slow(*args, **kw):
+        print("building", flush=True)
+        time.sleep(seconds)
+        return real(*args, **kw)
+    room.build_splits, room.require_inputs = slow, lambda settings: None
+    room.ANSWER = answer or room.ANSWER
+    if processes > 1: room.PIECE_BYTES, room.WORTH_BYTES = 10_000, (0, 0)
+    found = room.prepare(load_settings("demo", workspace=workspace, run_name=run, shared_file_system=shared, num_proc=processes))
+    print("prepared", found.key, sum(map(len, found.dataset("train")["input_ids"])), flush=True)
+    if meet: meet_others(workspace, meet)
+
+
+def meet_others(workspace, seconds):
+    "A collective with a timeout."
+    import torch.distributed as dist
+    dist.init_process_group("gloo", init_method=f"file://{workspace}/meet", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
+                            timeout=datetime.timedelta(seconds=seconds))
+    dist.barrier()
+    print("met", flush=True)
+
+
+def run(env, out, err, given):
+    "In the new process."
+    os.environ.update(env)
+    for number, path in ((1, out), (2, err)): os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
+    build(**given)
+
+
+class started:
+    "A process from a server that has imported everything once; used like `subprocess.Popen`."
+    def __init__(self, env, folder, given):
+        self.out, self.err = (Path(folder) / f"{time.monotonic_ns()}.{name}" for name in ("out", "err"))
+        for path in (self.out, self.err): path.touch()
+        FORKS.set_forkserver_preload(["builder"])
+        self.process = FORKS.Process(target=run, args=(env, str(self.out), str(self.err), given), daemon=True)
+        self.process.start()
+        self.pid, self.kill = self.process.pid, self.process.kill
+
+    def communicate(self, timeout=None):
+        self.process.join(timeout)
+        return self.out.read_text(), self.err.read_text()
+
+    def wait(self):
+        self.process.join()
+        return self.process.exitcode
+
+    @property
+    def returncode(self): return self.process.exitcode
+
+
+if __name__ == "__main__": build(**json.loads(sys.argv[1]))
