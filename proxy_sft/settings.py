@@ -100,6 +100,7 @@ class Hardware(Group):
     kernels: Literal["auto", "none", "liger"] = Field("auto", description="kernels of normalisation, feed-forward and positions; auto: liger where installed, on a GPU")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "selective", description="activations that the backward pass computes anew: none, all but attention, all")
+    memory_probe: Literal["auto", "always", "never"] = Field("auto", description="the longest blocks go forwards and backwards before the first step; auto: on a GPU")
     deepspeed: Optional[str] = Field("ds_config_zero2.json", min_length=1, description="DeepSpeed configuration under torchrun; null for plain DDP")
     dataloader_workers: int = Field(2, ge=0, description="processes per rank that read blocks")
     device: Literal["auto", "cpu"] = Field("auto", description="cpu never touches a GPU")

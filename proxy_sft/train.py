@@ -7,7 +7,7 @@ __all__ = ['CHECKPOINTING', 'TrainError', 'require_certificate', 'speed_record',
            'checkpointing_arguments', 'training_arguments', 'deepspeed_values', 'ToolTrainer', 'StepWatch',
            'skip_deepspeed_step', 'blocks_of', 'lines_of', 'broken_step', 'model_card', 'begin_run', 'agree',
            'start_processes', 'leave_reductions_to_gloo', 'build_trainer', 'trainer_columns', 'publish_model',
-           'TrainResult', 'is_finished', 'train', 'train_from', 'converted', 'check_batch']
+           'TrainResult', 'is_finished', 'telling_memory', 'train', 'train_from', 'converted', 'check_batch']
 
 # %% ../nbs/02_train.ipynb #imports
 import json
@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -40,6 +41,7 @@ from .checkpoint import (CheckpointError, CompleteCheckpoints, StopOnRequest, ag
 from .cost import Shape, weights_dtype
 from .doctor import device_name, require_health
 from .generate import ToolCallsWhileTraining
+from .memory import MemoryProbe, out_of_memory
 from .model import kernel_arguments, kernels_for, load_for_training, optimizer_arguments, training_device
 from .prepare import Prepared, World, pack, prepare
 from .progress import Progress, SpeedMeter, speed_fields
@@ -331,12 +333,13 @@ def build_trainer(settings: Settings, prepared: Prepared, facts: dict[str, Any],
     model = load_for_training(settings, tokenizer, weights_dtype(settings, uses_deepspeed(settings)))
     meter = SpeedMeter(Shape.of(model.config), device_name(settings), frozen=settings.lora_rank is not None)
     progress = Progress(settings.run_dir, max(25, settings.logging_steps), meter)
-    trainer = ToolTrainer(model, arguments, processing_class=tokenizer, train_dataset=split("train"), eval_dataset=split("heldout"), callbacks=[stop, progress],
+    trainer = ToolTrainer(model, arguments, processing_class=tokenizer, train_dataset=split("train"), eval_dataset=split("heldout"), callbacks=[stop, progress, probe := MemoryProbe(settings.memory_probe)],
                           peft_config=adapter_config(settings, model), optimizer_cls_and_kwargs=optimizer_of(settings)[1])
     speed = speed_record(trainer, settings)
     progress.more = {name: speed[name] for name in ("attention", "kernels")}
     if settings.eval_tool_calls_every: trainer.add_callback(ToolCallsWhileTraining(settings, tokenizer, super(SFTTrainer, trainer).log))
     trainer.remove_callback(PrinterCallback)  # it prints raw dictionaries beside our lines
+    probe.trainer = trainer
     trainer.settings, trainer.run_dir, trainer.keep, trainer.facts = settings, settings.run_dir, settings.save_total_limit, {**facts, "speed": speed}
     trainer.card, trainer.stop, trainer.meter = model_card(settings, prepared), stop, meter
     if separate: model.should_save_on_this_rank = bool  # transformers 5.23 has rank 0 alone write weights, whatever save_on_each_node says
@@ -377,6 +380,12 @@ def is_finished(checkpoint: Path) -> bool:
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return state["global_step"] >= state["max_steps"]
 
+@contextmanager
+def telling_memory(settings: Settings): # raises TrainError
+    "Out of memory, wherever it happens, in words that name settings."
+    try: yield
+    except torch.OutOfMemoryError as error: raise TrainError(out_of_memory(settings, uses_deepspeed(settings), error)) from error
+
 def train(
     settings: Settings,
     prepared: Optional[Prepared] = None, # what `prepare(settings)` gave; made here when not given
@@ -388,7 +397,8 @@ def train(
         require_certificate(prepared, settings)
         start_processes(settings)
         facts, checkpoint, separate = begin_run(settings, prepared)
-        if checkpoint is None or not is_finished(checkpoint): train_from(checkpoint, settings, prepared, facts, separate)
+        with telling_memory(settings):
+            if checkpoint is None or not is_finished(checkpoint): train_from(checkpoint, settings, prepared, facts, separate)
         if World.from_environment().rank == 0 or (separate and World.from_environment().local_rank == 0):
             publish_model(settings)
         everybody_gets("published")

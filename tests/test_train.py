@@ -15,7 +15,7 @@ from proxy_sft.attention import VARLEN, AttentionError, block, log_probabilities
 from proxy_sft.model import keep_attention
 from proxy_sft.progress import FIELDS
 from proxy_sft.settings import load_settings
-from proxy_sft.train import train
+from proxy_sft.train import TrainError, train
 from trainings import run_training
 
 SMALL = dict(profile="demo", demo_rows=400, max_train_samples=200, max_eval_samples=4, max_length=640, logging_steps=1, save_steps=3, eval_steps=3, max_steps=3, num_proc=1)
@@ -23,6 +23,7 @@ STRAIGHT = dict(gradient_accumulation=2)
 SAME = {  # name: settings, how far the three losses may be from the straight run's (relative)
     "again": ({}, 0),
     "workers": (dict(dataloader_workers=1), 0),
+    "probe": (dict(memory_probe="always", dataloader_workers=1), 0),
     "selective": (dict(activation_checkpointing="selective"), 1e-6),
     "full": (dict(activation_checkpointing="full"), 1e-6),
     "auto": (dict(attention="auto"), 1e-6),
@@ -116,8 +117,26 @@ def test_adapters_stop_and_go_on_and_become_a_whole_model(folder):
 def test_adapters_under_zero2_train_as_one_rank_does(folder):
     run(folder, "one", lora_rank=8, gradient_accumulation=2)
     run(folder, "zero", ranks=2, lora_rank=8)
+    assert "Memory: the longest micro-batch" in run(folder, "probed", ranks=2, lora_rank=8, memory_probe="always")
+    assert losses(folder, "probed") == losses(folder, "zero")
     assert losses(folder, "zero") == pytest.approx(losses(folder, "one"), rel=2e-4)
     assert (folder / "runs" / "zero" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("after", [0, 17])
+def test_out_of_memory_names_three_settings(folder, after):
+    "A real error of PyTorch's kind, from a layer: in the proof before the first step, and in a step."
+    seen = []
+    def full(module, args):
+        if type(module).__name__ == "Qwen3MLP": seen.append(1)
+        if len(seen) > after: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(full)
+    try:
+        with pytest.raises(TrainError) as raised: train(load_settings(**{**SMALL, "workspace": str(folder), "run_name": f"full-{after}", "max_length": 2048}))
+    finally: hook.remove()
+    said = str(raised.value)
+    assert said == ("The device is out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. Set activation_checkpointing to full (now none); or optimizer to adamw_8bit "
+                    "(now adamw_torch_fused); or max_length to 1,024 (now 2,048). The complete checkpoints stay.")
 
 
 def test_kernels_that_cannot_run_are_refused(folder):
