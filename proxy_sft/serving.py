@@ -71,23 +71,27 @@ if __name__ == "__main__": sys.exit(main(*sys.argv[1:3]))
 def measuring_text(settings: Settings) -> str: # Markdown
     "How to measure a served model, by this project and by the official leaderboard."
     name = settings.run_name or settings.profile
+    chosen = "simple_python,multiple,parallel,parallel_multiple,irrelevance"
     return f"""## Measure it
 
 ```bash
 proxy-sft evaluate -p profile {settings.profile} --server http://localhost:8000/v1
+proxy-sft evaluate -p profile {settings.profile} --server http://localhost:8000/v1 --bfcl DIR   # the Berkeley leaderboard's single turns
 ```
 
-The official Berkeley leaderboard, in an environment of its own (`pip install bfcl-eval`), against vLLM. It asks for the model by its folder, so give the
-server that name as well (`--served-model-name {name} "$PWD"`); `Qwen/Qwen3-8B-FC` chooses the handler for Qwen3's own call format.
+DIR is the folder `bfcl_eval/data` of the package `bfcl-eval`. Its own program asks and judges everything, also conversations and agents. In an environment of its own
+(`pip install bfcl-eval soundfile`), in this folder, against vLLM or SGLang: it asks for the model by its folder, so give the server that name as well
+(`--served-model-name {name} "$PWD"`; SGLang takes one name: `--served-model-name "$PWD"`). `Qwen/Qwen3-8B-FC` chooses the handler for Qwen3's own call format.
 
 ```bash
-export LOCAL_SERVER_ENDPOINT=localhost LOCAL_SERVER_PORT=8000
-bfcl generate --model Qwen/Qwen3-8B-FC --test-category simple_python,multiple,parallel,parallel_multiple,irrelevance \\
+export LOCAL_SERVER_ENDPOINT=localhost LOCAL_SERVER_PORT=8000 BFCL_PROJECT_ROOT="$PWD/bfcl"   # results go there
+bfcl generate --model Qwen/Qwen3-8B-FC --test-category {chosen} \\
   --skip-server-setup --local-model-path "$PWD"
-bfcl evaluate --model Qwen/Qwen3-8B-FC --test-category simple_python,multiple,parallel,parallel_multiple,irrelevance
+bfcl evaluate --model Qwen/Qwen3-8B-FC --test-category {chosen}
 ```
 
-Its handler writes the prompt itself, by Qwen3's stock template, not by the one that is saved here.
+For a taste, list ids in `bfcl/test_case_ids_to_generate.json` and give `--run-ids` to the first, `--partial-eval` to the second. Its handler asks by `/v1/completions` with a
+prompt of its own, Qwen3's stock template with bare functions, not by the template that is saved here; `--bfcl` above asks by the saved one.
 """
 
 # %% ../nbs/01e_serving.ipynb #notes-export
