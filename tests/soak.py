@@ -506,7 +506,7 @@ def main() -> int:
             bad += not good
             print(f"{'passed' if good else 'FAILED'} {part} in {time.monotonic() - began:.0f} s, {soak.lives} lives so far: {text}", flush=True)
     if not args.parts:
-        bad += subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/test_launch.py", "tests/test_faults.py"], cwd=ROOT, env={**os.environ, "PROXY_SFT_SOAK": "1"}).returncode
+        bad += subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/test_launch.py", "tests/test_faults.py", "tests/test_house.py"], cwd=ROOT, env={**os.environ, "PROXY_SFT_SOAK": "1"}).returncode
     return int(bool(bad))
 
 
