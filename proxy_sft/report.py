@@ -131,7 +131,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --page: #0d1117; --soft: #9da7b1; --line: #30363d; --box: #161b22; --s0: #56b4e9; --s1: #e69f00; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { margin-bottom: 0; } h2 { border-bottom: 1px solid var(--line); margin-top: 2.2rem; } p.range, figcaption, summary { color: var(--soft); }
-table { border-collapse: collapse; margin: .6rem 0; } th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+table { border-collapse: collapse; margin: .6rem 0; } th, td { text-align: right; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; } pre { background: var(--box); padding: .8rem; white-space: pre-wrap; border-radius: 6px; }
 figure { margin: 1.2rem 0; } svg { width: 100%; height: auto; } .axis { fill: none; stroke: var(--line); } polyline { fill: none; stroke-width: 1.8; }
 svg text { font-size: 11px; fill: var(--text); } .b0 { fill: var(--s0); } .b1 { fill: var(--s1); } h3 { margin-bottom: 0; font-size: 1em; }

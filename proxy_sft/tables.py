@@ -21,12 +21,12 @@ def is_number(value: Any) -> bool:
     return not isinstance(value, bool) and bool(re.fullmatch(r"[-+–]?[\d.,]*(e[-+]\d+)? ?[%*]?", cell_text(value)))
 
 # %% ../nbs/000e_tables.ipynb #html
-def html_table(rows: Sequence[Sequence[Any]], head: Sequence[Any] = ()) -> str: # an HTML element without a style sheet of its own
+def html_table(rows: Sequence[Sequence[Any]], head: Sequence[Any] = ()) -> str: # an HTML element; what is no number is put to the left, the rest stands as the page has it: to the right
     "A table; the columns of numbers stand to the right."
     right = [all(is_number(row[i]) for row in rows) for i in range(max(map(len, [head, *rows])))]
+    left = ' style="text-align:left"'
     def line(tag, row):
-        sides = ("right" if right[i] else "left" for i in range(len(row)))
-        return "<tr>" + "".join(f'<{tag} style="text-align:{side}">{escape(cell_text(value))}</{tag}>' for value, side in zip(row, sides)) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}{'' if number else left}>{escape(cell_text(value))}</{tag}>" for value, number in zip(row, right)) + "</tr>"
     top = f"<thead>{line('th', head)}</thead>" if head else ""
     return f"<table>{top}<tbody>{''.join(line('td', row) for row in rows)}</tbody></table>"
 
