@@ -1,16 +1,24 @@
 """Profiles as a user meets them before anything is downloaded, and what the doctor counts beside what training allocates."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from proxy_sft import commands
 from proxy_sft.settings import load_settings, profile_names, yaml_scalar
+from trainings import run_training
 
-ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(profile="demo", demo_rows=400, max_train_samples=200, max_eval_samples=4, max_length=256, logging_steps=1, save_steps=2, eval_steps=3, max_steps=3, gradient_accumulation=2,
+             num_proc=1, report_to=[])
+soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +63,110 @@ def test_tokens_per_step_are_those_of_the_public_recipe():
     for profile, ranks in (("qwen3_8b", 1), ("qwen3_8b_80gb", 1), ("qwen3_8b_8gpu", 8)):
         s = load_settings(profile)
         assert ranks * s.batch_size * s.gradient_accumulation * s.max_length == 2**20 and (s.learning_rate, s.adam_beta2, s.max_length) == (8e-5, 0.95, 32_768)
+
+
+# ---- bytes that training really allocates
+
+def measured(settings):
+    "Train with every tensor counted; what was said and what was seen, by rank, in the run's folder."
+    from transformers import TrainerCallback
+    from proxy_sft.checkpoint import checkpoint_facts
+    from proxy_sft.cost import AllocationMeter, memory_parts
+    from proxy_sft.doctor import zero_of
+    from proxy_sft.prepare import World, prepare
+    from proxy_sft.train import build_trainer, start_processes
+    prepared, world = prepare(settings), World.from_environment()
+    start_processes(settings)
+    trainer = build_trainer(settings, prepared, checkpoint_facts(settings, prepared.key, world.size), resumed=True)
+    trainer.args.save_strategy = trainer.args.eval_strategy = "no"
+    meter, seen = AllocationMeter(trainer.model.parameters()), {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **more): seen["before the step"] = meter.live
+        def on_step_end(self, args, state, control, **more):
+            seen["after the step"], seen["peak"] = meter.live, meter.peak
+            meter.peak = meter.live
+
+    trainer.add_callback(Look())
+    parts = memory_parts(trainer.model.config, settings, world.size, zero_of(settings, world.size))
+    with meter: trainer.train()
+    (settings.run_dir / f"memory-{world.rank}.json").write_text(json.dumps({"said": parts, "seen": seen}))
+
+
+def said_and_seen(folder, name, ranks, **given):
+    done = run_training(ranks, act=measured, **{**SMALL, "workspace": str(folder), "run_name": name, **given})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    for rank in range(ranks):
+        found = json.loads((folder / "runs" / name / f"memory-{rank}.json").read_text())
+        yield found["said"], found["seen"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A workspace for small trainings."
+    return tmp_path_factory.mktemp("workspace")
+
+
+def test_the_doctors_memory_is_what_one_process_allocates(folder):
+    for said, seen in said_and_seen(folder, "plain", 1):
+        assert seen["before the step"] == pytest.approx(said["weights"] + said["gradients"] + said["optimizer"], rel=0.01)
+        assert seen["peak"] == pytest.approx(sum(said.values()), rel=0.1)
+
+
+@pytest.mark.parametrize("stage, rest", [(2, {}), pytest.param(1, {}, marks=soak), pytest.param(3, {"reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+                                                                                                   "stage3_param_persistence_threshold": 0}, marks=soak)])
+def test_the_doctors_memory_is_what_two_ranks_allocate(folder, stage, rest):
+    values = json.loads((ROOT / "ds_config_zero2.json").read_text())
+    values["zero_optimization"] = {"stage": stage, "overlap_comm": stage == 2, "contiguous_gradients": True, "reduce_bucket_size": 100_000, **rest}
+    (folder / f"stage{stage}.json").write_text(json.dumps(values))
+    for said, seen in said_and_seen(folder, f"stage{stage}", 2, deepspeed=str(folder / f"stage{stage}.json"), bf16=True):
+        kept = said["weights"] + said["32-bit copy"] + said["optimizer"]
+        assert seen["after the step"] == pytest.approx(kept, rel=0.1) and said["32-bit copy"] == said["weights"] * (2 if stage == 3 else 1)
+        assert seen["peak"] == pytest.approx(sum(said.values()), rel=0.1)
+
+
+# ---- DeepSpeed's stages
+
+def outcome(folder, name):
+    "Losses, and the final weights."
+    log = json.loads((folder / "runs" / name / "trainer_state.json").read_text())["log_history"]
+    return [r["loss"] for r in log if "loss" in r] + [r["eval_loss"] for r in log if "eval_loss" in r], load_file(folder / "runs" / name / "model.safetensors")
+
+
+def same(first, second, rel):
+    assert first[0] == pytest.approx(second[0], rel=rel) and len(first[0]) >= 3
+    assert first[1].keys() == second[1].keys()
+    for name, weights in first[1].items(): torch.testing.assert_close(weights, second[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_zero_3_gives_zero_2s_losses_and_a_whole_model(folder):
+    for name, file in (("two", "ds_config_zero2.json"), ("three", "ds_zero3.json")):
+        done = run_training(2, **{**SMALL, "workspace": str(folder), "run_name": name, "deepspeed": file})
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    same(outcome(folder, "three"), outcome(folder, "two"), rel=1e-6)
+
+
+def launched(folder, name, **given):
+    "Through the launcher, one notebook per rank."
+    words = [w for n, v in {**SMALL, "workspace": str(folder), "run_name": name, **given}.items() if n != "report_to" for w in ("-p", n, str(v))]
+    done = subprocess.run([sys.executable, "-c", "import sys; from proxy_sft.commands import main; sys.exit(main())", "run", "nbs/02_train.ipynb", "--nproc", str(given.pop("ranks", 2)), *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def zero_2(folder):
+    launched(folder, "launched-two", deepspeed="ds_config_zero2.json")
+    return outcome(folder, "launched-two")
+
+
+@soak
+@pytest.mark.parametrize("name", ["ds_zero1", "ds_zero2_offload", "ds_zero3", "ds_zero3_offload"])
+def test_every_configuration_trains_through_the_launcher_and_goes_on(folder, zero_2, name):
+    launched(folder, name, deepspeed=f"{name}.json", save_steps=1)
+    whole, run = outcome(folder, name), folder / "runs" / name
+    same(whole, zero_2, rel=1e-6)
+    shutil.rmtree(run / "checkpoint-3")
+    launched(folder, name, deepspeed=f"{name}.json", save_steps=1)  # goes on from step 2
+    again = outcome(folder, name)
+    assert again[0] == pytest.approx(whole[0], rel=1e-6)
+    for weights in whole[1]: torch.testing.assert_close(again[1][weights], whole[1][weights], rtol=1e-5, atol=1e-7)

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Callable, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the server is started
@@ -15,7 +16,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["proxy_sft.train"])
 
 
-def be_a_rank(given: dict, environment: dict, said: str) -> None:
+def be_a_rank(given: dict, environment: dict, said: str, act: Optional[Callable]) -> None:
     "One rank of a training; what it says goes into files, and its exception ends the process as in a script."
     os.environ.clear()
     os.environ.update(environment)
@@ -23,7 +24,7 @@ def be_a_rank(given: dict, environment: dict, said: str) -> None:
     for number, name in ((1, "out"), (2, "err")): os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     from proxy_sft.settings import load_settings
     from proxy_sft.train import train
-    train(load_settings(**given))
+    (act or train)(load_settings(**given))
 
 
 def free_port() -> int:
@@ -32,13 +33,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_training(ranks: int = 1, seconds: float = 900, **given) -> subprocess.CompletedProcess: # exit code (the first that is not 0), outputs of all ranks
-    "Train by the exported library, as one process or several."
+def run_training(ranks: int = 1, seconds: float = 900, act: Optional[Callable] = None, **given) -> subprocess.CompletedProcess: # exit code (the first that is not 0), outputs of all ranks
+    "Train by the exported library, as one process or several; `act`, a function of a module, takes the settings in place of `train`."
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         if ranks > 1: env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
         at = lambda rank: {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else env
-        processes = [SERVER.Process(target=be_a_rank, args=(given, at(rank), f"{folder}/{rank}")) for rank in range(ranks)]
+        processes = [SERVER.Process(target=be_a_rank, args=(given, at(rank), f"{folder}/{rank}", act)) for rank in range(ranks)]
         for process in processes: process.start()
         until = time.monotonic() + seconds
         while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes) and time.monotonic() < until: time.sleep(0.02)
