@@ -306,7 +306,9 @@ class ToolCallsWhileTraining(TrainerCallback):
         if state.global_step % self.settings.eval_tool_calls_every: return
         counts = ask_in_time(model, self.tokenizer, self.turns, self.prompts, self.limit, self.settings.eval_tool_calls_seconds)
         rates = {f"tool_calls_{name}": right / of for name, (right, of) in counts.items() if of and name in TOLD}
+        due = control.should_log  # logging says that nothing is left to log; this step's loss may be
         self.log({**rates, "tool_calls_answered": counts["answered"][0]})
+        control.should_log = due
         if state.is_world_process_zero:
             said = ", ".join(f"{name} {counts[name][0]}/{counts[name][1]}" for name in TOLD)
             print(f"step {state.global_step:>6,} of {state.max_steps:,}  tool calls: {said}; "

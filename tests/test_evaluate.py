@@ -18,7 +18,7 @@ from proxy_sft.demo import write_demo_model
 from proxy_sft.answers import (
     METRICS, Answer, EvaluateError, HeldoutTurn, Reply, as_it_was_meant, as_server_reads, choose_turns, expected_text, read_answer, score_turn, turns_of)
 from proxy_sft.bfcl import tool_of
-from proxy_sft.evaluate import Evaluation, evaluate, evaluate_leaderboard, evaluation_html, judge, model_folders, plot_svg, show_turn, table_rows, wilson
+from proxy_sft.evaluate import Evaluation, browse_failures, evaluate, evaluate_leaderboard, evaluation_html, judge, model_folders, plot_svg, show_turn, table_rows, wilson
 from proxy_sft.generate import answer_limit, ask_in_time, generate_replies, load_model, questions_that_fit, token_batches
 from proxy_sft.settings import load_settings
 from proxy_sft.stops import StopRequested
@@ -172,6 +172,10 @@ def test_slices_and_rates():
     assert found.failures("tuned", group="single") == [] and found.failures("tuned", group="parallel") == [2]
     assert "tuned" in repr(found) and "wrong: names, complete, exact" in show_turn(found, 2)
     assert all(len(r) == 5 for r in table_rows(found)) and plot_svg(found).count("<rect") == 2 * len(METRICS)
+    pages = browse_failures(found, "base", static=False)
+    first = pages.children[1].value
+    pages.children[0].value = 1  # the slider moves
+    assert pages.children[1].value != first and "wrong: " in first
 
 
 def test_steps_languages_sources_and_unseen_tools():

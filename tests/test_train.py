@@ -21,7 +21,7 @@ from trainings import run_training
 SMALL = dict(profile="demo", demo_rows=400, max_train_samples=200, max_eval_samples=4, max_length=640, logging_steps=1, save_steps=3, eval_steps=3, max_steps=3, num_proc=1)
 STRAIGHT = dict(gradient_accumulation=2)
 SAME = {  # name: settings, how far the three losses may be from the straight run's (relative)
-    "again": ({}, 0),
+    "asked": (dict(eval_tool_calls_every=1, eval_tool_calls_turns=4, eval_tool_calls_seconds=30.0), 0),  # twice the same, and questions on the way
     "workers": (dict(dataloader_workers=1), 0),
     "probe": (dict(memory_probe="always", dataloader_workers=1), 0),
     "selective": (dict(activation_checkpointing="selective"), 1e-6),
@@ -58,7 +58,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", SAME)
 def test_ways_of_training_give_the_same_losses(folder, name):
     given, tolerance = SAME[name]
-    run(folder, name, **{**STRAIGHT, **given})
+    said = run(folder, name, **{**STRAIGHT, **given})
+    assert said.count("tool calls: decision") == 3 * (name == "asked")
     expected, found = losses(folder, "straight"), losses(folder, name)
     assert len(expected) == 3 and expected[2] < expected[0]
     assert found == (pytest.approx(expected, rel=tolerance, abs=0) if tolerance else expected)
