@@ -281,7 +281,7 @@ class Soak:
             whole = path.read_bytes()
             at, bit = self.dice.randrange(len(whole)), self.dice.randrange(8)
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1:])
-            if i % 10 == 0: # a whole start, as a person would do it
+            if i % 12 == 0: # a whole start, as a person would do it
                 codes, text = self.run(name, 2, max_steps=5), words(self.folder / name, 2)
                 real += 1
                 detected = "loss" not in text if path.name in ("COMPLETE", "manifest.json") else all(codes) and path.name in text and "learning rate" not in text
