@@ -45,7 +45,7 @@ from .generate import ToolCallsWhileTraining
 from .memory import MemoryProbe, out_of_memory
 from .model import kernel_arguments, kernels_for, load_for_training, optimizer_arguments, training_device
 from .prepare import Prepared, World, pack, prepare
-from .progress import Progress, SpeedMeter, speed_fields
+from .progress import LivePlot, Progress, SpeedMeter, speed_fields
 from .sealed import read_manifest
 from .serving import serving_notes
 from .settings import Settings, deepspeed_file, save_settings
@@ -344,7 +344,7 @@ def build_trainer(settings: Settings, prepared: Prepared, facts: dict[str, Any],
     model = load_for_training(settings, tokenizer, weights_dtype(settings, uses_deepspeed(settings)))
     meter = SpeedMeter(Shape.of(model.config), device_name(settings), frozen=settings.lora_rank is not None)
     progress = Progress(settings.run_dir, max(25, settings.logging_steps), meter)
-    trainer = ToolTrainer(model, arguments, processing_class=tokenizer, train_dataset=split("train"), eval_dataset=split("heldout"), callbacks=[stop, progress, probe := MemoryProbe(settings.memory_probe)],
+    trainer = ToolTrainer(model, arguments, processing_class=tokenizer, train_dataset=split("train"), eval_dataset=split("heldout"), callbacks=[stop, progress, LivePlot(), probe := MemoryProbe(settings.memory_probe)],
                           peft_config=adapter_config(settings, model), optimizer_cls_and_kwargs=optimizer_of(settings)[1])
     speed = speed_record(trainer, settings)
     progress.more = {name: speed[name] for name in ("attention", "kernels")}

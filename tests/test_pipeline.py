@@ -100,6 +100,10 @@ def test_two_ranks_with_zero2_give_the_same_losses_with_and_without_notebooks(wo
     assert losses(library) == losses(notebooks) and len(losses(library)) == 4
     assert weights(library) == weights(notebooks)
     assert {p.name for p in (notebooks / "notebooks").glob("*.ipynb")} == {"rank-0.ipynb", "rank-1.ipynb"}
+    for rank, pictures in ((0, 1), (1, 0)):  # the live plot: one, replaced in place, on rank 0
+        cells = json.loads((notebooks / "notebooks" / f"rank-{rank}.ipynb").read_text())["cells"]
+        drawn = [o for c in cells if c["id"] == "run" for o in c["outputs"] if "image/png" in o.get("data", {})]
+        assert len(drawn) == pictures and all(len(json.dumps(o)) < 5000 for o in drawn)
     manifest = json.loads((notebooks / "manifest.json").read_text())
     assert manifest["world_size"] == 2 and any("zero" in name for name in manifest["files"])
 
