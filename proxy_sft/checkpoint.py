@@ -78,7 +78,7 @@ FREE_TO_CHANGE = {"workspace", "run_name", "output_dir", "max_rows", "num_proc",
                   "save_steps", "save_total_limit", "report_to", "resume", "resume_world", "eval_steps", "eval_tool_calls_every",
                   "eval_tool_calls_turns", "eval_tool_calls_seconds", "device", "certificate",
                   "save_weights_steps", "on_full_disk", "max_hours",
-                  "preflight", "memory_probe", "gpu_hour_price", "bfcl"}
+                  "sample_steps", "sample_turns", "preflight", "memory_probe", "gpu_hour_price", "bfcl"}
 
 def checkpoint_facts(settings: Settings, data_key: str, world_size: int) -> dict[str, Any]:
     "What is written into every manifest, and compared on resume."

@@ -118,6 +118,8 @@ class Record(Group):
     eval_tool_calls_every: Optional[int] = Field(None, ge=1, description="optimizer steps between questions to the model in training; null for never")
     eval_tool_calls_turns: int = Field(64, ge=1, description="held-out turns that are asked then")
     eval_tool_calls_seconds: float = Field(120.0, gt=0, description="longest time that asking may take")
+    sample_steps: Optional[int] = Field(None, ge=1, description="optimizer steps between samples: answers to a few held-out turns in log and logs/samples.jsonl; null for never")
+    sample_turns: int = Field(3, ge=1, description="held-out turns that are asked for samples")
     logging_steps: int = Field(1, ge=1, description="optimizer steps between log lines")
     save_weights_steps: Optional[int] = Field(None, ge=1, description="optimizer steps between saves of the weights alone, without optimizer; none when not set")
     on_full_disk: Literal["stop", "go_on"] = Field("stop", description="too little room for a checkpoint: stop, or go on without it and say so")

@@ -46,6 +46,7 @@ from .memory import MemoryProbe, out_of_memory
 from .model import kernel_arguments, kernels_for, load_for_training, optimizer_arguments, training_device
 from .prepare import Prepared, World, pack, prepare
 from .progress import LivePlot, Progress, SpeedMeter, speed_fields
+from .samples import SamplesWhileTraining
 from .sealed import read_manifest
 from .serving import serving_notes
 from .settings import Settings, deepspeed_file, save_settings
@@ -349,6 +350,7 @@ def build_trainer(settings: Settings, prepared: Prepared, facts: dict[str, Any],
     speed = speed_record(trainer, settings)
     progress.more = {name: speed[name] for name in ("attention", "kernels")}
     if settings.eval_tool_calls_every: trainer.add_callback(ToolCallsWhileTraining(settings, tokenizer, super(SFTTrainer, trainer).log))
+    if settings.sample_steps: trainer.add_callback(SamplesWhileTraining(settings, tokenizer))
     trainer.remove_callback(PrinterCallback)  # it prints raw dictionaries beside our lines
     probe.trainer = trainer
     trainer.settings, trainer.run_dir, trainer.keep, trainer.facts = settings, settings.run_dir, settings.save_total_limit, {**facts, "speed": speed}

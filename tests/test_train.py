@@ -24,6 +24,7 @@ SAME = {  # name: settings, how far the three losses may be from the straight ru
     "asked": (dict(eval_tool_calls_every=1, eval_tool_calls_turns=4, eval_tool_calls_seconds=30.0), 0),  # twice the same, and questions on the way
     "workers": (dict(dataloader_workers=1), 0),
     "probe": (dict(memory_probe="always", dataloader_workers=1), 0),
+    "samples": (dict(sample_steps=2), 0),
     "selective": (dict(activation_checkpointing="selective"), 1e-6),
     "full": (dict(activation_checkpointing="full"), 1e-6),
     "auto": (dict(attention="auto"), 1e-6),
@@ -62,6 +63,9 @@ def test_ways_of_training_give_the_same_losses(folder, name):
     assert said.count("tool calls: decision") == 3 * (name == "asked")
     expected, found = losses(folder, "straight"), losses(folder, name)
     assert len(expected) == 3 and expected[2] < expected[0]
+    if name == "samples":
+        said = [json.loads(line) for line in (folder / "runs" / name / "logs" / "samples.jsonl").open()]
+        assert [r["step"] for r in said] == [2, 2, 2, 3, 3, 3] and all(r["question"] and r["expected"] for r in said)
     assert found == (pytest.approx(expected, rel=tolerance, abs=0) if tolerance else expected)
 
 
@@ -118,7 +122,8 @@ def test_adapters_stop_and_go_on_and_become_a_whole_model(folder):
 def test_adapters_under_zero2_train_as_one_rank_does(folder):
     run(folder, "one", lora_rank=8, gradient_accumulation=2)
     run(folder, "zero", ranks=2, lora_rank=8)
-    assert "Memory: the longest micro-batch" in run(folder, "probed", ranks=2, lora_rank=8, memory_probe="always")
+    assert "Memory: the longest micro-batch" in run(folder, "probed", ranks=2, lora_rank=8, memory_probe="always", sample_steps=3)
+    assert len((folder / "runs" / "probed" / "logs" / "samples.jsonl").read_text().splitlines()) == 3
     assert losses(folder, "probed") == losses(folder, "zero")
     assert losses(folder, "zero") == pytest.approx(losses(folder, "one"), rel=2e-4)
     assert (folder / "runs" / "zero" / "model.safetensors").is_file()
