@@ -11,6 +11,7 @@ import proxy_sft.prepare as room
 from proxy_sft.settings import load_settings
 
 FORKS = get_context("forkserver")
+FORKS.set_forkserver_preload(["proxy_sft.train"])  # the same as in trainings.py: a process has one server; a module of this folder would not be found by it (Python 3.11)
 
 
 def build(workspace, seconds=0.0, run="run", shared="true", processes=1, answer=None, meet=None):
@@ -49,7 +50,6 @@ class started:
     def __init__(self, env, folder, given):
         self.out, self.err = (Path(folder) / f"{time.monotonic_ns()}.{name}" for name in ("out", "err"))
         for path in (self.out, self.err): path.touch()
-        FORKS.set_forkserver_preload(["builder"])
         self.process = FORKS.Process(target=run, args=(env, str(self.out), str(self.err), given), daemon=True)
         self.process.start()
         self.pid, self.kill = self.process.pid, self.process.kill
