@@ -226,7 +226,7 @@ class FactsWriter:
         self.writer.close()
 
 # %% ../nbs/00bb_ledger.ipynb #convert-facts-read
-BLOCK_BYTES = 1 << 20  # read at once
+BLOCK_BYTES = 1 << 19  # read at once
 
 def unreadable(path, error: Exception, advice: str = "download it again") -> ConvertError:
     "The error for a damaged file, on one line."

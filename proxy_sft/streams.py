@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'ENDINGS', 'Part', 'lines_of', 'rows_of', 'typed', 'read_odd_line', 'not_json', 'without_collection',
-           'convert_part', 'convert_apart', 'piece_from', 'input_files', 'opened', 'parts_of', 'parquet_parts',
-           'process_count', 'enough_work', 'without_main', 'converted_parts', 'bars_are_hidden', 'Progress']
+           'convert_part', 'convert_apart', 'piece_path', 'piece_from', 'input_files', 'opened', 'parts_of',
+           'parquet_parts', 'process_count', 'enough_work', 'without_main', 'helpers', 'converted_here',
+           'converted_parts', 'bars_are_hidden', 'Progress']
 
 # %% ../nbs/00bc_streams.ipynb #streams-imports
 import contextlib
@@ -23,7 +24,7 @@ import time
 import types
 from collections import Counter
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -108,6 +109,8 @@ def convert_apart(part: tuple, choices: tuple, path: str) -> tuple: # for `piece
     piece = convert_part(Part(*part), Choices(*choices))
     with open(path, "wb") as stream: stream.writelines(piece.files.values())
     return {name: len(lines) for name, lines in piece.files.items()}, piece.marks, piece.facts, piece.counts
+
+def piece_path(folder: Path, part: Part) -> Path: return folder / f"piece-{part.line}"
 
 def piece_from(path: Path, sizes: dict, *others) -> Piece:
     "What another process made of a part."
@@ -196,31 +199,48 @@ def without_main():
     finally: sys.modules["__main__"] = main
 
 # %% ../nbs/00bc_streams.ipynb #convert-processes-parts
+@contextlib.contextmanager
+def helpers(count: int, choices: Choices, folder: Path): # yields a function: `Part` -> `Future` for `piece_from`
+    "Other processes that convert parts; ConvertError(process_died) when one is killed."
+    context = multiprocessing.get_context("forkserver")  # a kernel has threads, and a fork of threads can hang
+    context.set_forkserver_preload(["proxy_sft.streams"])  # imported once, not once per process
+    pool = ProcessPoolExecutor(count, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    work = importlib.import_module("proxy_sft.streams").convert_apart  # others know the module, not the notebook
+    def hand_over(part):
+        told = astuple(replace(part, lines=None) if part.size else part)
+        with without_main(): return pool.submit(work, told, astuple(choices), str(piece_path(folder, part)))
+    try: yield hand_over
+    except BrokenProcessPool as error:
+        raise ConvertError("process_died", "a converting process was killed, mostly for want of memory. "
+                                           "Set num_proc lower.") from error
+    finally: pool.shutdown(wait=True, cancel_futures=True)
+
+# %% ../nbs/00bc_streams.ipynb #convert-processes-order
+def converted_here(part: Part, choices: Choices) -> Future: # of a `Piece`
+    "Convert a part now; an error waits for its turn, so that the first fault of the input is told."
+    made = Future()
+    try: made.set_result(convert_part(part, choices))
+    except ConvertError as error: made.set_exception(error)
+    return made
+
 def converted_parts(parts, choices: Choices, num_proc: int, folder: Path):
     "`(part, piece)` in the input's order; `folder` holds pieces on their way between processes."
     if num_proc == 1:
         for part in parts: yield part, convert_part(part, choices)
         return
-    parts = iter(parts)
-    context = multiprocessing.get_context("forkserver")  # a kernel has threads, and a fork of threads can hang
-    context.set_forkserver_preload(["proxy_sft.streams"])  # imported once, not once per process
-    pool = ProcessPoolExecutor(num_proc, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    work = importlib.import_module("proxy_sft.streams").convert_apart  # others know the module, not the notebook
-    def submit(part):
-        told = astuple(replace(part, lines=None) if part.size else part)
-        path = folder / f"piece-{part.line}"
-        with without_main(): return part, path, pool.submit(work, told, astuple(choices), str(path))
-    try:
-        waiting = deque(map(submit, itertools.islice(parts, 2 * num_proc)))
-        while waiting:
-            part, path, future = waiting.popleft()
-            piece = piece_from(path, *future.result())
-            waiting.extend(map(submit, itertools.islice(parts, 1)))
-            yield part, piece
-    except BrokenProcessPool as error:
-        raise ConvertError("process_died", "a converting process was killed, mostly for want of memory. "
-                                           "Set num_proc lower.") from error
-    finally: pool.shutdown(wait=True, cancel_futures=True)
+    parts, waiting = iter(parts), deque()  # (part, what it becomes), in order
+    with helpers(num_proc - 1, choices, folder) as hand_over:
+        while True:
+            busy = sum(not made.done() for _, made in waiting)
+            waiting.extend((part, hand_over(part)) for part in itertools.islice(parts, max(0, 2 * (num_proc - 1) - busy)))
+            if not waiting: return
+            own = None if waiting[0][1].done() or len(waiting) >= 4 * num_proc else next(parts, None)
+            if own is not None:
+                waiting.append((own, converted_here(own, choices)))
+                continue
+            part, made = waiting.popleft()
+            piece = made.result()
+            yield part, piece if isinstance(piece, Piece) else piece_from(piece_path(folder, part), *piece)
 
 # %% ../nbs/00bc_streams.ipynb #convert-progress
 def bars_are_hidden() -> bool:

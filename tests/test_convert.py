@@ -525,6 +525,17 @@ def test_a_fault_in_another_process_is_told_as_well(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob(".*"))
 
 
+def test_of_several_faults_the_first_is_told_whoever_meets_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "SMALL", 0)
+    monkeypatch.setattr(streams, "BLOCK_BYTES", 20_000)
+    lines = [json.dumps(simple()) + "\n"] * 2_000
+    for bad in range(100, 2_000, 60): lines[bad] = f"oh no {bad}\n"
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    for num_proc in (1, 2, 3):
+        with pytest.raises(ConvertError, match="line 101: .*oh no 100"): convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl", num_proc=num_proc)
+        assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob(".*"))
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     source = write_rows(tmp_path / "in.jsonl", [simple()])
     with pytest.raises(ConvertError, match="cannot write"): convert_file(source, source / "below" / "train.jsonl")
