@@ -136,6 +136,8 @@ def test_verdicts_by_kind(files):
     assert why_wrong(by["live_relevance"], Reply("No.", True, 1)) and why_wrong(by["live_irrelevance"], Reply("", False, 0, problem="timeout")) == "no answer: timeout"
     served = Reply("", True, 9, [{"name": "f", "arguments": '{"x": 0}'}])
     assert not why_wrong(by["multiple"], served) and "cannot read" in why_wrong(by["multiple"], Reply("", True, 9, [{"name": "f", "arguments": '{"x": 0'}]))
+    unclosed = Reply(reply(0).text.removesuffix("</tool_call>"), True, 9)  # what was meant can be made out, but no server reads it
+    assert not why_wrong(by["irrelevance"], unclosed) and why_wrong(by["live_relevance"], unclosed) and why_wrong(by["simple_python"], unclosed)
     assert not why_wrong(by["simple_python"], Reply("<think>\n\n</think>\n\n" + reply(0).text, True, 9))
 
 
