@@ -85,7 +85,7 @@ def device_name(settings: Settings) -> str: # of the first card, or cpu
 
 # %% ../nbs/01d_doctor.ipynb #fitting
 WAYS = ({"activation_checkpointing": "full"}, {"max_length": 16_384}, {"max_length": 16_384, "activation_checkpointing": "full"}, {"batch_size": 1},
-        {"optimizer": "adamw_8bit"}, {"deepspeed": "ds_zero2_offload.json", "optimizer": "adamw_torch_fused"}, {"deepspeed": "ds_zero3.json"},
+        {"optimizer": "adamw_8bit"}, {"deepspeed": "ds_zero2_offload.json", "optimizer": "adamw_torch_fused"}, {"lora_rank": 64, "optimizer": "adamw_torch_fused"}, {"deepspeed": "ds_zero3.json"},
         {"deepspeed": "ds_zero3_offload.json", "optimizer": "adamw_torch_fused"},
         {"weights": "bfloat16", "optimizer": "adamw_8bit"}, {"weights": "bfloat16", "optimizer": "adamw_8bit", "activation_checkpointing": "full"})
 
@@ -97,12 +97,15 @@ def needed(settings: Settings, ranks: int, config: PreTrainedConfig) -> tuple[di
 
 def ways_to_fit(settings: Settings, ranks: int, config: PreTrainedConfig, card: int) -> Iterator[str]: # bytes of one device
     "Settings that would make a step fit with a tenth to spare, and what they need."
+    told = set()
     for way in WAYS:
         if all(getattr(settings, name) == value for name, value in way.items()) or (way.get("deepspeed") == "ds_zero3.json" and ranks == 1): continue
+        if settings.lora_rank and "weights" in way: continue
         if way.get("max_length", 0) > settings.max_length or way.get("batch_size", 0) > settings.batch_size: continue
         _, total, host = needed(settings.model_copy(update=way), ranks, config)
-        if total > 0.9 * card: continue
         said = " ".join(f"-p {name} {value}" for name, value in way.items() if getattr(settings, name) != value)
+        if total > 0.9 * card or said in told: continue
+        told.add(said)
         yield f"`{said}` ({total / 2**30:.1f} GiB{f', and {host * ranks / 2**30:.0f} of host memory' if host else ''}{', but pure bfloat16 weights lose small updates' if 'weights' in way else ''})"
 
 # %% ../nbs/01d_doctor.ipynb #look-memory
@@ -114,7 +117,7 @@ def look_at_memory(settings: Settings, ranks: int, config: PreTrainedConfig, car
     told, level = f"{told}; the card has {card / 2**30:.1f}.", "fail" if total > card else "warn" if total > 0.9 * card else "ok"
     if level == "ok": return Finding("memory", level, told)
     ways = list(ways_to_fit(settings, ranks, config, card))
-    advice = f"These fit by the same count: {'; '.join(ways[:4])}." if ways else (
+    advice = f"These fit by the same count: {'; '.join(ways[:5])}." if ways else (
         f"Nothing that was tried fits. Set max_length lower (now {settings.max_length}), or take more GPUs with ZeRO-3 (ds_zero3.json).")
     return Finding("memory", level, told, advice)
 
@@ -257,7 +260,7 @@ def look_at_time(settings: Settings, ranks: int, config: PreTrainedConfig, devic
     "How long, and what it costs."
     if not (found := amounts(settings, ranks, prepared)): return Finding("time", "ok", "The number of tokens is not known before the data is prepared.", "`proxy-sft prepare` counts them.")
     tokens, context, told = found
-    flops, peak = flops_per_token(Shape.of(config), context), peak_flops(device_name)
+    flops, peak = flops_per_token(Shape.of(config), context, frozen=settings.lora_rank is not None), peak_flops(device_name)
     told = f"{tokens:,.0f} tokens to train, a mean context of {context:,.0f} ({told}), {flops * tokens:.2g} operations"
     if not settings.packing: told += "; padding, which packing would save, comes on top"
     if peak is None: return Finding("time", "ok", f"{told}; no speed is assumed for this device ({device_name}).")

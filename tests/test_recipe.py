@@ -69,13 +69,14 @@ def test_tokens_per_step_are_those_of_the_public_recipe():
 
 def measured(settings):
     "Train with every tensor counted; what was said and what was seen, by rank, in the run's folder."
-    from transformers import TrainerCallback
+    from transformers import AutoConfig, TrainerCallback
     from proxy_sft.checkpoint import checkpoint_facts
     from proxy_sft.cost import AllocationMeter, memory_parts
     from proxy_sft.doctor import zero_of
     from proxy_sft.prepare import World, prepare
     from proxy_sft.train import build_trainer, start_processes
     prepared, world = prepare(settings), World.from_environment()
+    parts = memory_parts(AutoConfig.from_pretrained(settings.model_dir), settings, world.size, zero_of(settings, world.size))  # as the doctor: before DeepSpeed knows
     start_processes(settings)
     trainer = build_trainer(settings, prepared, checkpoint_facts(settings, prepared.key, world.size), resumed=True)
     trainer.args.save_strategy = trainer.args.eval_strategy = "no"
@@ -88,7 +89,6 @@ def measured(settings):
             meter.peak = meter.live
 
     trainer.add_callback(Look())
-    parts = memory_parts(trainer.model.config, settings, world.size, zero_of(settings, world.size))
     with meter: trainer.train()
     (settings.run_dir / f"memory-{world.rank}.json").write_text(json.dumps({"said": parts, "seen": seen}))
 
@@ -146,10 +146,10 @@ def test_zero_3_gives_zero_2s_losses_and_a_whole_model(folder):
     same(outcome(folder, "three"), outcome(folder, "two"), rel=1e-6)
 
 
-def launched(folder, name, **given):
+def launched(folder, name, ranks=2, **given):
     "Through the launcher, one notebook per rank."
     words = [w for n, v in {**SMALL, "workspace": str(folder), "run_name": name, **given}.items() if n != "report_to" for w in ("-p", n, str(v))]
-    done = subprocess.run([sys.executable, "-c", "import sys; from proxy_sft.commands import main; sys.exit(main())", "run", "nbs/02_train.ipynb", "--nproc", str(given.pop("ranks", 2)), *words], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "import sys; from proxy_sft.commands import main; sys.exit(main())", "run", "nbs/02_train.ipynb", "--nproc", str(ranks), *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -170,3 +170,12 @@ def test_every_configuration_trains_through_the_launcher_and_goes_on(folder, zer
     again = outcome(folder, name)
     assert again[0] == pytest.approx(whole[0], rel=1e-6)
     for weights in whole[1]: torch.testing.assert_close(again[1][weights], whole[1][weights], rtol=1e-5, atol=1e-7)
+
+
+@soak
+def test_one_process_that_offloads_is_one_process_that_does_not(folder):
+    "As the profile for 80 GB runs: through torchrun, although there is one process."
+    launched(folder, "alone", ranks=1)
+    launched(folder, "offloading", ranks=1, deepspeed="ds_zero2_offload.json")
+    assert list((folder / "runs" / "offloading" / "checkpoint-3").glob("global_step*")) and not list((folder / "runs" / "alone" / "checkpoint-3").glob("global_step*"))
+    same(outcome(folder, "offloading"), outcome(folder, "alone"), rel=1e-5)
