@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TAG', 'DOLCI_SENTENCES', 'SENTENCE', 'FILLED_TAG', 'THINK', 'ROLES', 'NOTHING', 'FOLDED', 'CALL_NOTES', 'NO_CALLS',
            'NO_TOOLS', 'CONTROL_TEXTS', 'BLOCK', 'ODD_NAME', 'usual_row', 'ASKED', 'TOOLS_READ', 'TOOLS_KEPT',
-           'ConvertError', 'without_tag_sentences', 'split_reasoning', 'kind', 'role_of', 'Talk', 'read_calls',
-           'read_turn', 'add_turn', 'add_results', 'tools_of', 'calls_text', 'read_calls_of_others', 'add_plain',
-           'read_talk', 'finish_talk', 'read_tools', 'parsed_back', 'check_controls', 'mended', 'read_closely',
-           'read_mended', 'read_row', 'convert_row', 'Message', 'Row', 'usual_messages', 'add_usual_calls',
-           'read_usual', 'read_usual_tools']
+           'ConvertError', 'without_tag_sentences', 'split_reasoning', 'kind', 'role_of', 'Talk', 'holds_huge_integer',
+           'read_calls', 'read_turn', 'add_turn', 'add_results', 'tools_of', 'calls_text', 'read_calls_of_others',
+           'add_plain', 'read_talk', 'finish_talk', 'read_tools', 'parsed_back', 'check_controls', 'mended',
+           'read_closely', 'read_mended', 'read_row', 'convert_row', 'Message', 'Row', 'usual_messages',
+           'add_usual_calls', 'read_usual', 'read_usual_tools']
 
 # %% ../nbs/00ba_reading.ipynb #reading-imports
 import functools
@@ -121,6 +121,15 @@ class Talk:
         return text.replace("\0", "")
 
 # %% ../nbs/00ba_reading.ipynb #convert-calls
+def holds_huge_integer(value) -> bool: # 4,300 digits are 14,284 bits
+    "Whether a value cannot be written and read as JSON."
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if type(item) is int and item.bit_length() > 14_283: return True
+        waiting += item if type(item) is list else item.values() if type(item) is dict else ()
+    return False
+
 def read_calls(talk: Talk,
     index: int, # position of the message
     text: Optional[str], # its `function_calls`
@@ -136,6 +145,8 @@ def read_calls(talk: Talk,
     except CallError as error:
         reason = "positional_arguments" if error.reason.startswith("positional") else "malformed_calls"
         raise DefectError(reason, str(error), index) from None
+    if len(text) > 3500 and holds_huge_integer([call["arguments"] for call in calls]):
+        raise DefectError("malformed_calls", "an integer of more than 4,300 digits, which Python's reader of JSON refuses", index)
     for note, position in notes:
         talk.meet(CALL_NOTES.get(note, "call_layout"), index, f"{note} at character {position}: {text[:100]}")
     for call in calls:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CALL_POLICIES', 'TALK_POLICIES', 'POLICY', 'REASONS', 'STRICTNESSES', 'decode_json', 'skip_json', 'TYPE_NAMES',
-           'SCHEMAS', 'LISTS', 'NUMBERS', 'LENGTHS', 'OBJECT', 'PLAIN_TOP', 'PLAIN_WORDS', 'PLAIN_PROPERTY',
-           'PLAIN_TYPES', 'ITEM_TYPES', 'VALUES', 'GAP', 'Policy', 'PolicyTable', 'DefectError', 'action', 'meaning',
-           'read_json', 'dump_json', 'write_json', 'wrap_tool', 'parse_tools', 'without_copies', 'functions_by_name',
-           'type_name', 'is_number', 'plain_keywords', 'checking_schema', 'checked_properties', 'parameters_of',
-           'resolves', 'without_dead_references', 'validator_class', 'validator', 'plainly_fits', 'plain_choice',
-           'plain_items', 'equals_default', 'violation', 'check_call', 'json_values', 'lines_of_json', 'pair_results']
+           'SCHEMAS', 'LISTS', 'NUMBERS', 'LENGTHS', 'ONE_CHARACTER', 'OBJECT', 'PLAIN_TOP', 'PLAIN_WORDS',
+           'PLAIN_PROPERTY', 'PLAIN_TYPES', 'ITEM_TYPES', 'VALUES', 'GAP', 'Policy', 'PolicyTable', 'DefectError',
+           'action', 'meaning', 'read_json', 'dump_json', 'write_json', 'wrap_tool', 'parse_tools', 'without_copies',
+           'functions_by_name', 'type_name', 'is_number', 'is_usable_pattern', 'plain_keywords', 'checking_schema',
+           'checked_properties', 'parameters_of', 'resolves', 'without_dead_references', 'validator_class', 'validator',
+           'plainly_fits', 'plain_choice', 'plain_items', 'equals_default', 'violation', 'check_call', 'json_values',
+           'lines_of_json', 'pair_results']
 
 # %% ../nbs/00b_schema.ipynb #schema-imports
 import functools
@@ -138,8 +139,9 @@ def read_json(
     "Parse JSON exactly and fast; ValueError for text that is not JSON, NaN and infinities included."
     try: return decode_json(text)
     except ValueError: pass  # half a surrogate pair is JSON too; the standard library decides
-    def refuse(name): raise ValueError(f"{name} is not JSON")
-    return json.loads(text, parse_constant=refuse)
+    def refuse(name): raise ValueError(f"{name[:40]} is not JSON")
+    def finite(number): return float(number) if abs(float(number)) < float("inf") else refuse(number)
+    return json.loads(text, parse_constant=refuse, parse_float=finite)
 
 def dump_json(
     value, # made of dict, list, str, int, float, bool, None
@@ -220,6 +222,17 @@ LENGTHS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "m
 
 def is_number(value): return type(value) in (int, float)
 
+ONE_CHARACTER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+
+def is_usable_pattern(pattern) -> bool: # ECMAScript's patterns are not all Python's
+    "Whether a pattern is one, and a search cannot take for ever: nothing repeated repeats, nothing looks back, few places are open."
+    if not isinstance(pattern, str) or len(pattern) > 1000 or re.search(r"\\[1-9]", pattern): return False
+    bare = ONE_CHARACTER.sub("x", pattern).replace("(?", "(")
+    open_places = len(re.findall(r"[*+?]|\{\d*,\d*\}", bare)) + ("|" in bare) * bare.count("(")
+    if open_places > 3 or re.search(r"\)[*+{]", bare): return False
+    try: return bool(re.compile(pattern))
+    except (re.error, RecursionError, OverflowError): return False
+
 def plain_keywords(
     schema: dict, # one level of the data's schema
 ) -> dict: # the keywords that take no schema, where their values make sense
@@ -232,10 +245,7 @@ def plain_keywords(
     if isinstance(schema.get("enum"), list) and schema["enum"]: kept["enum"] = schema["enum"]
     if "const" in schema: kept["const"] = schema["const"]
     if str(schema.get("$ref")).startswith("#/"): kept["$ref"] = schema["$ref"]
-    if isinstance(schema.get("pattern"), str) and not re.search(r"\)[*+{]|\\[1-9]", schema["pattern"]):
-        try: re.compile(schema["pattern"])
-        except re.error: return kept  # ECMAScript's patterns are not all Python's
-        kept["pattern"] = schema["pattern"]
+    if is_usable_pattern(schema.get("pattern")): kept["pattern"] = schema["pattern"]
     return kept
 
 # %% ../nbs/00b_schema.ipynb #schema-normal-all
@@ -258,8 +268,10 @@ def checking_schema(
         if isinstance(schema.get(key), dict): made[key] = checking_schema(schema[key])
     for key in LISTS:
         if isinstance(schema.get(key), list) and schema[key]: made.setdefault(key, []).extend(map(checking_schema, schema[key]))
-    for key in ("$defs", "definitions", "patternProperties"):
+    for key in ("$defs", "definitions"):
         if isinstance(schema.get(key), dict): made[key] = {k: checking_schema(v) for k, v in schema[key].items()}
+    if isinstance(named := schema.get("patternProperties"), dict):  # a pattern that is not used allows every key
+        made["patternProperties"] = {k if is_usable_pattern(k) else "^": checking_schema(v) if is_usable_pattern(k) else {} for k, v in named.items()}
     items = schema.get("items")
     if items and isinstance(items, list): made["prefixItems"] = [checking_schema(item) for item in items]
     elif isinstance(items, dict): made.setdefault("items", {}).update(checking_schema(items))
@@ -307,15 +319,18 @@ def without_dead_references(part, root: dict):
             if not (key == "$ref" and isinstance(value, str) and not resolves(root, value))}
 
 @functools.lru_cache(maxsize=1)
-def validator_class() -> type: # `jsonschema.Draft202012Validator`
+def validator_class() -> type: # `jsonschema.Draft202012Validator`, patterns for short texts only
     "The general validator, imported when first needed, without a grammar that only checks of formats use."
     grammar = "rfc3987_syntax"
     hide = grammar not in sys.modules
     if hide: sys.modules[grammar] = None  # jsonschema goes on without it
-    try: from jsonschema import Draft202012Validator
+    try: from jsonschema import Draft202012Validator, validators
     finally:
         if hide: del sys.modules[grammar]
-    return Draft202012Validator
+    def of_short_text(checker, pattern, value, schema):  # with a long one, three open places take too long as well
+        if isinstance(value, str) and len(value) <= 200:
+            yield from Draft202012Validator.VALIDATORS["pattern"](checker, pattern, value, schema)
+    return validators.extend(Draft202012Validator, {"pattern": of_short_text})
 
 @functools.lru_cache(maxsize=8192)
 def validator(

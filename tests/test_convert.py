@@ -336,6 +336,14 @@ def test_rows_of_a_strange_shape_are_one_row_s_fault(tmp_path):
     assert row_facts(tmp_path / "out" / "train.jsonl")["id"].to_pylist() == ["c", "7", str(2**70)]
 
 
+def test_an_integer_that_json_cannot_carry_is_one_row_s_fault(tmp_path):
+    free = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {}, "y": {"type": "string"}}}}}
+    rows = [talk(("user", "a"), ("call", f"f({text})"), tools=[free]) for text in ("x=" + "9" * 4299, "x=" + "9" * 5000, "x=[{'a': 0x" + "f" * 4000 + "}]", "y=" + "9" * 5000,
+                                                                                    "y='" + "9" * 5000 + "'")]
+    report = convert_file(write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out" / "train.jsonl")
+    assert (report.kept, report.rejected) == (2, {"malformed_calls": 3})
+
+
 # Files
 
 def test_rows_in_are_rows_kept_and_rows_rejected(demo_file, tmp_path):
