@@ -27,7 +27,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from .checkpoint import checkpoints_to_come, expected_bytes
-from .cost import DOLCI, Shape, flops_per_token, mean_context, memory_parts, peak_flops, published_config, weights_dtype
+from .cost import DOLCI, Shape, flops_per_token, mean_context, memory_parts, peak_flops, published_config, trained_parameters, weights_dtype
 from .prepare import Prepared, key_parts, prepared_folders
 from .sealed import read_manifest
 from .settings import Settings, load_settings, offloads, zero_settings
@@ -139,8 +139,10 @@ def look_at_host(settings: Settings, ranks: int, config: PreTrainedConfig, free:
 def disk_needed(config: PreTrainedConfig, settings: Settings, ranks: int) -> int: # bytes
     "What the checkpoints take that are still to come; those of an earlier start lie there already."
     divided = zero_of(settings, ranks) is not None
-    size = expected_bytes(settings.run_dir, Shape.of(config).parameters, settings.optimizer, divided, weights_dtype(settings, divided).itemsize)
-    return checkpoints_to_come(settings.run_dir, settings.save_total_limit) * size
+    shape, each = Shape.of(config), weights_dtype(settings, divided).itemsize
+    size = expected_bytes(settings.run_dir, trained_parameters(shape, settings), settings.optimizer, divided, each if settings.lora_rank is None else 4)
+    merged = 0 if settings.lora_rank is None else shape.parameters * each  # the final model is written anew, with the adapter in it
+    return checkpoints_to_come(settings.run_dir, settings.save_total_limit) * size + merged
 
 def existing(folder: Path) -> Path: # the nearest folder upwards that is there
     "Where a folder would be made."

@@ -88,7 +88,7 @@ def progress_line(record: dict[str, Any]) -> Optional[str]: # None: nothing for 
 
 def speed_words(record: dict[str, Any]) -> str: # empty for a run of a few minutes: its lines stay the same each time
     "How fast and how long still, where it takes long enough to be asked."
-    if (record["eta_seconds"] or 0) < 600: return ""
+    if (record["eta_seconds"] or 0) < 600 or record["step"] < 2: return ""  # a first step warms up, and says nothing about the others
     shown = f"  {record['tokens_per_second']:,.0f} tokens/s"
     if record["mfu"] is not None: shown += f"  MFU {record['mfu']:.1%}"
     if record["peak_memory_gib"] is not None: shown += f"  {record['peak_memory_gib']:.1f} GiB"
@@ -139,12 +139,12 @@ class LivePlot(TrainerCallback):
     "The curves of this run, updated in place, in a notebook and on rank 0."
 
     def __init__(self, every: float = 20.0): # seconds between two drawings at least
-        self.every, self.records, self.shown, self.began, self.drawn, self.speed = every, [], None, time.monotonic(), -math.inf, False
+        self.every, self.records, self.shown, self.began, self.drawn, self.left = every, [], None, time.monotonic(), -math.inf, 0.0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs: return
         self.records = thinned([*self.records, {**logs, "step": state.global_step}], 4000)
-        self.speed = self.speed or (logs.get("eta_seconds") or 0) >= 600  # as `speed_words`
+        self.left = logs.get("eta_seconds", self.left) if state.global_step > 1 else 0.0
         now = time.monotonic()
         if now - self.drawn >= max(self.every, (now - self.began) / 50): self.draw()
 
@@ -156,7 +156,7 @@ class LivePlot(TrainerCallback):
         from IPython import get_ipython
         from IPython.display import Image, display
         if get_ipython() is None or sum("loss" in r for r in self.records) < 2: return
-        picture, self.drawn = Image(small_png(curves(self.records, self.speed))), time.monotonic()
+        picture, self.drawn = Image(small_png(curves(self.records, time.monotonic() - self.began + self.left >= 600))), time.monotonic()
         if self.shown is None: self.shown = display(picture, display_id="training")
         else: self.shown.update(picture)
 
