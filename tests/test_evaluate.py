@@ -290,6 +290,8 @@ def on_two_ranks(does):
         port = s.getsockname()[1]
     ranks = [FORK.Process(target=on_a_rank, args=(rank, 2, port, does)) for rank in range(2)]
     for process in ranks: process.start()
+    for process in ranks: process.join(300)
+    for process in ranks: process.kill()  # one that waits for the other for ever; nothing where it has ended
     for process in ranks: process.join()
     assert [process.exitcode for process in ranks] == [0, 0]
 
