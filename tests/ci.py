@@ -28,6 +28,7 @@ def finish(title: str, process: subprocess.Popen, began: float, *others: subproc
     "Wait for a part; its failure, and Ctrl-C, end the others too."
     try: code = process.wait()
     except BaseException:
+        process.terminate()
         end(*others)
         raise
     if code:
