@@ -105,7 +105,7 @@ def convert_part(part: Part, choices: Choices) -> Piece: # bytes, ready to write
     return piece
 
 def convert_apart(part: tuple, choices: tuple, path: str) -> tuple: # for `piece_from`
-    "`convert_part` in another process: lines go through a file, which costs a fifth of a pipe's time; the rest are plain values."
+    "`convert_part` in another process: lines go through a file, which costs less than a pipe; the rest are plain values."
     piece = convert_part(Part(*part), Choices(*choices))
     with open(path, "wb") as stream: stream.writelines(piece.files.values())
     return {name: len(lines) for name, lines in piece.files.items()}, piece.marks, piece.facts, piece.counts
