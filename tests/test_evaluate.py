@@ -60,6 +60,8 @@ def wrong(expected, text, stopped=True):
     ([WEATHER, call("weather.now", city="Bern")], block(WEATHER), True, {"complete", "exact"}),
     ([WEATHER], block(WEATHER) + block(WEATHER), True, {"complete", "exact"}),
     ([ODD], block(ODD), True, {"schema"}),
+    ([WEATHER, ODD], block(WEATHER) + block(ODD), True, {"schema"}),
+    ([WEATHER], block(WEATHER) + block(NOTE), True, {"names", "complete", "exact"}),
     ([NOTE], block(ODD), True, {"arguments", "meaning", "schema", "exact"}),
     ([WEATHER, NOTE], block(WEATHER), True, {"names", "complete", "exact"}),
     ([WEATHER], block(call("rockets.start", city="Zürich")), True, {"names", "schema", "exact"}),
