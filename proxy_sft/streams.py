@@ -104,6 +104,7 @@ def convert_part(part: Part, choices: Choices) -> Piece: # bytes, ready to write
         for name in kinds: kinds[name] = b"".join(kinds[name])
     return piece
 
+# %% ../nbs/00bc_streams.ipynb #convert-part-apart
 def convert_apart(part: tuple, choices: tuple, path: str) -> tuple: # for `piece_from`
     "`convert_part` in another process: lines go through a file, which costs less than a pipe; the rest are plain values."
     piece = convert_part(Part(*part), Choices(*choices))
