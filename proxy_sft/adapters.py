@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .model import ModelError
-from .sealed import COMPLETE, MANIFEST, is_complete, publish, read_manifest
+from .sealed import COMPLETE, is_complete, publish, read_manifest
 from .settings import Settings, did_you_mean
 
 # %% ../nbs/01i_adapters.ipynb #config

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Iterable, Optional
+from typing import Any, Callable, ContextManager, Optional
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ def why_not(
     if name != "flex_attention" and not half: return "needs 16-bit arithmetic"
     return "" if installed(name) else "not installed"
 
-# %% ../nbs/01g_attention.ipynb #check
+# %% ../nbs/01g_attention.ipynb #packed-check
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class PackedCheck:
         blunt = "" if self.leak > self.tolerance else "; on this model a leak would change too little to be seen here"
         return f"packed rows lose {self.packed:.4f} per token, the same rows alone {self.separate:.4f} (if they saw each other: {self.joined:.4f}{blunt})"
 
+# %% ../nbs/01g_attention.ipynb #check
 def log_probabilities(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor: # one per trained token, on the CPU
     "What the fused loss of the run is made of."
     device = next(model.parameters()).device

@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 from .sealed import (COMPLETE, MANIFEST, SealError, checkpoint_step, complete_checkpoints, is_complete, mark_complete, publish, read_manifest,
                               sealed_bytes, unmake, verify, write_flushed)
 from .settings import Settings
-from .stops import StopRequested, stop_reason
+from .stops import stop_reason
 
 # %% ../nbs/01b_checkpoint.ipynb #errors
 class CheckpointError(RuntimeError):

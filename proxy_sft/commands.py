@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Optional
 
-from .launch import add_parameter_arguments, add_run_arguments, in_plain_words, split_parameters
+from .launch import add_parameter_arguments, in_plain_words, split_parameters
 from .settings import load_settings
 
 # %% ../nbs/04_commands.ipynb #command

@@ -17,9 +17,7 @@ import json
 import math
 import os
 import re
-import sys
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from .answers import EvaluateError, HeldoutTurn, Reply, choose_turns, expected_text, has_model, read_reply, score_turn
 from .chat import Inspection, server_prompts, stop_token_ids, supervise_batch
 from .checkpoint import from_everybody
-from .sealed import MANIFEST, write_flushed
+from .sealed import MANIFEST
 from .settings import Settings
 from .stops import StopRequested
 

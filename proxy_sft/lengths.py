@@ -7,7 +7,6 @@ __all__ = ['FATES', 'FACTS', 'exchanges', 'cut_to_fit', 'find_sequence', 'Border
            'fit', 'usual_lengths', 'LengthTable', 'plot_lengths', 'count_tokens', 'token_statistics', 'pack']
 
 # %% ../nbs/00e_lengths.ipynb #imports
-from collections import Counter
 from typing import Any, Callable, Iterable, NamedTuple, Optional
 
 import numpy as np

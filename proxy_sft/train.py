@@ -33,6 +33,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
+# %% ../nbs/02_train.ipynb #imports-rooms
 from .adapters import adapter_config, is_merged, merged_folder
 from .attention import settle_attention
 from .chat import certify_batches, save_chat_files, served_template
@@ -50,7 +51,7 @@ from .samples import SamplesWhileTraining
 from .sealed import read_manifest
 from .serving import serving_notes
 from .settings import Settings, deepspeed_file, save_settings
-from .stops import StopRequested, listening, stop_if_asked
+from .stops import StopRequested, listening
 
 # %% ../nbs/02_train.ipynb #error
 class TrainError(RuntimeError):
@@ -314,7 +315,7 @@ def agree(act: Optional[Callable[[], Any]]) -> Any: # what it gave here; raises 
     if problem: raise TrainError(f"The run's folder cannot be used: {problem}. Choose another output_dir or workspace.")
     return outcome
 
-# %% ../nbs/02_train.ipynb #build-trainer
+# %% ../nbs/02_train.ipynb #start-processes
 def start_processes(settings: Settings) -> None:
     "Quiet libraries, TensorBoard's folder, and under torchrun the process group."
     transformers_logging.set_verbosity_error()
@@ -335,6 +336,7 @@ def leave_reductions_to_gloo() -> None:
     import deepspeed
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+# %% ../nbs/02_train.ipynb #build-trainer
 def build_trainer(settings: Settings, prepared: Prepared, facts: dict[str, Any], resumed: bool, separate: bool = False, universal: bool = False) -> ToolTrainer:
     "Model, data and arguments joined."
     tokenizer = AutoTokenizer.from_pretrained(settings.model_dir)
@@ -417,6 +419,7 @@ def train(
         everybody_gets("published")
         return TrainResult(settings.run_dir)
 
+# %% ../nbs/02_train.ipynb #train-from
 def train_from(checkpoint: Optional[Path], settings: Settings, prepared: Prepared, facts: dict[str, Any], separate: bool) -> None:
     "Train until the last step, or until a stop."
     universal = checkpoint is not None and read_manifest(checkpoint)["world_size"] != facts["world_size"]

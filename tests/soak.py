@@ -211,7 +211,6 @@ class Soak:
     def kill_at(self, pids, run_dir, saving) -> bool: # whether it was in a save
         "Kill the group: inside a save a moment after its folder appeared, else at a random moment."
         aside, until = run_dir / ".saving", time.monotonic() + 60
-        before = set(run_dir.glob("checkpoint-*"))
         wait = self.dice.uniform(0, 0.25) if saving else self.dice.uniform(0.2, 3)
         while time.monotonic() < until:
             if os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT): break # done before its turn
@@ -260,7 +259,7 @@ class Soak:
         assert self.run(name, 2, stop_at(self.dir(name), 5)) == [75, 75], words(self.folder / name, 2)[-2000:]
         newest = self.dir(name) / "checkpoint-5"
         files = sorted(p for p in newest.rglob("*") if p.is_file())
-        from proxy_sft.checkpoint import CheckpointError, checkpoint_facts, checkpoint_to_resume, complete_checkpoints
+        from proxy_sft.checkpoint import CheckpointError, checkpoint_to_resume
         given = settings_of(workspace=str(self.folder / "ws"), run_name=name)
         facts = {k: v for k, v in json.loads((newest / "manifest.json").read_text()).items() if k != "files"}
         real, copy = 0, self.folder / "whole"

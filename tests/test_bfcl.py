@@ -11,7 +11,7 @@ import pytest
 from bfcl_cases import ODD, all_cases, garbled_cases
 from proxy_sft.answers import EvaluateError, Reply, expected_text
 from proxy_sft.bfcl import (
-    CATEGORIES, KINDS, SUMMARIES, chosen_categories, java_value, judge_questions, leaderboard_dict, read_questions, script_value, summaries, why_call_is_wrong,
+    CATEGORIES, SUMMARIES, chosen_categories, java_value, judge_questions, leaderboard_dict, read_questions, script_value, summaries, why_call_is_wrong,
     why_calls_are_wrong, why_wrong)
 
 PYTHON = {"s": "string", "i": "integer", "f": "float", "b": "boolean", "d": "dict", "a": "any", "l": ("array", "string"), "n": ("array", "float"),

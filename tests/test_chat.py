@@ -254,7 +254,7 @@ def test_supervise_batch(tokenizer):
 def test_the_parity_table(tokenizer):
     "Two calls and two answers: what each template keeps."
     chat = [user("a"), answer("", call("f")), result("1"), answer("x")] * 2
-    exact = {name: (c := certify([{"messages": chat}], tokenizer, name))["exact"] for name in TEMPLATES}
+    exact = {name: certify([{"messages": chat}], tokenizer, name)["exact"] for name in TEMPLATES}
     assert exact == {"nothink": 4, "stock": 1, "empty_think": 4, "trl_training": 1}
     assert certify([{"messages": chat}], tokenizer, "trl_training")["outside"] == 20  # 4 think tokens and a line break, 4 times
     assert "trained tokens" in certify([{"messages": chat}], tokenizer, "trl_training").verdict

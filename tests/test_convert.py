@@ -15,7 +15,7 @@ import pytest
 import zstandard
 from transformers import AutoTokenizer
 
-from proxy_sft import convert as converting, ledger, reading, streams
+from proxy_sft import ledger, reading, streams
 from proxy_sft.calls import format_calls
 from proxy_sft.chat import render_chat
 from proxy_sft.convert import ConvertError, convert, convert_file, convert_row, row_facts

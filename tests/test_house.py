@@ -15,7 +15,7 @@ from execute_notebooks import execute
 from public_names import LIST, public_names
 
 from proxy_sft.commands import COMMANDS, command_parser
-from proxy_sft.launch import notebook_defaults, read_request, split_parameters
+from proxy_sft.launch import read_request, split_parameters
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 READMES = ("README.md", "README.zh.md")

@@ -27,7 +27,7 @@ from proxy_sft.lengths import FATES, Borders, cut_to_fit, pack
 from proxy_sft.prepare import PrepareError, Prepared, build, cache_key, encode_rows, key_parts, prepare, require_inputs
 from proxy_sft.sealed import is_complete
 from proxy_sft.settings import load_settings
-from proxy_sft.waiting import Announcer, Claim
+from proxy_sft.waiting import Claim
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
