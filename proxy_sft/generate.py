@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TOLD', 'questions_that_fit', 'token_batches', 'answer_limit', 'ready_to_answer', 'generate_batch', 'generate_replies',
            'place', 'join_ranks', 'stop_together', 'gathered', 'digest', 'AnswerStore', 'model_identity', 'load_model',
-           'token_losses', 'losses_of', 'answer_rows', 'add_up', 'ask_in_time', 'ToolCallsWhileTraining']
+           'token_losses', 'losses_of', 'answer_rows', 'require_whole_weights', 'add_up', 'ask_in_time',
+           'ToolCallsWhileTraining']
 
 # %% ../nbs/01f_generate.ipynb #imports
 import hashlib
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from .answers import EvaluateError, HeldoutTurn, Reply, choose_turns, expected_text, has_model, read_reply, score_turn
@@ -260,6 +262,11 @@ def answer_rows(
     "The data's own answers as rows for `losses_of`."
     return supervise_batch([{"messages": turn.messages, "tools": turn.tools} for turn in turns], tokenizer, template, train_on="last")
 
+# %% ../nbs/01f_generate.ipynb #whole-weights-export
+def require_whole_weights(setting: str) -> None: # raises EvaluateError
+    "Refuse a setting that asks the model while its weights are divided between ranks."
+    if is_deepspeed_zero3_enabled(): raise EvaluateError(f"{setting} is set, and ZeRO-3 divides the weights between ranks. Set it to null, or deepspeed to ds_config_zero2.json.")
+
 # %% ../nbs/01f_generate.ipynb #counts-export
 TOLD = ("decision", "names", "exact", "stops")  # metrics that are logged during training
 
@@ -297,6 +304,7 @@ class ToolCallsWhileTraining(TrainerCallback):
     "Every so many optimizer steps, how often the model calls as it should; the same on all ranks, bounded in time."
 
     def __init__(self, settings: Settings, tokenizer: Any, log: Callable[[dict], None]): # `log`: the trainer's own
+        require_whole_weights("eval_tool_calls_every")
         self.settings, self.tokenizer, self.log = settings, tokenizer, log
         turns, _ = choose_turns(settings.converted_dir / "heldout.jsonl", settings.eval_tool_calls_turns, settings.seed)
         self.turns, self.prompts = questions_that_fit(turns, tokenizer, settings)

@@ -12,11 +12,10 @@ from dataclasses import asdict
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .answers import EvaluateError, Reply, choose_turns, expected_text
+from .answers import Reply, choose_turns, expected_text
 from .chat import stop_token_ids
-from .generate import answer_limit, gathered, generate_batch, place, questions_that_fit
+from .generate import answer_limit, gathered, generate_batch, place, questions_that_fit, require_whole_weights
 from .settings import Settings
 
 # %% ../nbs/01k_samples.ipynb #record
@@ -34,7 +33,7 @@ class SamplesWhileTraining(TrainerCallback):
     "Every so many optimizer steps, and at the last one, answers to a few held-out turns."
 
     def __init__(self, settings: Settings, tokenizer: Any):
-        if is_deepspeed_zero3_enabled(): raise EvaluateError("sample_steps is set, and ZeRO-3 divides the weights between ranks. Set it to null, or deepspeed to ds_config_zero2.json.")
+        require_whole_weights("sample_steps")
         self.settings, self.tokenizer, self.file = settings, tokenizer, settings.run_dir / "logs" / "samples.jsonl"
         turns, _ = choose_turns(settings.converted_dir / "heldout.jsonl", settings.sample_turns, settings.seed)
         self.turns, self.prompts = questions_that_fit(turns, tokenizer, settings)
