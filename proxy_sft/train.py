@@ -105,7 +105,7 @@ def checkpointing_arguments(kind: str) -> dict[str, Any]: # none, selective or f
     "Which activations are computed anew; selective is TRL's: what attention gave is kept."
     return {CHECKPOINTING: kind != "none", f"{CHECKPOINTING}_kwargs": {"selective": True} if kind == "selective" else None}
 
-def training_arguments(settings: Settings, resumed: bool, separate: bool = False, universal: bool = False) -> SFTConfig: # separate: each machine has its own run folder
+def training_arguments(settings: Settings, resumed: bool, separate: bool = False, universal: bool = False, heldout: bool = True) -> SFTConfig: # separate: each machine has its own run folder; heldout: there are rows to measure
     "Our settings in TRL's words."
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     return SFTConfig(
@@ -120,7 +120,7 @@ def training_arguments(settings: Settings, resumed: bool, separate: bool = False
         dataset_kwargs={"skip_prepare_dataset": True}, padding_free=settings.end_to_end, packing=False, max_length=None,
         dataloader_num_workers=settings.dataloader_workers, dataloader_pin_memory=not on_cpu,
         save_strategy="steps", save_steps=settings.save_steps, save_total_limit=None,
-        eval_strategy="steps", eval_steps=settings.eval_steps or 10**9, eval_on_start=not resumed, prediction_loss_only=True,
+        eval_strategy="steps" if heldout else "no", eval_steps=settings.eval_steps or 10**9, eval_on_start=heldout and not resumed, prediction_loss_only=True,
         logging_steps=settings.logging_steps, logging_nan_inf_filter=False, logging_first_step=True, report_to=settings.report_to or "none",
         disable_tqdm=True, log_level="warning", ddp_find_unused_parameters=False if dist.is_available() else None)
 
@@ -343,7 +343,7 @@ def build_trainer(settings: Settings, prepared: Prepared, facts: dict[str, Any],
     tokenizer.chat_template = served_template(settings.template)
     split = lambda name: None if (data := prepared.dataset(name)) is None else trainer_columns(data, settings)
     stop, watch = StopOnRequest(settings.run_dir, settings.max_hours), StepWatch(settings.skip_loss_spikes)
-    arguments = training_arguments(settings, resumed, separate, universal)  # before the model: ZeRO-3 divides weights while they are read
+    arguments = training_arguments(settings, resumed, separate, universal, heldout="heldout" in prepared.splits)  # before the model: ZeRO-3 divides weights while they are read
     model = load_for_training(settings, tokenizer, weights_dtype(settings, uses_deepspeed(settings)))
     meter = SpeedMeter(Shape.of(model.config), device_name(settings), frozen=settings.lora_rank is not None)
     progress = Progress(settings.run_dir, max(25, settings.logging_steps), meter)

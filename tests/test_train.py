@@ -75,6 +75,11 @@ def test_one_rank_with_eight_micro_batches_is_two_ranks_with_four(folder):
     assert losses(folder, "two") == pytest.approx(losses(folder, "eight"), rel=2e-4)
 
 
+def test_training_without_heldout_rows(tmp_path):
+    said = run(tmp_path, "alone", demo_rows=200, max_train_samples=20, max_steps=1, heldout_fraction=0.0, heldout_tools=0.0)
+    assert "held-out" not in said and len(losses(tmp_path, "alone")) == 1
+
+
 def test_every_log_is_a_record_with_all_fields(folder):
     records = [json.loads(line) for line in (folder / "runs" / "straight" / "logs" / "progress.jsonl").open()]
     assert all(set(FIELDS) <= set(r) and r["attention"] == "sdpa" and r["kernels"] == "none" for r in records)
