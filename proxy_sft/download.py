@@ -7,7 +7,7 @@ __all__ = ['STATUS_WORDS', 'MODEL_FILES', 'ABOUT_FILES', 'MARGIN', 'JSON_PER_PAR
            'hub_endpoint', 'hub_name', 'explain_status', 'explain_no_answer', 'plain_words', 'Source', 'check_inside',
            'list_repository', 'is_among', 'choose_model_files', 'choose_data_files', 'file_hash', 'is_the_file',
            'bars_are_hidden', 'Stopped', 'Progress', 'FileProgress', 'gets_token', 'transfer', 'is_passing',
-           'transfer_all', 'fetch_file', 'fetch_files', 'existing_parent', 'check_disk', 'read_manifest',
+           'transfer_all', 'part_of', 'fetch_file', 'fetch_files', 'existing_parent', 'check_disk', 'read_manifest',
            'write_manifest', 'write_whole', 'is_untouched', 'Plan', 'look_at_files', 'follow_revision', 'make_plan',
            'one_at_a_time', 'shard_tensors', 'check_index', 'check_weights', 'check_model_folder', 'download_model',
            'finish_model', 'check_columns', 'readable', 'parquet_rows', 'row_lines', 'write_rows', 'write_lines',
@@ -307,6 +307,10 @@ def transfer_all(
             time.sleep(min(2 ** idle, 8) / 2)
 
 # %% ../nbs/00_download.ipynb #fetch-file
+def part_of(entry: dict, folder: Path) -> Path: # the partial file of an entry of the listing
+    "Where a file of `folder` grows; another content, or another path, grows elsewhere."
+    return folder / ".parts" / (entry.get("sha256") or entry["git_sha1"]) / entry["path"]
+
 def fetch_file(
     source: Source,
     entry: dict, # of the listing
@@ -314,7 +318,7 @@ def fetch_file(
     progress: Progress,
 ) -> None: # raises DownloadError after a second wrong hash
     "Fetch one file, check its hash, give it its name."
-    part = folder / ".parts" / (entry.get("sha256") or entry["git_sha1"])
+    part = part_of(entry, folder)
     for attempt in (1, 2):
         with plain_words(f"{entry['path']} of {source}"): transfer_all(source, entry, part, progress)
         if is_the_file(part, entry): break
@@ -428,7 +432,7 @@ class Plan:
     def parquet(self) -> list[dict]: return [f for f in self.files if f["path"].endswith(".parquet")]
     def missing(self, files: list[dict]) -> list[dict]: return [f for f in files if f.get("mtime_ns") is None]
     def needed(self, files: list[dict]) -> int: # bytes
-        parts = [self.store / ".parts" / (f.get("sha256") or f["git_sha1"]) for f in self.missing(files)]
+        parts = [part_of(f, self.store) for f in self.missing(files)]
         return max(sum(f["size"] for f in self.missing(files)) - sum(p.stat().st_size for p in parts if p.exists()), 0)
     def save(self) -> None: # nothing is written when nothing has changed: the folder may be read-only
         if self.manifest != read_manifest(self.folder): write_manifest(self.folder, self.manifest)

@@ -125,6 +125,12 @@ def test_model_is_pinned_verified_and_free_of_code(hub, tmp_path):
     assert asked and all(commit in path for path in asked)  # the commit is asked for, never the branch
 
 
+def test_files_of_one_content_do_not_share_a_partial_file(tmp_path):
+    same = {f"same-{i:02}.json": b"{}" * 50_000 for i in range(24)}
+    with HubServer({"ex/model": Repo({**model_files(), **same})}) as hub: fetch(hub, tmp_path)
+    assert {(tmp_path / name).read_bytes() for name in same} == {b"{}" * 50_000}
+
+
 def test_second_run_makes_no_request_and_a_moved_branch_waits_for_refresh(hub, tmp_path):
     fetch(hub, tmp_path)
     newer = {"config.json": b'{"model_type": "qwen3", "new": 1}', "merges.txt": b"b c\n"}
@@ -177,7 +183,7 @@ def test_line_that_stays_cut_gives_up_and_the_next_run_goes_on(big_hub, tmp_path
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     big_hub.faults[SHARD] = Fault(cut_at=11 << 20, times=1000)
     with pytest.raises(DownloadError, match="no connection|cut|not a hub"): fetch(big_hub, tmp_path)
-    part = next((tmp_path / ".parts").iterdir())
+    part = next((tmp_path / ".parts").glob(f"*/{SHARD}"))
     assert part.stat().st_size >= 10 << 20 and not (tmp_path / SHARD).exists()
     big_hub.faults.clear(); big_hub.requests.clear()
     resumed = part.stat().st_size
@@ -203,7 +209,7 @@ def test_killed_process_leaves_a_part_that_the_next_one_continues(big_hub, tmp_p
     body = model_files(BIG)[SHARD]
     big_hub.faults[SHARD] = Fault(delay=0.01, times=1)
     client = run_python(CLIENT, tmp_path, HF_ENDPOINT=big_hub.url)
-    parts = tmp_path / ".parts" / hashlib.sha256(body).hexdigest()
+    parts = tmp_path / ".parts" / hashlib.sha256(body).hexdigest() / SHARD
     deadline = time.time() + 40
     while time.time() < deadline and not (parts.exists() and parts.stat().st_size >= 10 << 20): time.sleep(0.02)
     client.send_signal(signal.SIGKILL); client.wait()
