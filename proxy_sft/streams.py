@@ -233,9 +233,9 @@ def converted_parts(parts, choices: Choices, num_proc: int, folder: Path):
     with helpers(num_proc - 1, choices, folder) as hand_over:
         while True:
             busy = sum(not made.done() for _, made in waiting)
-            waiting.extend((part, hand_over(part)) for part in itertools.islice(parts, max(0, 2 * (num_proc - 1) - busy)))
+            waiting.extend((part, hand_over(part)) for part in itertools.islice(parts, max(0, 4 * (num_proc - 1) - busy)))  # four each: handing over waits for this thread's turn to end
             if not waiting: return
-            own = None if waiting[0][1].done() or len(waiting) >= 4 * num_proc else next(parts, None)
+            own = None if waiting[0][1].done() or len(waiting) >= 8 * num_proc else next(parts, None)
             if own is not None:
                 waiting.append((own, converted_here(own, choices)))
                 continue
