@@ -362,6 +362,7 @@ def publish_final(checkpoint: Path, run_dir: Path) -> None:
         try: os.link(checkpoint / name, aside)
         except OSError: shutil.copyfile(checkpoint / name, aside)  # a file system without hard links
         os.replace(aside, target)
+        aside.unlink(missing_ok=True)  # two names of one file: POSIX's rename leaves both
     write_flushed(run_dir / MANIFEST, (checkpoint / MANIFEST).read_text(encoding="utf-8"))
     mark_complete(run_dir)
 
