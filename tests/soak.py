@@ -209,14 +209,16 @@ class Soak:
         return f"{right} of {count} runs that were killed with -9 (all ranks at once, 1 to 3 times each; {inside} kills inside a save) end with the same hash", right == count and inside >= count // 2
 
     def kill_at(self, pids, run_dir, saving) -> bool: # whether it was in a save
-        "Kill the group: inside a save a moment after its folder appeared, else at a random moment."
-        aside, until = run_dir / ".saving", time.monotonic() + 60
-        wait = self.dice.uniform(0, 0.25) if saving else self.dice.uniform(0.2, 3)
+        "Kill the group: inside a save as soon as so many of its files are there, however fast it is, else at a random moment."
+        aside, until, seen = run_dir / ".saving", time.monotonic() + 60, False
+        files, wait = self.dice.randrange(12), self.dice.uniform(0.2, 3)
         while time.monotonic() < until:
             if os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT): break # done before its turn
-            if saving and aside.exists(): time.sleep(wait); break
+            there = aside.exists()
+            if saving and (seen and not there or there and sum(len(names) for *_, names in os.walk(aside)) >= files): break
             if not saving and (wait := wait - 0.01) < 0: break
-            time.sleep(0.001 if saving else 0.01)
+            seen = seen or there
+            time.sleep(0.0005 if saving else 0.01)
         inside = aside.exists() or any(not (f / "COMPLETE").exists() for f in run_dir.glob("checkpoint-*"))
         try: os.killpg(pids[0], signal.SIGKILL)
         except ProcessLookupError: pass # ended by itself
