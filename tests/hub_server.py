@@ -3,8 +3,8 @@
 It answers `/api/{models,datasets}/ID[/revision/REV]`, `/api/…/ID/tree/COMMIT` and `/[datasets/]ID/resolve/REV/FILE`,
 with ETag, X-Repo-Commit, X-Linked-Etag, X-Linked-Size, Range and 206, and the X-Error-Code of private, gated and
 missing repositories. Large files redirect to a second port, as the real hub redirects to its CDN, so that a token that
-leaks there is seen. Xet is not advertised. Faults are set per file: cut a body, reset the connection, slow it down,
-flip a byte, answer with a status.
+leaks there is seen. Xet is not advertised. Faults are set per file: cut a body, reset the connection, hold back the rest
+of a body, flip a byte, answer with a status. No time decides what happens: clients of this server are given ten minutes.
 """
 import hashlib
 import json
@@ -12,7 +12,6 @@ import os
 import socket
 import struct
 import threading
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -59,8 +58,9 @@ class Fault:
     flip_at: int = -1  # invert the byte at this position
     status: int = 0  # answer with this status instead
     reset: bool = False  # … and rudely
-    delay: float = 0.0  # seconds to wait after each 64 KiB
+    hold_at: int = -1  # send so many bytes of the file, and the rest after `let_go`
     times: int = 1
+    let_go: threading.Event = field(default_factory=threading.Event)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -157,11 +157,11 @@ class Handler(BaseHTTPRequestHandler):
             at = fault.flip_at - start
             body = body[:at] + bytes([body[at] ^ 0xFF]) + body[at + 1:]
         end = max(fault.cut_at - start, 0) if fault and fault.cut_at >= 0 else len(body)
-        step = 1 << 16 if fault and fault.delay else 1 << 20
+        held = max(fault.hold_at - start, 0) if fault and fault.hold_at >= 0 else 0
         try:
-            for i in range(0, end, step):
-                self.wfile.write(body[i:min(i + step, end)])
-                if fault and fault.delay: time.sleep(fault.delay)
+            self.wfile.write(body[:held])
+            if held: fault.let_go.wait()
+            self.wfile.write(body[held:end])
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True  # the client went away, as a killed one does
         if end < len(body): self.close_connection = True
@@ -177,6 +177,10 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"Content-Type": "application/json", "X-Error-Message": message}
         if code: headers["X-Error-Code"] = code
         self.send(status, json.dumps({"error": message}).encode(), headers)
+
+
+class Site(ThreadingHTTPServer):
+    daemon_threads, request_queue_size = True, 128  # two clients of several threads come at once; the default is five
 
 
 class HubServer:
@@ -200,17 +204,18 @@ class HubServer:
         return [r for r in self.requests if r["method"] == "GET" and not r["path"].startswith("/api/")]
 
     def start(self, is_cdn: bool) -> str:
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads, server.hub, server.is_cdn = True, self, is_cdn
+        server = Site(("127.0.0.1", 0), Handler)
+        server.hub, server.is_cdn = self, is_cdn
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         self.undo.callback(server.server_close)
         self.undo.callback(server.shutdown)
         return f"http://127.0.0.1:{server.server_port}"
 
     def __enter__(self):
-        # A proxy or an offline switch that is set for the real network does not concern the loopback interface.
-        no_proxy = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        self.undo.enter_context(patch.dict(os.environ, no_proxy))
+        # A proxy or an offline switch that is set for the real network does not concern the loopback interface, and on a busy machine its ten seconds without a byte are soon over.
+        here = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DOWNLOAD_TIMEOUT": "600"}
+        self.undo.enter_context(patch.dict(os.environ, here))
+        self.undo.enter_context(patch.object(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 600))
         self.undo.enter_context(patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", False))
         close_session()
         self.undo.callback(close_session)

@@ -17,6 +17,8 @@ import time
 import traceback
 from pathlib import Path
 
+from ports import free_port
+
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 TINY = dict(profile="demo", demo_rows=200, max_train_samples=64, max_eval_samples=4, max_length=512, logging_steps=1, save_steps=2, eval_steps=None, max_steps=8,
@@ -32,11 +34,7 @@ def settings_of(**given):
 
 def life(log: Path, ranks: int, hook, **given) -> list[int]: # process ids by rank; the first one leads the group
     "Start a training in processes of their own; `hook(rank)` runs in each before it begins."
-    import socket
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pids = []
+    pids, port = [], free_port()
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0: be_a_rank(log, rank, ranks, port, hook, given)

@@ -6,7 +6,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,12 +13,14 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "test-artifacts"
 BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 DRIVER = shutil.which("chromedriver")
 NOTEBOOK = "01_convert.ipynb"
+PATIENCE = 600  # seconds until something counts as stuck; nothing is awaited that long
 
 pytestmark = [
     pytest.mark.skipif(BROWSER is None or DRIVER is None,
@@ -63,9 +64,7 @@ def lab(tmp_path_factory):
     (kernel / "kernel.json").write_text(json.dumps({
         "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "sft-qwen3",
         "language": "python", "env": {"PYTHONPATH": str(ROOT), "IN_TEST": "1"}}))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     token = secrets.token_hex(16)
     own = {"JUPYTER_CONFIG_DIR": folder / "config", "JUPYTER_RUNTIME_DIR": folder / "runtime", "JUPYTER_PATH": folder / "share",
            "JUPYTERLAB_SETTINGS_DIR": folder / "settings", "JUPYTERLAB_WORKSPACES_DIR": folder / "workspaces",
@@ -77,14 +76,15 @@ def lab(tmp_path_factory):
          "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
         env={**os.environ, **{key: str(value) for key, value in own.items()}}, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
-    for _ in range(240):
-        try: urllib.request.urlopen(f"{address}/api?token={token}", timeout=2)
+    until = time.monotonic() + PATIENCE
+    while True:
+        if server.poll() is not None or time.monotonic() > until: pytest.fail((folder / "lab.log").read_text()[-2000:])
+        try: urllib.request.urlopen(f"{address}/api?token={token}", timeout=60)
         except OSError: time.sleep(.25)
         else: break
-    else: pytest.fail((folder / "lab.log").read_text()[-2000:])
     yield address, token, folder
     server.terminate()
-    server.wait(20)
+    server.wait(PATIENCE)
     log.close()
 
 
@@ -106,6 +106,9 @@ def page(request, lab):
                      f"--user-data-dir={profile}", "--disable-gpu", "--hide-scrollbars"):
         options.add_argument(argument)
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.command_executor.client_config.timeout = PATIENCE
+    driver.set_page_load_timeout(PATIENCE)
+    driver.set_script_timeout(PATIENCE)
     try:
         driver.get(f"{address}/lab/tree/{request.param}_{NOTEBOOK}?token={token}&reset")
         use = Page(driver, request.param)
@@ -118,23 +121,23 @@ class Page:
     "What a person does with the notebook and the inspector."
     def __init__(self, driver, theme): self.driver, self.theme = driver, theme
 
-    def wait(self, script, seconds=60, why=""):
+    def wait(self, script, why=""):
         "Until a script gives something."
-        end = time.time() + seconds
-        while time.time() < end:
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
             if found := self.driver.execute_script("return " + script): return found
             time.sleep(.1)
         self.picture("stuck")
-        raise AssertionError(f"not within {seconds} s: {why or script}")
+        raise AssertionError(f"not within {PATIENCE} s: {why or script}")
 
     def run_all(self):
         "Run all cells from the menu; the last one opens the inspector."
-        self.wait("document.querySelectorAll('.jp-Notebook .jp-Cell').length > 3", 90)
-        self.wait("document.querySelector('.jp-NotebookPanel-toolbar [data-status=idle], [data-status=idle]')", 90, "kernel idle")
+        self.wait("document.querySelectorAll('.jp-Notebook .jp-Cell').length > 3")
+        self.wait("document.querySelector('.jp-NotebookPanel-toolbar [data-status=idle], [data-status=idle]')", "kernel idle")
         self.menu("Run", "Run All Cells")
-        self.wait("document.querySelector('.psft-app')", 300, "the inspector appears")
+        self.wait("document.querySelector('.psft-app')", "the inspector appears")
         prompts = "Array.from(document.querySelectorAll('.jp-InputPrompt')).map(e => e.textContent)"
-        self.wait(f"!{prompts}.some(text => text.includes('*'))", 60, "all cells have run")
+        self.wait(f"!{prompts}.some(text => text.includes('*'))", "all cells have run")
         self.driver.execute_script("document.querySelector('.psft-app').scrollIntoView({block: 'center'})")
 
     def menu(self, bar, item):
@@ -142,14 +145,14 @@ class Page:
         name = f"//li[contains(@class,'lm-MenuBar-item')][.//div[text()='{bar}']]"
         self.driver.find_element(By.XPATH, name).click()
         entry = "Array.from(document.querySelectorAll('.lm-Menu-item')).find(e => e.textContent.trim().startsWith(arguments0))"
-        self.wait(entry.replace("arguments0", json.dumps(item)), 10).click()
+        self.wait(entry.replace("arguments0", json.dumps(item))).click()
 
     def find(self, selector):
-        return self.wait(f"document.querySelector({json.dumps('.psft-app ' + selector)})", 10)
+        return self.wait(f"document.querySelector({json.dumps('.psft-app ' + selector)})")
 
     def text(self, selector): return self.find(selector).text
     def row(self): return int(self.find("[aria-label=row]").get_property("value"))
-    def idle(self): self.wait("document.querySelector('.psft-app').getAttribute('aria-busy') !== 'true'", 20)
+    def idle(self): self.wait("document.querySelector('.psft-app').getAttribute('aria-busy') !== 'true'")
 
     def press(self, selector):
         self.find(selector).click()
@@ -187,7 +190,7 @@ def test_template_switch_shows_the_diff(page):
     page.press("[data-tab=parity]")
     assert "✘" not in page.text(".panel")
     page.choose("Template", "stock")
-    page.wait("document.querySelector('.psft-app .panel').textContent.includes('✘')", 20, "stock loses a turn")
+    page.wait("document.querySelector('.psft-app .panel').textContent.includes('✘')", "stock loses a turn")
     assert page.find(".panel del, .panel ins")
     page.picture("parity-stock")
     page.choose("Template", "nothink")
@@ -198,7 +201,7 @@ def test_template_switch_shows_the_diff(page):
 def test_search_and_markup_stays_text(page):
     from selenium.webdriver.common.keys import Keys
     page.keys("input[name=text]", "NEEDLE in a", Keys.ENTER)
-    page.wait("document.querySelector('.psft-app [aria-label=row]').value === '7'", 20, "the search finds row 7")
+    page.wait("document.querySelector('.psft-app [aria-label=row]').value === '7'", "the search finds row 7")
     for tab in ("text", "tokens", "messages", "raw", "parity", "text"):
         page.press(f"[data-tab={tab}]")
         assert not page.driver.execute_script("return document.querySelector('.psft-app .panel').querySelector('img, script, a')")
@@ -228,7 +231,7 @@ def test_keyboard(page):
 def test_copy_as_json(page):
     page.driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
     page.press("button[title^='copy']")
-    page.wait("document.querySelector('.psft-app .note').textContent === 'copied'", 10)
+    page.wait("document.querySelector('.psft-app .note').textContent === 'copied'")
     copied = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
     assert json.loads(copied)["messages"]
 

@@ -373,7 +373,7 @@ def test_a_script_without_a_guard_is_not_run_again_by_its_processes(tmp_path):
     script.write_text("import proxy_sft.convert as c, proxy_sft.streams as s\nprint('begin')\ns.SMALL, s.BLOCK_BYTES = 0, 100_000\n"
                       f"print(c.convert_file({str(source)!r}, {str(tmp_path / 'out' / 'train.jsonl')!r}, num_proc=2).rows)\n")
     for options in ({"args": [sys.executable, str(script)]}, {"args": [sys.executable, "-"], "stdin": script.open()}):
-        run = subprocess.run(**options, capture_output=True, text=True, timeout=120)
+        run = subprocess.run(**options, capture_output=True, text=True, timeout=900)
         assert (run.returncode, run.stdout.split()) == (0, ["begin", "200"]), run.stderr[-2000:]
 
 

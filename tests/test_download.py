@@ -207,17 +207,19 @@ print(download_model("ex/model", sys.argv[1], margin=0)["fetched"])
 
 def test_killed_process_leaves_a_part_that_the_next_one_continues(big_hub, tmp_path):
     body = model_files(BIG)[SHARD]
-    big_hub.faults[SHARD] = Fault(delay=0.01, times=1)
+    big_hub.faults[SHARD] = held = Fault(hold_at=22 << 20)
     client = run_python(CLIENT, tmp_path, HF_ENDPOINT=big_hub.url)
     parts = tmp_path / ".parts" / hashlib.sha256(body).hexdigest() / SHARD
-    deadline = time.time() + 40
-    while time.time() < deadline and not (parts.exists() and parts.stat().st_size >= 10 << 20): time.sleep(0.02)
+    while not (parts.exists() and parts.stat().st_size >= 10 << 20):  # the rest is held back, so it is still at it
+        assert client.poll() is None, client.communicate()[0].decode()
+        time.sleep(0.02)
     client.send_signal(signal.SIGKILL); client.wait()
+    held.let_go.set()
     size = parts.stat().st_size
     assert 10 << 20 <= size < len(body) and not (tmp_path / SHARD).exists()
     big_hub.requests.clear()
     client = run_python(CLIENT, tmp_path, HF_ENDPOINT=big_hub.url)
-    output = client.communicate(timeout=60)[0].decode()
+    output = client.communicate(timeout=600)[0].decode()
     assert client.returncode == 0, output
     assert f"bytes={size}-" in [r["range"] for r in big_hub.bodies()]
     assert not [r for r in big_hub.requests if r["path"].startswith("/api/models")]  # the commit is the first run's
@@ -226,7 +228,7 @@ def test_killed_process_leaves_a_part_that_the_next_one_continues(big_hub, tmp_p
 
 def test_two_processes_share_one_download(big_hub, tmp_path):
     clients = [run_python(CLIENT, tmp_path, HF_ENDPOINT=big_hub.url) for _ in range(2)]
-    outputs = [client.communicate(timeout=60)[0].decode() for client in clients]
+    outputs = [client.communicate(timeout=600)[0].decode() for client in clients]
     assert [client.returncode for client in clients] == [0, 0], outputs
     assert sum("[]" in output for output in outputs) == 1  # the second found everything there
     assert sum(r["cdn"] for r in big_hub.bodies()) == 3  # two shards and tokenizer.json, each once
@@ -306,11 +308,11 @@ def test_token_opens_a_gated_repository_and_is_seen_nowhere(hub, tmp_path):
     home = tmp_path / "home"
     env = {"HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_VERBOSITY": "debug"}
     failed = run_python(CLIENT, tmp_path / "m", **env)
-    output = failed.communicate(timeout=60)[0]
+    output = failed.communicate(timeout=600)[0]
     assert failed.returncode == 1 and b"twice a file" in output
     hub.faults.clear()
     done = run_python(CLIENT, tmp_path / "m", **env)
-    output += done.communicate(timeout=60)[0]
+    output += done.communicate(timeout=600)[0]
     assert done.returncode == 0, output.decode()
     assert TOKEN.encode() not in output
     assert all(TOKEN.encode() not in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
@@ -439,7 +441,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     for i, row in enumerate(data): row["messages"][1]["content"] = text[i:i + 10_000]
     pq.write_table(pa.Table.from_pylist(data), tmp_path / "rows.parquet", row_group_size=10_000)
     client = run_python(MEMORY, tmp_path / "rows.parquet", tmp_path / "train.jsonl")
-    output = client.communicate(timeout=80)[0].decode()
+    output = client.communicate(timeout=600)[0].decode()
     assert client.returncode == 0, output
     assert (tmp_path / "train.jsonl").stat().st_size > 200 << 20
     assert int(output.split()[-1]) < 150, f"{output.split()[-1]} MiB of memory for 200 MiB of lines"  # about 100
@@ -487,9 +489,8 @@ def test_download_by_settings(hub, tmp_path, monkeypatch):
     assert report["dataset"]["train"]["rows"] == 7 and len(settings.train_file.read_text().splitlines()) == 7
     assert (settings.model_dir / "config.json").is_file() and list((settings.data_dir / "raw").rglob("*.parquet"))
     hub.requests.clear()
-    started = time.time()
     again = download(settings, margin=0)
-    assert time.time() - started < 3 and hub.requests == []
+    assert hub.requests == []
     assert again["model"]["fetched"] == again["dataset"]["fetched"] == []
 
 

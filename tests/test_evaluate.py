@@ -5,11 +5,11 @@ import os
 import random
 import shutil
 import signal
-import socket
 import time
 
 import pytest
 import torch
+from ports import free_port
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from proxy_sft import generate
@@ -287,22 +287,27 @@ def on_a_rank(rank, ranks, port, does):
 
 def on_two_ranks(does):
     "Do it on two ranks; both must end well."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    ranks = [FORK.Process(target=on_a_rank, args=(rank, 2, port, does)) for rank in range(2)]
+    ranks = [FORK.Process(target=on_a_rank, args=(rank, 2, port, does)) for port in [free_port()] for rank in range(2)]
     for process in ranks: process.start()
-    for process in ranks: process.join(300)
+    until = time.monotonic() + 900
+    while any(p.is_alive() for p in ranks) and not any(p.exitcode for p in ranks) and time.monotonic() < until: time.sleep(0.02)
     for process in ranks: process.kill()  # one that waits for the other for ever; nothing where it has ended
     for process in ranks: process.join()
     assert [process.exitcode for process in ranks] == [0, 0]
 
 
 def kill_when_some_are_kept(does, folder):
-    "Start it, and kill -9 as soon as two answers are on disk; the lines that were there."
-    process = FORK.Process(target=does)
-    process.start()
+    "Start it, and kill -9 when two answers are on disk and the third is asked for; the lines that were there."
     def kept(): return [line for path in folder.glob("*.jsonl") for line in path.read_bytes().splitlines() if line]
+    usual = generate.generate_batch
+    def waits_for_its_end(*args, **kwargs):
+        while len(kept()) >= 2: time.sleep(0.1)
+        return usual(*args, **kwargs)
+    def until_two_are_kept():
+        generate.generate_batch = waits_for_its_end
+        does()
+    process = FORK.Process(target=until_two_are_kept)
+    process.start()
     while process.is_alive() and len(kept()) < 2: time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.join()

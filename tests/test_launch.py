@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from proxy_sft import commands, launch
 
@@ -26,6 +27,7 @@ dist.all_reduce(total)
 print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], "sums to", int(total.item()))
 dist.destroy_process_group()
 """
+# Cells that only wait do so for an hour, longer than `Run.end` does: a run that nobody ends fails its test.
 # Stands for the trainer: polls the request to stop, "saves" (rank 0 takes longer), and raises as proxy_sft.checkpoint does.
 TRAINER = """
 import os, time
@@ -33,7 +35,7 @@ from pathlib import Path
 class StopRequested(RuntimeError): pass
 rank, stop = os.environ.get("RANK", "0"), Path(os.environ["PROXY_SFT_STOP_FILE"])
 Path(folder, f"kernel-{rank}").write_text(str(os.getpid()))
-for step in range(3000):
+while True:
     if stop.exists():
         time.sleep(3 if rank == "0" else 0)
         Path(folder, f"saved-{rank}").touch()
@@ -44,10 +46,10 @@ for step in range(3000):
 POOL = """
 import os, subprocess, sys, time
 from pathlib import Path
-code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)"
+code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(3600)"
 pool = [subprocess.Popen([sys.executable, "-c", code], start_new_session=new) for new in (False, True)]
 Path(folder, f"kernel-{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
-time.sleep(300)
+time.sleep(3600)
 """
 
 
@@ -72,17 +74,17 @@ class Run:
         self.process = subprocess.Popen([*command, str(nb), *options, "-p", "folder", str(folder), "-p", "output_dir", str(self.root)],
                                         env={**clean, **dict([self.mark.split("=")]), **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def end(self, seconds: float = 240):
-        "Wait for the end; the exit code, and nothing may be left after a moment."
+    def end(self, seconds: float = 900):
+        "Wait for the end; the exit code."
         self.out, self.err = self.process.communicate(timeout=seconds)
         return self.process.returncode
 
-    def survivors(self, seconds: float = 10) -> list[int]:
+    def survivors(self, seconds: float = 120) -> list[int]: # guards may still be at work for a moment
         end = time.monotonic() + seconds
         while (left := launch.marked_processes(self.mark)) and time.monotonic() < end: time.sleep(0.05)
         return left
 
-    def wait_for(self, *names: str, seconds: float = 240):  # a start takes 3 s; on a machine with a load of 10 it took 60
+    def wait_for(self, *names: str, seconds: float = 900):  # a start takes 3 s; on a machine with a load of 10 it took 60
         end = time.monotonic() + seconds
         while not all((p := self.folder / n).exists() and (p.stat().st_size or "saved" in n) for n in names):
             assert self.process.poll() is None, self.process.communicate()
@@ -90,7 +92,7 @@ class Run:
             time.sleep(0.05)
 
     def torchrun(self) -> int:
-        return next(p for p in launch.marked_processes(self.mark) if b"torch.distributed.run" in Path(f"/proc/{p}/cmdline").read_bytes())
+        return next(p for p in launch.marked_processes(self.mark) if "torch.distributed.run" in launch.read_text(Path(f"/proc/{p}/cmdline")))
 
 
 @pytest.fixture
@@ -233,17 +235,20 @@ def test_status_tells_what_became_of_the_ranks(ends, capsys):
 # ---- what is written
 
 def test_notebook_is_whole_bounded_and_without_secrets_at_every_instant(started, tmp_path):
-    noisy = "import os, sys, time\nprint(dict(os.environ))\nfor i in range(8000): print(f'line {i:06d}', 'x' * 100)"
+    noisy = "import os, sys, time\nfrom pathlib import Path\nprint(dict(os.environ))\nfor i in range(8000): print(f'line {i:06d}', 'x' * 100)"
     bar = "for i in range(20000): print(f'\\rstep {i}', end='', file=sys.stderr)"
     long_folder = tmp_path / ("t" * 120)
     long_folder.mkdir()
-    nb = notebook(tmp_path / "nb.ipynb", noisy, bar, *["time.sleep(0.05)"] * 20, "raise ValueError(os.environ['HF_TOKEN'])", kernel="no-such-kernel")
+    (tmp_path / "read").touch()  # as many bytes as it was read; cells wait for it, so that there is much to read between any two of them
+    nb = notebook(tmp_path / "nb.ipynb", noisy, bar, *[f"while Path(folder, 'read').stat().st_size < {count}: time.sleep(0.05)" for count in range(5, 105, 5)], "raise ValueError(os.environ['HF_TOKEN'])", kernel="no-such-kernel")
     run = started(LAUNCH, nb, HF_TOKEN="hf_canary0123456789", TMPDIR=str(long_folder))
     path, seen, broken, ended = run.root / "notebooks" / "rank-0.ipynb", [], [], threading.Event()
 
     def read():
         while not ended.is_set():
-            try: seen.append(len(json.loads(path.read_text())["cells"]))
+            try:
+                seen.append(len(json.loads(path.read_text())["cells"]))
+                with open(tmp_path / "read", "ab") as count: count.write(b".")
             except FileNotFoundError: time.sleep(0.01)  # before the first write
             except ValueError as error: broken.append(error)
     reader = threading.Thread(target=read)
@@ -251,7 +256,7 @@ def test_notebook_is_whole_bounded_and_without_secrets_at_every_instant(started,
     code = run.end()
     ended.set()
     reader.join()
-    assert not broken and code == 1 and len(seen) > 100 and len(set(seen)) <= 2  # an error marker is added at the end
+    assert not broken and code == 1 and len(seen) >= 100 and len(set(seen)) <= 2  # an error marker is added at the end
     assert path.stat().st_size < 400_000 and "line 000000" in text_of(path) and "line 007999" in text_of(path) and "step 19999" in text_of(path)
     log = (run.root / "logs" / "rank-0.log").read_text()
     assert "line 004000" in log and log.count("step ") < 10
@@ -274,11 +279,8 @@ def test_two_ranks_write_a_notebook_each_and_only_rank_0_speaks(started, tmp_pat
 
 @pytest.mark.parametrize("ending", ["one fails", pytest.param("both done", marks=soak)])
 def test_two_agents_on_loopback_are_one_run(started, tmp_path, ending):
-    import socket
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    last = "if os.environ['RANK'] == '1': raise ValueError('boom')\nimport time; time.sleep(300)" if ending == "one fails" else "pass"
+    port = str(free_port())
+    last = "if os.environ['RANK'] == '1': raise ValueError('boom')\nimport time; time.sleep(3600)" if ending == "one fails" else "pass"
     nb = notebook(tmp_path / "nb.ipynb", ALL_REDUCE, last)
     options = ["--nproc", "1", "--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port]
     second, first = (started(LAUNCH, nb, *options, "--node-rank", str(i)) for i in (1, 0))
@@ -291,10 +293,9 @@ def test_two_agents_on_loopback_are_one_run(started, tmp_path, ending):
 
 @pytest.mark.parametrize("command", [pytest.param([*LAUNCH, "--nproc", "2"], id="launcher"), pytest.param(BY_HAND, id="by-hand", marks=soak)])
 def test_a_failed_rank_stops_the_others_and_is_shown_last(started, tmp_path, command):
-    nb = notebook(tmp_path / "nb.ipynb", "import os, time", "if os.environ['RANK'] == '1': raise ValueError('boom')", "time.sleep(300)")
+    nb = notebook(tmp_path / "nb.ipynb", "import os, time", "if os.environ['RANK'] == '1': raise ValueError('boom')", "time.sleep(3600)")
     run = started(command, nb)
-    code = run.end()
-    assert code == 1 and time.time() - json.loads((run.root / "status" / "failure.json").read_text())["time"] < 60
+    assert run.end() == 1  # long before the other rank is ready
     if command is BY_HAND: assert run.err.rindex("ValueError: boom") > run.err.rindex("Root Cause")
     else:
         assert run.err.strip().splitlines()[-1] == "ValueError: boom" and len(run.err.splitlines()) < 25, run.err
@@ -311,7 +312,7 @@ def test_killing_torchrun_or_the_launcher_leaves_no_process(started, tmp_path, v
     run.wait_for(*(f"kernel-{r}" for r in range(nproc)))
     assert len(launch.marked_processes(run.mark)) >= 2 + 5 * nproc  # launcher and its guard; a worker, a guard, a kernel and a pool of 2 per rank
     os.kill(run.torchrun() if victim == "torchrun" else run.process.pid, signal.SIGKILL)
-    assert run.end(60) == (1 if victim == "torchrun" else -signal.SIGKILL)
+    assert run.end() == (1 if victim == "torchrun" else -signal.SIGKILL)
     if victim == "torchrun": assert "SIGKILL" in run.err.strip().splitlines()[-1]
     assert not run.survivors()
 
@@ -320,8 +321,7 @@ def test_a_killed_worker_stops_the_others(started, tmp_path):
     run = started(LAUNCH, notebook(tmp_path / "nb.ipynb", POOL), "--nproc", "2")
     run.wait_for("kernel-0", "kernel-1")
     os.kill(json.loads((run.root / "status" / "rank-1.json").read_text())["pid"], signal.SIGKILL)
-    killed = time.monotonic()
-    assert run.end() == 1 and time.monotonic() - killed < 60
+    assert run.end() == 1  # long before the other rank is ready
     assert "Rank 1" in run.err and "was killed" in run.err.strip().splitlines()[-1]
     assert not run.survivors()
 
@@ -329,7 +329,7 @@ def test_a_killed_worker_stops_the_others(started, tmp_path):
 def test_ranks_are_started_again_after_one_was_killed(started, tmp_path):
     come = "import os, time\nfrom pathlib import Path\nmine = Path(folder, 'was-' + os.environ['RANK'])\nagain = mine.exists()\nmine.touch()"
     late = "if again and os.environ['RANK'] == '1': time.sleep(3)" # rank 0 asks for the address of rank 1 and must not be given the dead one's
-    nb = notebook(tmp_path / "nb.ipynb", come, late, ALL_REDUCE.replace("dist.destroy_process_group()", ""), "if not again: (os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(300))", "print('done', again)")
+    nb = notebook(tmp_path / "nb.ipynb", come, late, ALL_REDUCE.replace("dist.destroy_process_group()", ""), "if not again: (os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(3600))", "print('done', again)")
     run = started(LAUNCH, nb, "--nproc", "2", "--max-restarts", "1")
     assert run.end() == 0, run.err
     assert "2 of 2 ranks done" in run.out and text_of(run.root / "notebooks" / "rank-1.ipynb") == "rank 1 of 2 sums to 3\ndone True\n" and not run.survivors()
@@ -360,7 +360,8 @@ def test_second_run_is_refused_and_second_signal_kills(started, tmp_path, capsys
     run.wait_for("kernel-0")
     assert commands.main(["run", str(nb), "-p", "output_dir", str(run.root)]) == 2 and "in use" in capsys.readouterr().err
     run.process.terminate()
-    time.sleep(1.5)
+    while run.process.poll() is None and not (run.root / "STOP").exists(): time.sleep(0.05)
+    time.sleep(1.5)  # two signals within a second count as one
     assert run.process.poll() is None  # the cell does not look for the request, so it goes on
     run.process.terminate()
-    assert run.end(60) == 128 + signal.SIGTERM and not run.survivors()
+    assert run.end() == 128 + signal.SIGTERM and not run.survivors()

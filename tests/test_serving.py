@@ -1,7 +1,6 @@
 """A real server on loopback (`transformers serve`) with a small model that was trained by heart: tools in, `tool_calls` out; and the smoke test as a user runs it."""
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -9,18 +8,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from proxy_sft.answers import read_reply, turns_of
 from proxy_sft.evaluate import evaluate
 from proxy_sft.servers import Server
 from proxy_sft.serving import serving_notes
 from test_evaluate import ASKED, WEATHER, row, world  # noqa: F401 (a fixture)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +25,10 @@ def served(world):
         process = subprocess.Popen([Path(sys.executable).parent / "transformers", "serve", ".", "--port", str(port), "--host", "127.0.0.1", "--device", "cpu"],
                                    cwd=settings.run_dir, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     try:
-        for _ in range(600):
-            assert process.poll() is None, log.read_text()
-            try: urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close(); break
+        until = time.monotonic() + 900
+        while True:
+            assert process.poll() is None and time.monotonic() < until, log.read_text()
+            try: urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60).close(); break
             except OSError: time.sleep(0.2)
         yield settings, f"http://127.0.0.1:{port}/v1"
     finally:
@@ -43,7 +38,7 @@ def served(world):
 
 def test_tools_in_tool_calls_out(served):
     settings, url = served
-    server = Server(url, model=".", concurrency=2)
+    server = Server(url, model=".", concurrency=2, timeout=600)
     turns = turns_of(**ASKED[1])
     called, said = server.replies(turns, 60)
     assert called.calls is not None and read_reply(called).calls == [WEATHER] and read_reply(called).parseable and called.stopped
@@ -53,7 +48,7 @@ def test_tools_in_tool_calls_out(served):
 def test_evaluation_by_a_server_is_that_of_the_process(served):
     settings, url = served
     here = evaluate(settings, max_turns=6)
-    there = evaluate(settings, max_turns=6, servers={"tuned": Server(url, model=".", concurrency=2)})
+    there = evaluate(settings, max_turns=6, servers={"tuned": Server(url, model=".", concurrency=2, timeout=600)})
     assert there.verdicts == here.verdicts and not there.problems and there.about["models"]["tuned"] == url
     assert not (settings.run_dir / "answers").exists() and not there.losses
 

@@ -3,12 +3,13 @@
 What a fresh start does is seen by the demo, the launcher's tests and the notebooks; here the trainings are what is looked at."""
 import multiprocessing
 import os
-import socket
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Callable, Optional
+
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the server is started
@@ -27,12 +28,6 @@ def be_a_rank(given: dict, environment: dict, said: str, act: Optional[Callable]
     (act or train)(load_settings(**given))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def run_training(ranks: int = 1, seconds: float = 900, act: Optional[Callable] = None, **given) -> subprocess.CompletedProcess: # exit code (the first that is not 0), outputs of all ranks
     "Train by the exported library, as one process or several; `act`, a function of a module, takes the settings in place of `train`."
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +39,7 @@ def run_training(ranks: int = 1, seconds: float = 900, act: Optional[Callable] =
         until = time.monotonic() + seconds
         while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes) and time.monotonic() < until: time.sleep(0.02)
         for process in processes:
-            process.join(5 if any(p.exitcode for p in processes) or time.monotonic() > until else None)
+            process.join(60 if any(p.exitcode for p in processes) or time.monotonic() > until else None)
             if process.is_alive(): process.kill(); process.join()
         said = ["".join(f"{p.read_text(errors='replace')}" for p in sorted(Path(folder).glob(f"*.{name}"))) for name in ("out", "err")]
         return subprocess.CompletedProcess(given, next((p.exitcode for p in processes if p.exitcode), 0), *said)
