@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEY_SETTINGS', 'KEY_MODULES', 'KEY_LIBRARIES', 'FORMAT', 'SAMPLE', 'LONGEST', 'BY_TOKENS', 'PIECE_BYTES',
-           'BATCH_BYTES', 'WORTH_BYTES', 'TOKENS', 'BLOCKS', 'WRITTEN_TOKENS', 'ANSWER', 'PrepareError',
+           'BATCH_BYTES', 'WORTH_BYTES', 'TOKENS', 'BLOCKS', 'WRITTEN_TOKENS', 'ANSWER', 'BEGIN', 'PrepareError',
            'require_inputs', 'key_parts', 'cache_key', 'what_changed', 'prepared_folders', 'choose_rows', 'read_rows',
            'parsed_line', 'FastPathDiffers', 'guard', 'check', 'encode_whole', 'end_to_end', 'exchanges_that_fit',
            'shorten', 'cut_row', 'Encoded', 'encode_rows', 'used_rows', 'pieces_of', 'token_batch', 'write_stream',
@@ -541,7 +541,8 @@ def split_line(name: str, s: dict[str, Any]) -> str:
             f"{s['supervised_tokens'] / max(1, s['tokens']):.1%} of them supervised, {s['blocks']:,} blocks, {s['fill']:.1%} full")
 
 # %% ../nbs/01a_prepare.ipynb #prepare
-ANSWER = 60  # seconds in which the builder answers a first rank; the others wait three times as long
+ANSWER = 60  # seconds in which the builder answers a first rank that would else build for its own machine
+BEGIN = 900  # seconds in which it answers the others, which can do nothing but give up
 
 def prepare(settings: Settings) -> Prepared: # the same content on every rank
     "Build once and let the others wait; an error on every rank when it cannot be done, `StopRequested` on every rank after a request to stop."
@@ -555,7 +556,7 @@ def build_or_wait(settings: Settings) -> Prepared:
     if first and shared == "false": return build_for(settings, here, world.rank)
     builders = {"true": (0,), "false": (world.first_here,), "auto": (0, world.first_here)}[shared]
     tell = waiting_line(world.rank, stop=lambda: stop_if_asked(settings.run_dir, settings.max_hours, "waiting for prepared data"))
-    try: key = wait_for_builder(settings.run_dir, world.rank, builders, ANSWER * (1 if first else 3), progress=tell)
+    try: key = wait_for_builder(settings.run_dir, world.rank, builders, ANSWER if first and shared == "auto" else BEGIN, progress=tell)
     except WaitError as error:
         if "StopRequested: " in str(error): raise StopRequested(str(error).partition("StopRequested: ")[2]) from error
         if not isinstance(error, NoAnswer): raise

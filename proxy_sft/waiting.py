@@ -7,6 +7,7 @@ __all__ = ['SIGN_SECONDS', 'SILENCE', 'WaitError', 'NoAnswer', 'Process', 'this_
            'discard_claim', 'claim_or_wait', 'World', 'Announcer', 'wait_for_builder', 'follow_builder', 'read_record']
 
 # %% ../nbs/000c_waiting.ipynb #imports
+import contextlib
 import json
 import os
 import secrets
@@ -45,6 +46,11 @@ class Process(NamedTuple):
         "Whether it surely does not run any more."
         return self.machine == this_machine() and start_of(self.pid) != self.started
 
+    @property
+    def can_be_seen(self) -> bool: # from here, so that its silence means nothing
+        "Whether `is_gone` would tell its end."
+        return self.machine == this_machine() and self.started.isdigit()
+
     def __str__(self) -> str: return f"process {self.pid} on {self.host}"
 
 def this_machine() -> str:
@@ -63,23 +69,24 @@ def start_of(pid: int) -> str: # empty when there is no such process
     except PermissionError: return "of another user"
     return "not told by this system"
 
-# %% ../nbs/000c_waiting.ipynb #claim
+# %% ../nbs/000c_waiting.ipynb #pace
 SIGN_SECONDS = 1.0   # between two signs of life
 SILENCE = 60.0       # seconds without one after which a process of another machine counts as dead
 
+# %% ../nbs/000c_waiting.ipynb #claim
 class Claim:
     "The right to build something, as long as the process lives: `say` what is being done, `release` at the end."
 
     def __init__(self, path: Path): # a file that is there as long as somebody builds
         self.path, self.word, self.text, self.beat, self.lost = path, secrets.token_hex(8), "starting", 0, False
-        self._ended = threading.Event()
+        self._ended, self._keeper = threading.Event(), threading.Thread(target=self._keep, daemon=True)
 
     def take(self) -> bool: # whether it is ours now
         "Try once."
-        try: handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        try:
+            with self.path.open("xb") as file: file.write(self._record())
         except FileExistsError: return False
-        with os.fdopen(handle, "wb") as file: file.write(self._record())
-        threading.Thread(target=self._keep, daemon=True).start()
+        self._keeper.start()
         return True
 
     def say(self, text: str) -> None:
@@ -89,6 +96,7 @@ class Claim:
     def release(self) -> None:
         "Give it up: the work is done, or has failed."
         self._ended.set()
+        self._keeper.join()  # it may be writing at this moment
         if not self.lost and read_claim(self.path).get("word") == self.word: self.path.unlink(missing_ok=True)
 
     def _record(self) -> bytes: # always one block, so that a rewrite leaves nothing of an earlier one
@@ -98,10 +106,11 @@ class Claim:
     def _keep(self):
         "Rewrite the file until released; a claim that others took for dead is lost, and never taken back by force."
         while not self._ended.wait(SIGN_SECONDS):
-            if read_claim(self.path, patience=5).get("word") != self.word:
-                self.lost = True
-                return
-            with self.path.open("r+b") as file: file.write(self._record())
+            try:
+                self.lost = read_claim(self.path, patience=5).get("word") != self.word
+                if self.lost: return
+                with self.path.open("r+b") as file: file.write(self._record())
+            except OSError: continue  # a disk that fails for a moment must not make us look dead
 
 # %% ../nbs/000c_waiting.ipynb #read-claim
 def read_claim(path: Path, patience: int = 1) -> dict[str, Any]: # empty when there is none; `process`, `word`, `beat`, `text`
@@ -129,11 +138,11 @@ def claim_or_wait(
     path: Path, # the claim
     done: Callable[[], bool], # whether the work is done
     progress: Callable[[str], None] = lambda text: None, # told what the one who builds says
-    silence: float = SILENCE, # seconds
+    silence: float = SILENCE, # seconds, for a holder on another machine
     every: float = 0.2, # seconds between two looks
 ) -> Optional[Claim]: # a claim that must be released; None: somebody else has done the work
     "The right to build, or the wait for somebody who builds."
-    seen, since = None, time.monotonic()
+    seen, quiet = None, 0.0
     while not done():
         claim = Claim(path)
         if claim.take():
@@ -142,14 +151,15 @@ def claim_or_wait(
             return None
         record = read_claim(path)
         if not record: continue
-        holder, quiet = record.get("process"), time.monotonic() - since
+        holder = record.get("process")
         if (record["word"], record["beat"]) != seen:
-            seen, since = (record["word"], record["beat"]), time.monotonic()
+            seen, quiet = (record["word"], record["beat"]), 0.0
             if holder: progress(f"waiting for {holder}, which builds the same: {record['text']}")
-        elif quiet > silence or (holder and holder.is_gone):
+        elif holder.is_gone if holder and holder.can_be_seen else quiet > silence:
             progress(f"{holder or 'a process that left no name'} died while building; taking over")
             discard_claim(path, record["word"])
         time.sleep(every)
+        quiet += every  # not the clock: we may have been stopped ourselves
     return None
 
 # %% ../nbs/000c_waiting.ipynb #world
@@ -212,7 +222,7 @@ def _beat(self: Announcer):
     while self.record["state"] == "building" or self.record["heard"] or self.ever_heard != set(self.ranks):
         with self.lock:
             if not self.ranks or time.monotonic() - self.ended > self.afterwards: return
-            self._write()
+            with contextlib.suppress(OSError): self._write()  # the next one may succeed
         time.sleep(SIGN_SECONDS)
 
 # %% ../nbs/000c_waiting.ipynb #waiter
@@ -233,23 +243,23 @@ def wait_for_builder(
 
 def follow_builder(files: list[Path], rank: int, word: str, answer: float, silence: float, progress: Callable[[str], None]) -> str:
     "Read what the builder says until it ends."
-    last, since, builder = None, time.monotonic(), None
+    last, quiet, builder = None, 0.0, None
     while True:
         record = next((r for r in map(read_record, files) if r.get("heard", {}).get(str(rank)) == word), {})
         if record: builder = Process(*record["process"])
         if record.get("state") == "done": return record["text"]
         if record.get("state") == "failed": raise WaitError(f"Rank {rank} stops because the preparing rank failed: {record['text']}")
         if record and record["beat"] != last:
-            last, since = record["beat"], time.monotonic()
+            last, quiet = record["beat"], 0.0
             progress(record["text"])
-        quiet = time.monotonic() - since
         if builder is None and quiet > answer:
             raise NoAnswer(f"Rank {rank} stops: the preparing rank did not answer in {files[0].parent} within {answer:.0f} s. It was never started, "
                            "or this machine does not see its folder: then set shared_file_system to false.")
-        if builder and (builder.is_gone or quiet > silence):
-            how = "it is not there any more" if builder.is_gone else f"it has said nothing for {silence:.0f} s"
+        if builder and (builder.is_gone if builder.can_be_seen else quiet > silence):
+            how = "it is not there any more" if builder.can_be_seen else f"it has said nothing for {silence:.0f} s"
             raise WaitError(f"Rank {rank} stops: the builder died ({builder}; {how}). Look for its last words above; often memory ran out.")
         time.sleep(0.2)
+        quiet += 0.2  # not the clock: we may have been stopped ourselves
 
 def read_record(file: Path) -> dict[str, Any]: # empty when there is none
     "What a builder said last."

@@ -7,6 +7,8 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch.distributed as dist
+
 import proxy_sft.prepare as room
 from proxy_sft.settings import load_settings
 
@@ -14,26 +16,34 @@ FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(["proxy_sft.train"])  # the same as in trainings.py: a process has one server; a module of this folder would not be found by it (Python 3.11)
 
 
-def build(workspace, seconds=0.0, run="run", shared="true", processes=1, answer=None, meet=None):
-    "Prepare; `seconds` are waited before building, `answer` replaces the probe's patience, `meet` is a collective's timeout afterwards."
+def build(workspace, seconds=0.0, run="run", shared="true", processes=1, answer=None, meet=None, hold=0):
+    "Prepare; seconds are waited before building, and held after each piece that the processes encode; `answer` is the probe's patience, `meet` a default for the timeout of collectives, of which there is one afterwards."
     real = room.build_splits
     def slow(*args, **kw):
         print("building", flush=True)
         time.sleep(seconds)
         return real(*args, **kw)
-    room.build_splits, room.require_inputs = slow, lambda settings: None
-    room.ANSWER = answer or room.ANSWER
+    pieces = room.encoded_by_processes
+    def held(*args):
+        for piece in pieces(*args):
+            print("a piece", flush=True)
+            time.sleep(hold)
+            yield piece
+    room.build_splits, room.encoded_by_processes, room.require_inputs = slow, held, lambda settings: None
+    usual, room.ANSWER = room.waiting_line, answer or room.ANSWER
+    room.waiting_line = lambda rank, **given: usual(rank, every=0, **given)  # what is heard is seen at once
+    if meet: dist.distributed_c10d.default_pg_timeout = dist.constants.default_pg_timeout = datetime.timedelta(seconds=meet)
     if processes > 1: room.PIECE_BYTES, room.WORTH_BYTES = 10_000, (0, 0)
     found = room.prepare(load_settings("demo", workspace=workspace, run_name=run, shared_file_system=shared, num_proc=processes))
     print("prepared", found.key, sum(map(len, found.dataset("train")["input_ids"])), flush=True)
-    if meet: meet_others(workspace, meet)
+    if meet: meet_others(workspace)
 
 
-def meet_others(workspace, seconds):
-    "A collective with a timeout."
-    import torch.distributed as dist
+def meet_others(workspace):
+    "A collective; it has time, because the other rank may be slow to come."
+    assert not dist.is_initialized(), "a process group was there while data were prepared"
     dist.init_process_group("gloo", init_method=f"file://{workspace}/meet", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
-                            timeout=datetime.timedelta(seconds=seconds))
+                            timeout=datetime.timedelta(seconds=600))
     dist.barrier()
     print("met", flush=True)
 
