@@ -64,7 +64,7 @@ def be_a_rank(log, rank, ranks, port, hook, given):
         os._exit(code)
 
 
-def end(pids: list[int], seconds: float = 300, grace: float = 3) -> list[int]: # exit codes by rank, negative for a signal; the first failure ends the others, as the launcher has it
+def end(pids: list[int], seconds: float = 3600, grace: float = 60) -> list[int]: # exit codes by rank, negative for a signal; the first failure ends the others, as the launcher has it
     "Wait for all ranks of a life."
     codes, until, failed = {}, time.monotonic() + seconds, None
     while len(codes) < len(pids):
@@ -125,7 +125,7 @@ class Soak:
         self.folder, self.dice, self.lives, self.found = folder, random.Random(seed), 0, {}
         self.straight = {}
 
-    def run(self, name, ranks=1, hook=None, seconds=300, grace=3, **given):
+    def run(self, name, ranks=1, hook=None, seconds=3600, grace=60, **given):
         self.lives += 1
         return end(life(self.folder / name, ranks, hook, workspace=str(self.folder / "ws"), run_name=name, **given), seconds, grace)
 
@@ -197,30 +197,24 @@ class Soak:
             ranks, saving = 1 + i % 2, i % 4 < 2 # half of them in a save, with one and with two ranks
             whole, name = self.reference(ranks), f"kill-{i}"
             for _ in range(1 + i % 3): # up to three deaths in a row
-                pids = life(self.folder / name, ranks, None, workspace=str(self.folder / "ws"), run_name=name)
-                self.lives += 1
-                inside += self.kill_at(pids, self.dir(name), saving)
-                end(pids)
+                inside += self.killed(name, ranks, saving)[0]
             right += self.finish(name, ranks) == whole
             self.check_window(name)
             shutil.rmtree(self.dir(name))
         return f"{right} of {count} runs that were killed with -9 (all ranks at once, 1 to 3 times each; {inside} kills inside a save) end with the same hash", right == count and inside >= count // 2
 
-    def kill_at(self, pids, run_dir, saving) -> bool: # whether it was in a save
-        "Kill the group: inside a save as soon as so many of its files are there, however fast it is, else at a random moment."
-        aside, until, seen = run_dir / ".saving", time.monotonic() + 60, False
-        files, wait = self.dice.randrange(12), self.dice.uniform(0.2, 3)
-        while time.monotonic() < until:
-            if os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT): break # done before its turn
-            there = aside.exists()
-            if saving and (seen and not there or there and sum(len(names) for *_, names in os.walk(aside)) >= files): break
-            if not saving and (wait := wait - 0.01) < 0: break
-            seen = seen or there
-            time.sleep(0.0005 if saving else 0.01)
-        inside = aside.exists() or any(not (f / "COMPLETE").exists() for f in run_dir.glob("checkpoint-*"))
+    def killed(self, name, ranks, saving) -> tuple[bool, list[int]]: # whether it was in a save; exit codes
+        "A life whose group is killed: where it holds still inside a save, or at a random moment."
+        mark, wait = self.folder / f"{name}.held", self.dice.uniform(0.2, 3)
+        mark.unlink(missing_ok=True)
+        pids = life(self.folder / name, ranks, hold_inside_save(mark, self.dice.randrange(60)) if saving else None, workspace=str(self.folder / "ws"), run_name=name)
+        self.lives += 1
+        while not os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT): # else it ended by itself
+            if mark.exists() or not saving and (wait := wait - 0.01) < 0: break
+            time.sleep(0.01)
         try: os.killpg(pids[0], signal.SIGKILL)
         except ProcessLookupError: pass # ended by itself
-        return inside
+        return mark.exists(), end(pids)
 
     def check_window(self, name):
         from proxy_sft.checkpoint import checkpoint_step, complete_checkpoints
@@ -235,7 +229,7 @@ class Soak:
             whole = self.reference(ranks)
             pids = life(self.folder / name, ranks, None, workspace=str(self.folder / "ws"), run_name=name)
             self.lives += 1
-            while not (self.dir(name) / "settings.yaml").exists(): time.sleep(0.01)
+            while not (self.dir(name) / "settings.yaml").exists() and not os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT): time.sleep(0.01)
             time.sleep(self.dice.uniform(0, 2.5))
             only = [pids, pids[:1], pids[-1:]][i % 3]
             for pid in only:
@@ -410,15 +404,14 @@ class Soak:
             codes = self.run(name, ranks)
             (run_dir / "STOP").unlink()
             return int(any(codes))
+        if kind in ("kill", "kill in a save"): return int(any(self.killed(name, ranks, kind == "kill in a save")[1]))
         pids = life(self.folder / name, ranks, None, workspace=str(self.folder / "ws"), run_name=name)
         self.lives += 1
-        if kind.startswith("kill") and kind != "kill one rank": self.kill_at(pids, run_dir, kind == "kill in a save")
-        else:
-            time.sleep(self.dice.uniform(0.3, 3))
-            number = {"kill one rank": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT to one": signal.SIGINT}[kind]
-            for pid in [self.dice.choice(pids)] if "one" in kind else pids:
-                try: os.kill(pid, number)
-                except ProcessLookupError: pass # done before
+        time.sleep(self.dice.uniform(0.3, 3))
+        number = {"kill one rank": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT to one": signal.SIGINT}[kind]
+        for pid in [self.dice.choice(pids)] if "one" in kind else pids:
+            try: os.kill(pid, number)
+            except ProcessLookupError: pass # done before
         return int(any(end(pids)))
 
 
@@ -443,6 +436,19 @@ def at_step(run_dir, step, act):
             if state.global_step == step and rank == 0: act()
             return usual(self, args, state, control, **kwargs)
         StopOnRequest.on_step_end = on_step_end
+    return hook
+
+
+def hold_inside_save(mark, left):
+    "The first rank does so much more with files inside a save, says so by a mark, and holds still for whoever kills it."
+    def hook(rank):
+        def look(event, given):
+            nonlocal left
+            if rank or event not in ("open", "os.rename", "os.remove", "os.link", "os.mkdir") or ".saving" not in str(given[0]): return
+            left -= 1
+            if left == 0: mark.touch()
+            while left <= 0: time.sleep(60)
+        sys.addaudithook(look)
     return hook
 
 

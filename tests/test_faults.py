@@ -19,7 +19,7 @@ TINY = dict(profile="demo", demo_rows=200, max_train_samples=64, max_eval_sample
 @pytest.mark.skipif("PROXY_SFT_SOAK" in os.environ, reason="make soak runs the long form itself")
 def test_faults_in_short():  # one process: the libraries are imported, and the runs to compare with are made, once
     parts = ["broken", "full", "flips=24", "kills=4", "terms=3"]
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "soak.py"), *parts], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "soak.py"), *parts], cwd=ROOT, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0 and done.stdout.count("passed ") == len(parts), done.stdout + done.stderr[-3000:]
 
 
@@ -102,12 +102,11 @@ def test_two_machines_train_lose_one_and_go_on(machines, tmp_path, disks):
     def both(run_name, kill_after=None):
         runs = [machines.start(i, *words(workspace=places[i], run_name=run_name, deepspeed="ds_config_zero2.json", shared_file_system="auto")) for i in (0, 1)]
         if kill_after:
-            until = time.monotonic() + 400
             while not (places[0] / "runs" / run_name / kill_after / "COMPLETE").exists():
-                assert all(r.poll() is None for r in runs) and time.monotonic() < until, [r.communicate()[0] for r in runs if r.poll() is not None]
+                assert all(r.poll() is None for r in runs), [r.communicate()[0] for r in runs if r.poll() is not None]
                 time.sleep(0.02)
             os.kill(runs[1].pid, signal.SIGKILL)
-        said = [r.communicate(timeout=500)[0] for r in runs]
+        said = [r.communicate(timeout=3600)[0] for r in runs]
         return [r.returncode for r in runs], "\n".join(said)
 
     codes, said = both("straight")

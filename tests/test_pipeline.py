@@ -3,20 +3,18 @@ import json
 import os
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from trainings import run_training
+from trainings import run_training, stopped_after_a_step
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 SHARED = ROOT.parent / "shared"
 SMALL = dict(demo_rows=400, max_train_samples=200, max_eval_samples=6, max_length=640, logging_steps=1, save_steps=2, eval_steps=4, max_steps=4, num_proc=1)
 
 
-def run(*command, ok=True, timeout=900, **environment):
+def run(*command, ok=True, timeout=3600, **environment):
     "A command of the environment, from the root; output and exit code."
     done = subprocess.run([str(BIN / command[0]), *map(str, command[1:])], cwd=ROOT, env={**os.environ, **environment}, timeout=timeout,
                           capture_output=True, text=True)
@@ -66,23 +64,9 @@ def test_final_model_is_the_last_checkpoint_and_generates(workspace):
     assert answer[0] == "True" and int(answer[1]) in stops and answer[2] == "False"
 
 
-def ask_to_stop(run_dir):
-    "Lay down the file STOP as soon as the first step was logged."
-    progress = run_dir / "logs" / "progress.jsonl"
-    for _ in range(60_000):
-        if progress.is_file() and '"loss"' in progress.read_text(): break
-        time.sleep(0.005)
-    (run_dir / "STOP").touch()
-    return True
-
-
 def test_a_stopped_run_goes_on_with_bitwise_the_same_training(workspace):
     run_dir = workspace / "runs" / "stopped"
-    run_dir.mkdir()
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask_to_stop, run_dir)
-        done = train(ok=False, workspace=str(workspace), run_name="stopped")
-        assert asked.result()
+    done = train(ok=False, act=stopped_after_a_step, workspace=str(workspace), run_name="stopped")
     assert done.returncode != 0 and "StopRequested" in done.stderr, done.stderr[-2000:]
     steps = [int(f.parent.name.rpartition("-")[2]) for f in run_dir.glob("checkpoint-*/COMPLETE")]
     assert steps and max(steps) < SMALL["max_steps"] and not (run_dir / "COMPLETE").exists()

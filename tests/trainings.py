@@ -28,7 +28,19 @@ def be_a_rank(given: dict, environment: dict, said: str, act: Optional[Callable]
     (act or train)(load_settings(**given))
 
 
-def run_training(ranks: int = 1, seconds: float = 900, act: Optional[Callable] = None, **given) -> subprocess.CompletedProcess: # exit code (the first that is not 0), outputs of all ranks
+def stopped_after_a_step(settings) -> None: # an `act`
+    "A training that finds the file STOP after its first step."
+    from proxy_sft.checkpoint import StopOnRequest
+    from proxy_sft.train import train
+    usual = StopOnRequest.on_step_end
+    def on_step_end(self, args, state, control, **more):
+        if state.global_step == 1: (settings.run_dir / "STOP").touch()
+        return usual(self, args, state, control, **more)
+    StopOnRequest.on_step_end = on_step_end
+    train(settings)
+
+
+def run_training(ranks: int = 1, seconds: float = 3600, act: Optional[Callable] = None, **given) -> subprocess.CompletedProcess: # exit code (the first that is not 0), outputs of all ranks
     "Train by the exported library, as one process or several; `act`, a function of a module, takes the settings in place of `train`."
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
