@@ -283,10 +283,9 @@ def marked_processes(mark: str, spare: frozenset[int] = frozenset()) -> list[int
         except OSError: continue  # ended meanwhile, or somebody else's
     return found
 
-def kill_marked(mark: str, spare: frozenset[int] = frozenset(), seconds: float = 10) -> None: # gives up after `seconds`
+def kill_marked(mark: str, spare: frozenset[int] = frozenset(), looks: int = 1500) -> None: # gives up after so many, half a minute at least
     "Kill every process with the mark, and those it starts meanwhile, until none is left."
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    for _ in range(looks):  # no clock: whoever looks may have been stopped in between
         living = marked_processes(mark, spare)
         for pid in living:
             try: os.kill(pid, signal.SIGKILL)
@@ -389,8 +388,9 @@ def available_cores() -> int: # at least 1
 def sweep_run(run: str) -> None: # guards end by themselves, after they have cleaned up
     "Kill what is left of a run on this machine."
     kill_marked(f"PROXY_SFT_RUN={run}", spare=frozenset(guards()))
-    end = time.monotonic() + 5
-    while marked_processes(f"PROXY_SFT_RUN={run}") and time.monotonic() < end: time.sleep(0.02)
+    for _ in range(1500):
+        if not marked_processes(f"PROXY_SFT_RUN={run}"): return
+        time.sleep(0.02)
 
 # %% ../nbs/02a_launch.ipynb #status
 FINAL = {"done", "failed", "stopped", "killed"}
@@ -427,7 +427,7 @@ def claim_failure(
 ) -> dict: # the failure that counts, ours or another rank's
     "Record the first failure of a run; exactly one rank's claim holds."
     if CONSEQUENCE.search(f"{failure['ename']} {failure['evalue']}"):
-        for _ in range(50):
+        for _ in range(200):
             if found := read_failure(folder, failure["attempt"], since): return found
             time.sleep(0.1)
     aside = folder.failure_file.with_name(f".failure.{os.getpid()}.tmp")
@@ -679,7 +679,7 @@ def handle_signals(session: RankSession) -> None: # main thread only
         if found:  # torchrun clears up after a rank that is gone
             if session.failure is None: session.failure = dict(found, consequence=True)
             kill_marked(session.mark)
-        elif first[-1] - first[0] > 3: kill_now(session, number)
+        elif first[-1] - first[0] > 10: kill_now(session, number)
         else: request_stop(session.folder.stop_file, f"{signal.Signals(number).name} to rank {session.place.rank}")
     for number in STOP_SIGNALS: signal.signal(number, on_signal)
 

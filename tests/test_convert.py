@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -561,11 +560,12 @@ def test_a_row_that_fails_leaves_the_old_files_alone(tmp_path):
 
 def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
     source = write_rows(tmp_path / "in.jsonl", demo_rows(400) * 8)
-    code = f"from proxy_sft.convert import convert_file; convert_file({str(source)!r}, {str(tmp_path / 'out' / 'train.jsonl')!r})"
-    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while run.poll() is None and not list(tmp_path.glob("out/.*/train.jsonl")): time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    # The system ends it in the middle of a write, as abruptly as kill -9: a file may have 100,000 bytes, and the signal for more is not ignored, as Python would have it.
+    code = ("import resource as r, signal; from proxy_sft.convert import convert_file\n"
+            "r.setrlimit(r.RLIMIT_CORE, (0, 0)); r.setrlimit(r.RLIMIT_FSIZE, (100_000, 100_000)); signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
+            f"convert_file({str(source)!r}, {str(tmp_path / 'out' / 'train.jsonl')!r})")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == -signal.SIGXFSZ and [p.stat().st_size for p in tmp_path.glob("out/.*/train.jsonl")] == [100_000], run.stderr
     assert not list((tmp_path / "out").glob("*.json*")), "a file that looks finished"
     report = convert_file(source, tmp_path / "out" / "train.jsonl")
     assert report.rows == 3200 and not list((tmp_path / "out").glob(".*")), "what the killed run left is gone"
