@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the environment sft-qwen3 in this folder: exact versions from requirements.lock, the package itself, a Jupyter kernel.
-# Running it again is quick and harmless. PYTHON=python3.12 ./setup_sft_env.sh chooses the interpreter (3.11 or 3.12).
+# Running it again is quick and harmless. PYTHON=python3.12 ./setup_sft_env.sh chooses the interpreter (3.10 to 3.12).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 venv=sft-qwen3
@@ -12,17 +12,17 @@ quietly() {
     rm -f "$said"
 }
 
-supported() { "$1" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 12)))' 2>/dev/null; }
+supported() { "$1" -c 'import sys; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 12)))' 2>/dev/null; }
 choose_python() {
     if [ -n "${PYTHON:-}" ]; then
         supported "$PYTHON" && { echo "$PYTHON"; return; }
-        echo "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1 || echo 'not an interpreter'); this project runs on Python 3.11 and 3.12. Name one of these." >&2
+        echo "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1 || echo 'not an interpreter'); this project runs on Python 3.10, 3.11 and 3.12. Name one of these." >&2
         exit 1
     fi
-    for candidate in python3 python3.11 python3.12; do
+    for candidate in python3 python3.11 python3.12 python3.10; do
         supported "$candidate" && { echo "$candidate"; return; }
     done
-    echo "No Python 3.11 or 3.12 was found ($(python3 --version 2>&1 || true)). Install one of them, or name it: PYTHON=/path/to/python3.11 $0" >&2
+    echo "No Python 3.10, 3.11 or 3.12 was found ($(python3 --version 2>&1 || true)). Install one of them, or name it: PYTHON=/path/to/python3.11 $0" >&2
     exit 1
 }
 
@@ -31,7 +31,7 @@ if [ ! -x "$venv/bin/python" ]; then
     echo "Making the environment $venv with $("$python" --version)"
     "$python" -m venv "$venv"
 elif ! supported "$venv/bin/python"; then
-    echo "$venv holds $("$venv/bin/python" --version); this project runs on Python 3.11 and 3.12. Delete the folder $venv and start again." >&2
+    echo "$venv holds $("$venv/bin/python" --version); this project runs on Python 3.10, 3.11 and 3.12. Delete the folder $venv and start again." >&2
     exit 1
 fi
 

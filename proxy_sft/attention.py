@@ -109,10 +109,11 @@ class PackedCheck:
 
 # %% ../nbs/01g_attention.ipynb #check
 def log_probabilities(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor: # one per trained token, on the CPU
-    "What the fused loss of the run is made of."
-    device = next(model.parameters()).device
-    found = model(**{n: v.to(device) if torch.is_tensor(v) else v for n, v in batch.items()}, fused_lm_head=True)
-    return found.log_probs[found.label_mask.bool()].float().cpu()
+    "What the loss is made of, for rows so short that their logits are no burden."
+    inputs = {n: v.to(next(model.parameters()).device) if torch.is_tensor(v) else v for n, v in batch.items()}
+    labels = inputs.pop("labels")[:, 1:]
+    logs = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    return logs.gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels != -100].cpu()
 
 def block(rows: list[list[int]], collate: Callable[[list[dict]], dict[str, Any]]) -> dict[str, Any]: # as the model gets it
     "Rows packed into one block, every token with a loss."
@@ -120,7 +121,7 @@ def block(rows: list[list[int]], collate: Callable[[list[dict]], dict[str, Any]]
     return collate([{"input_ids": ids, "labels": ids, "seq_lengths": np.array([len(row) for row in rows])}])
 
 def compare_packed(
-    model: PreTrainedModel, # with TRL's fused head, and without dropout
+    model: PreTrainedModel, # without dropout
     collate: Callable[[list[dict]], dict[str, Any]], # the trainer's collator, padding-free
     rows: list[list[int]], # token ids; a few short conversations
     tolerance: float,
@@ -165,7 +166,7 @@ def refusal(found: PackedCheck) -> str:
 
 # %% ../nbs/01g_attention.ipynb #choose
 def settle_attention(
-    model: PreTrainedModel, # the base model, on its device, with TRL's fused head; its attention is set
+    model: PreTrainedModel, # the base model, on its device; its attention is set
     wanted: str, # auto, or a name that transformers knows
     packed: bool, # whether rows are packed
     collate: Callable[[list[dict]], dict[str, Any]], # the trainer's collator

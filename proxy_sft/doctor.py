@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Iterator, Optional
 
 import torch
+from packaging.requirements import Requirement
 from transformers import AutoConfig, PreTrainedConfig
 
 from .checkpoint import checkpoints_to_come, expected_bytes
@@ -191,9 +192,10 @@ def installed(package: str) -> Optional[str]: # version
 
 def look_at_versions(settings: Settings, found: dict[str, str]) -> Iterator[Finding]: # package -> version
     "What is installed, beside what was tested; and what an optimizer needs."
-    lock, tested = settings.root / "requirements.lock", {}
-    if lock.is_file(): tested = dict(line.split(" ;")[0].split("==") for line in lock.read_text(encoding="utf-8").splitlines() if "==" in line.split(" ;")[0])
-    other = [f"{p} {v} (tested: {tested[p]})" for p, v in found.items() if p in tested and v.split("+")[0] != tested[p]] if sys.version_info >= (3, 11) else []
+    lock = settings.root / "requirements.lock"
+    wanted = [Requirement(line) for line in lock.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")] if lock.is_file() else []
+    tested = {r.name: r.specifier for r in wanted if r.marker is None or r.marker.evaluate()}  # a package may have a line for each Python
+    other = [f"{p} {v} (tested: {str(tested[p])[2:]})" for p, v in found.items() if p in tested and v not in tested[p]]
     yield Finding("versions", "warn" if other else "ok", ", ".join(f"{p} {v}" for p, v in found.items()) + (f", CUDA {torch.version.cuda}." if torch.version.cuda else ", without CUDA."),
                   f"Install what was tested: {', '.join(other)}." if other else "")
     if "8bit" in settings.optimizer and "bitsandbytes" not in found:

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from .cost import state_bytes
+from .cost import state_bytes, tiled_loss
 from .settings import Settings
 
 # %% ../nbs/01j_memory.ipynb #advice
@@ -62,7 +62,7 @@ def probe(trainer: Any) -> int: # tokens that went through; 0: not probed
         all_as_before.enter_context(torch.random.fork_rng(cards))
         model.train()
         later = standing_in(trainer, trained, stage)
-        with trainer.compute_loss_context_manager(): loss = -model(**batch, use_cache=False, fused_lm_head=True).log_probs.sum()
+        with trainer.compute_loss_context_manager(): loss = tiled_loss(model, batch)
         if stage is None: loss.backward()
         else: torch.autograd.grad(loss, min(trained, key=torch.Tensor.numel))
         del later, loss

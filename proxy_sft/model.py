@@ -4,22 +4,19 @@
 
 # %% auto #0
 __all__ = ['LIGER', 'PACKAGES', 'ModelError', 'training_device', 'quantization', 'require_package', 'load_for_training',
-           'require_dtype', 'keep_attention', 'kernels_for', 'kernel_arguments', 'optimizer_arguments']
+           'require_dtype', 'kernels_for', 'kernel_arguments', 'optimizer_arguments']
 
 # %% ../nbs/01h_model.ipynb #imports
 import os
-from functools import partial
 from importlib.util import find_spec
 from typing import Any, Optional
 
 import torch
-import torch.nn.attention.varlen  # registers its operator
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl.models import selective_activation_checkpointing as sac
 
 from .chat import stop_token_ids
+from .cost import keep_attention
 from .settings import Settings
 
 # %% ../nbs/01h_model.ipynb #error
@@ -62,17 +59,6 @@ def require_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None: # raises 
     "See that no weight came in another precision."
     wrong = [(name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != dtype]
     if wrong: raise ModelError(f"{len(wrong)} weights were loaded as {wrong[0][1]} where {dtype} was wanted, {wrong[0][0]} among them. Set weights to auto, bfloat16 or float32.")
-
-# %% ../nbs/01h_model.ipynb #keep
-def keep_attention(model: PreTrainedModel) -> None:
-    "Have selective checkpointing keep the results of `torch_varlen` too."
-    policy = sac._build_policy_fn(sac._aten_attention_ops() | {torch.ops.torch_attn._varlen_attn.default})
-    context, usual = partial(create_selective_checkpoint_contexts, policy), model.gradient_checkpointing_enable
-    def enable(gradient_checkpointing_kwargs=None, **more):
-        given = {name: value for name, value in (gradient_checkpointing_kwargs or {}).items() if name != "selective"}
-        return usual(gradient_checkpointing_kwargs={**given, "use_reentrant": False, "context_fn": context}, **more)
-    enable._is_sac_wrapped = True
-    model.gradient_checkpointing_enable = enable
 
 # %% ../nbs/01h_model.ipynb #kernels
 LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}

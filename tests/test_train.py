@@ -12,7 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 from proxy_sft.attention import VARLEN, AttentionError, block, log_probabilities, settle_attention
-from proxy_sft.model import keep_attention
+from proxy_sft.cost import keep_attention
 from proxy_sft.progress import FIELDS
 from proxy_sft.settings import load_settings
 from proxy_sft.train import TrainError, train
