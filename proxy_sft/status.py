@@ -103,8 +103,9 @@ def snapshot_text(found: dict[str, Any], now: float) -> str: # several lines
     "A snapshot for a terminal; what was not logged is not shown."
     rows = [("step", f"{found['step']:,}" + (f" of {found['max_steps']:,}" if "max_steps" in found else ""))] if "step" in found else []
     rows += [(name.replace("_", " "), form.format(found[name])) for name, form in FORMATS.items() if name in found]
-    if not found["final_model"]: rows.append(("time left", plain_time(found["eta_seconds"])))
-    rows.append(("checkpoints", f"{', '.join(found['checkpoints']) or 'none is complete yet'}{', and the final model' * found['final_model']}"))
+    if not found["final_model"] and found["state"] not in FINAL: rows.append(("time left", plain_time(found["eta_seconds"])))
+    steps = ", ".join(name.removeprefix("checkpoint-") for name in found["checkpoints"])
+    rows.append(("checkpoints", f"{f'at step {steps}' if steps else 'none is complete yet'}{', and the final model' * found['final_model']}"))
     rows.append(("free disk", f"{found['free_disk_gib']:,} GiB"))
     lines = [f"{Path(found['run']).name}: {found['state']}", *(f"  {line}" for line in text_table(rows).splitlines())]
     if found["ranks"]: lines += ["", f"{'rank':>4}  {'state':<8}  {'cell':>4}  {'last seen':>14}  {'ran':>10}  host:pid"]
