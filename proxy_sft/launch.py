@@ -592,6 +592,7 @@ def register_engine(session: RankSession) -> None: # papermill then knows the en
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=300, **kwargs):
             client = RankClient(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, log_output=True,
+                                iopub_timeout=600, # of seconds until a cell's last output is here; after the usual 4 a busy machine would lose the run
                                 extra_arguments=["--ext", "proxy_sft.launch"], **session.hooks())
             client.session = session
             return client.execute(env=session.kernel_environment)

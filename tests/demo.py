@@ -20,7 +20,8 @@ def say(text: str) -> None:
 def run(*command: str) -> None:
     "Run a command of the environment from the repository's root; its failure is ours."
     noisy = command[0] == "papermill"
-    with subprocess.Popen([str(BIN / command[0]), *command[1:]], cwd=ROOT, env=ENVIRONMENT, text=True, **(dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT) if noisy else {})) as process:
+    program = [sys.executable, str(ROOT / "tests" / "patient_papermill.py")] if noisy else [str(BIN / command[0])]
+    with subprocess.Popen([*program, *command[1:]], cwd=ROOT, env=ENVIRONMENT, text=True, **(dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT) if noisy else {})) as process:
         for line in process.stdout if noisy else ():
             if not NOISE.match(line): print(line, end="", flush=True)
     if process.returncode: sys.exit(f"{' '.join(command)} failed with exit code {process.returncode}; its own message stands above.")

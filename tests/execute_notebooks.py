@@ -22,7 +22,7 @@ def joined(outputs: list[dict]) -> list[dict]: # a kernel's prints arrive in pie
 def execute(notebook: Path, kernel_folder: Path = ROOT) -> None:
     "Execute in place, by papermill as a user would, and clean."
     before = {cell["id"]: cell["metadata"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]}
-    done = subprocess.run([BIN / "papermill", notebook, notebook, "--no-progress-bar", "--cwd", kernel_folder], cwd=ROOT, env={**os.environ, "IN_TEST": "1"},
+    done = subprocess.run([sys.executable, ROOT / "tests" / "patient_papermill.py", notebook, notebook, "--no-progress-bar", "--cwd", kernel_folder], cwd=ROOT, env={**os.environ, "IN_TEST": "1"},
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode: raise RuntimeError(f"{notebook} failed:\n{done.stderr[-3000:]}")
     found = json.loads(notebook.read_text(encoding="utf-8"))

@@ -11,12 +11,14 @@ from trainings import run_training, stopped_after_a_step
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 SHARED = ROOT.parent / "shared"
+PAPERMILL = [sys.executable, str(ROOT / "tests" / "patient_papermill.py")]
 SMALL = dict(demo_rows=400, max_train_samples=200, max_eval_samples=6, max_length=640, logging_steps=1, save_steps=2, eval_steps=4, max_steps=4, num_proc=1)
 
 
 def run(*command, ok=True, timeout=3600, **environment):
     "A command of the environment, from the root; output and exit code."
-    done = subprocess.run([str(BIN / command[0]), *map(str, command[1:])], cwd=ROOT, env={**os.environ, **environment}, timeout=timeout,
+    program = PAPERMILL if command[0] == "papermill" else [str(BIN / command[0])]
+    done = subprocess.run([*program, *map(str, command[1:])], cwd=ROOT, env={**os.environ, **environment}, timeout=timeout,
                           capture_output=True, text=True)
     if ok: assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
@@ -123,7 +125,7 @@ def test_a_flipped_bit_in_prepared_tokens_is_found_before_step_one(workspace):
 
 def test_papermill_from_nbs_as_from_the_root(workspace, tmp_path):  # the demo runs it from the root
     given = parameters(profile="demo", workspace=workspace, run_name="straight", **SMALL)  # finished: nothing is trained again
-    done = subprocess.run([str(BIN / "papermill"), "02_train.ipynb", str(tmp_path / "nbs.ipynb"), "--no-progress-bar", *given], cwd=ROOT / "nbs",
+    done = subprocess.run([*PAPERMILL, "02_train.ipynb", str(tmp_path / "nbs.ipynb"), "--no-progress-bar", *given], cwd=ROOT / "nbs",
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
