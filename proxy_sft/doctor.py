@@ -215,7 +215,8 @@ def look_at_devices(settings: Settings, ranks: int, names: list[str]) -> Finding
 def topology() -> Optional[str]: # None: nobody can tell
     "How the GPUs of this machine are connected, as the driver prints it."
     if not shutil.which("nvidia-smi"): return None
-    done = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=30)
+    try: done = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired: return None  # a driver that takes so long is no reason to hold up the run
     return done.stdout if done.returncode == 0 else None
 
 def look_at_links(text: Optional[str]) -> Finding: # `nvidia-smi topo -m`

@@ -370,7 +370,7 @@ def test_asking_in_training_is_bounded(world):
     settings, tokenizer = world
     model, _ = load_model(settings.run_dir, "cpu")
     turns, prompts = questions_that_fit([t for i in range(4) for t in turns_of(**ASKED[i])], tokenizer, settings)
-    counts = ask_in_time(model.train(), tokenizer, turns, prompts, limit=64, seconds=60)
+    counts = ask_in_time(model.train(), tokenizer, turns, prompts, limit=64, seconds=3600)
     assert counts["answered"] == [8, 8] and counts["exact"] == [4, 4] and counts["decision"] == [8, 8] and model.training
     assert ask_in_time(model, tokenizer, turns, prompts, limit=64, seconds=0.0)["answered"] == [0, 8]
 

@@ -18,10 +18,10 @@ from proxy_sft.settings import load_settings
 from proxy_sft.train import TrainError, train
 from trainings import run_training
 
-SMALL = dict(profile="demo", demo_rows=400, max_train_samples=200, max_eval_samples=4, max_length=640, logging_steps=1, save_steps=3, eval_steps=3, max_steps=3, num_proc=1)
+SMALL = dict(profile="demo", demo_rows=400, max_train_samples=200, max_eval_samples=4, max_length=640, logging_steps=1, save_steps=3, eval_steps=3, max_steps=3, num_proc=1, eval_tool_calls_seconds=3600.0)
 STRAIGHT = dict(gradient_accumulation=2)
 SAME = {  # name: settings, how far the three losses may be from the straight run's (relative)
-    "asked": (dict(eval_tool_calls_every=1, eval_tool_calls_turns=4, eval_tool_calls_seconds=30.0), 0),  # twice the same, and questions on the way
+    "asked": (dict(eval_tool_calls_every=1, eval_tool_calls_turns=4), 0),  # twice the same, and questions on the way
     "workers": (dict(dataloader_workers=1), 0),
     "probe": (dict(memory_probe="always", dataloader_workers=1), 0),
     "samples": (dict(sample_steps=2), 0),
