@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional, TextIO
 
 from .settings import Settings, SettingsError, did_you_mean, load_settings, offloads, settings_table
-from .stops import STOP_FILE, STOP_SIGNALS, STOPPED, StopRequested, request_stop, stop_requested
+from .stops import STOP_FILE, STOP_SIGNALS, STOPPED, StopRequested, request_stop, stop_requested, tell, unplug
 
 # %% ../nbs/02a_launch.ipynb #error
 class LaunchError(ValueError):
@@ -264,7 +264,9 @@ class LiveLog:
             stream.write(redact(text, self.secrets))
             stream.flush()
         except (OSError, ValueError):  # closed, or the disk is full: the notebook still has it
-            if stream is self.terminal: self.terminal = None
+            if stream is self.terminal:
+                self.terminal = None
+                unplug(stream)
 
     def flush(self) -> None: pass # papermill calls it; `put` has flushed
 
@@ -674,15 +676,15 @@ def vanished(session: RankSession) -> Optional[dict]: # the failure of a rank of
 
 # %% ../nbs/02a_launch.ipynb #signals
 def handle_signals(session: RankSession) -> None: # main thread only
-    "The first signal asks for a stop, a later one kills."
-    first: list[float] = []
+    "The first signal asks for a stop; a later one kills where nobody stands above us who would do it."
+    first, alone = [], not session.place.under_torchrun and "PROXY_SFT_RUN" not in os.environ
     def on_signal(number: int, frame: Any) -> None:
         first.append(time.monotonic())
         found = read_failure(session.folder, session.place.attempt, session.since) or vanished(session)
         if found:  # torchrun clears up after a rank that is gone
             if session.failure is None: session.failure = dict(found, consequence=True)
             kill_marked(session.mark)
-        elif first[-1] - first[0] > 10: kill_now(session, number)
+        elif alone and first[-1] - first[0] > 1: kill_now(session, number)
         else: request_stop(session.folder.stop_file, f"{signal.Signals(number).name} to rank {session.place.rank}")
     for number in STOP_SIGNALS: signal.signal(number, on_signal)
 
@@ -829,17 +831,19 @@ class Launcher:
                                           start_new_session=True, preexec_fn=die_with_parent)
 
     @property
-    def told_twice(self) -> bool: return bool(self.signalled) and self.signalled[-1][0] - self.signalled[0][0] > 1
+    def told_twice(self) -> bool: # a scheduler's USR1 and the hang-up of a terminal may come again without impatience
+        told = [moment for moment, number in self.signalled if number in (signal.SIGINT, signal.SIGTERM)]
+        return len(told) > 1 and told[-1] - told[0] > 1
 
     def on_signal(self, number: int, frame: Any) -> None:
         self.signalled.append((time.monotonic(), number))
         name = signal.Signals(number).name
         if self.told_twice:
-            print(f"proxy-sft: {name} again, killing all processes.", file=sys.stderr, flush=True)
+            tell(f"proxy-sft: {name} again, killing all processes.")
             sweep_run(self.run)
         elif len(self.signalled) == 1:
             request_stop(self.folder.stop_file, f"{name} to the launcher")
-            print(f"proxy-sft: {name}: asked all ranks to stop; once more kills them.", file=sys.stderr, flush=True)
+            tell(f"proxy-sft: {name}: asked all ranks to stop; a second Ctrl-C or SIGTERM kills them.")
 
     def states(self) -> list[dict]: # by rank
         "The states of the ranks that we started."
@@ -855,17 +859,17 @@ def outcome(
     took = f"{time.time() - launcher.began:.0f} s"
     if code == 0 and states and all(s["state"] == "done" for s in states):
         where = launcher.folder.notebook(0).parent
-        print(f"proxy-sft: {len(states)} of {len(states)} ranks done in {took}. Notebooks: {where}", flush=True)
+        tell(f"proxy-sft: {len(states)} of {len(states)} ranks done in {took}. Notebooks: {where}", sys.stdout)
         return 0
     if launcher.told_twice: return 128 + launcher.signalled[-1][1]
     if states and all(s["state"] in ("stopped", "done") for s in states):
-        print(f"proxy-sft: stopped on request after {took}. The same command goes on from here.", file=sys.stderr)
+        tell(f"proxy-sft: stopped on request after {took}. The same command goes on from here.")
         return STOPPED
     failure = read_json(launcher.folder.failure_file)
     if failure and failure["time"] < launcher.began - 2: failure = None
     failure = failure or next((s["failure"] for s in states if s.get("failure")), None)
     words = failure_words(failure) if failure else silent_failure(launcher, code, states)
-    print(f"proxy-sft: failed after {took}. Logs: {launcher.folder.logs}\n{words}", file=sys.stderr)
+    tell(f"proxy-sft: failed after {took}. Logs: {launcher.folder.logs}\n{words}")
     return 1
 
 def silent_failure(launcher: Launcher, code: int, states: list[dict]) -> str: # several lines
@@ -894,7 +898,7 @@ def run_command(
     finish = start_guard(f"PROXY_SFT_RUN={launcher.run}", launcher.private)
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN: signal.signal(number, launcher.on_signal)
-    print(f"proxy-sft: {args.notebook} on {args.nproc} process(es), run folder {request.folder.root}", flush=True)
+    tell(f"proxy-sft: {args.notebook} on {args.nproc} process(es), run folder {request.folder.root}", sys.stdout)
     launcher.start(torchrun_command(args, worker, str(launcher.private), request.settings))
     code = launcher.child.wait()
     sweep_run(launcher.run)

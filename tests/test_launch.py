@@ -1,9 +1,12 @@
 """Launching: small notebooks under the real launcher, torchrun and kernels; every end of a rank, signals, and nothing left behind."""
+import fcntl
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 import uuid
@@ -53,7 +56,7 @@ time.sleep(3600)
 """
 
 
-def notebook(path: Path, *sources, parameters="folder: str = ''  # where the cells leave their files", kernel="sft-qwen3") -> Path:
+def notebook(path: Path, *sources, parameters="folder: str = ''  # where the cells leave their files\nhow: str = ''", kernel="sft-qwen3") -> Path:
     cells = [dict(id=f"cell-{i}", cell_type="code", source=s, metadata={"tags": ["parameters"]} if i == 0 else {}, outputs=[], execution_count=None)
              for i, s in enumerate([parameters, *sources])]
     spec = dict(name=kernel, display_name=kernel, language="python")
@@ -352,6 +355,23 @@ def test_a_signal_to_anybody_is_a_request_to_stop(started, tmp_path, target, num
     assert all((tmp_path / f"saved-{r}").exists() for r in ranks)  # nobody was killed while another was still saving
     assert not (run.root / "STOP").exists() and not run.survivors()
     assert "Traceback" not in run.err and {s["state"] for s in launch.RunFolder(run.root).statuses()} == {"stopped"}
+
+
+@pytest.mark.parametrize("how", ["hang-up", "tee", "done"])
+def test_a_terminal_that_goes_away_loses_nothing(tmp_path, how):  # a closed tmux; Ctrl-C that ends `tee` first; a reader that has seen enough
+    nb = notebook(tmp_path / "nb.ipynb", TRAINER.replace("raise StopRequested", "if how == 'done': break\n        raise StopRequested").replace("if stop.exists()", "print(step, flush=True)\n    if stop.exists() or Path(folder, 'enough').exists()"), "pass")
+    words = [*LAUNCH, str(nb), "-p", "folder", str(tmp_path), "-p", "output_dir", str(tmp_path / "run"), "-p", "how", how]
+    mine, theirs = pty.openpty() if how == "hang-up" else os.pipe()
+    become = (lambda: (os.setsid(), fcntl.ioctl(theirs, termios.TIOCSCTTY, 0))) if how == "hang-up" else None
+    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, preexec_fn=become)
+    os.close(theirs)
+    until = time.monotonic() + 240
+    while not ((tmp_path / "kernel-0").exists() and (tmp_path / "kernel-0").stat().st_size) and process.poll() is None and time.monotonic() < until: time.sleep(0.05)
+    os.close(mine)
+    if how == "tee": process.send_signal(signal.SIGINT)
+    if how == "done": (tmp_path / "enough").touch()
+    assert process.wait(240) == (0 if how == "done" else 75)
+    assert (tmp_path / "saved-0").exists() and json.loads((tmp_path / "run" / "status" / "rank-0.json").read_text())["state"] == ("done" if how == "done" else "stopped")
 
 
 def test_second_run_is_refused_and_second_signal_kills(started, tmp_path, capsys):
