@@ -9,12 +9,13 @@ __all__ = ['CONSTANTS', 'PARAMETER_OPTIONS', 'SECRET_NAME', 'LEFT_OUT', 'FINAL',
            'AtomicNotebooks', 'overwrite', 'join_stream', 'LiveLog', 'marked_processes', 'kill_marked',
            'die_with_parent', 'name_process', 'guards', 'read_text', 'start_guard', 'Rank', 'rank_from_environment',
            'quiet', 'process_began', 'threads_per_rank', 'available_cores', 'sweep_run', 'RankStatus', 'is_alive',
-           'claim_failure', 'read_failure', 'StoppedBetweenCells', 'load_ipython_extension', 'SessionHooks',
-           'RankSession', 'short_private_folder', 'find_kernels', 'RankClientMixin', 'bound_outputs', 'register_engine',
-           'run_rank', 'execute', 'kernel_words', 'watch', 'vanished', 'handle_signals', 'kill_now', 'wait_for_others',
-           'report_to_torchrun', 'failure_words', 'run_worker', 'torchrun_command', 'add_parameter_arguments',
-           'add_notebook_arguments', 'process_count', 'add_run_arguments', 'Launcher', 'outcome', 'silent_failure',
-           'run_command', 'doctor_lines', 'refuse_second_run', 'in_plain_words', 'worker_main']
+           'works_here', 'claim_failure', 'read_failure', 'is_of_this_run', 'StoppedBetweenCells',
+           'load_ipython_extension', 'SessionHooks', 'RankSession', 'short_private_folder', 'find_kernels',
+           'RankClientMixin', 'bound_outputs', 'register_engine', 'run_rank', 'execute', 'kernel_words', 'watch',
+           'vanished', 'handle_signals', 'kill_now', 'wait_for_others', 'report_to_torchrun', 'failure_words',
+           'run_worker', 'torchrun_command', 'add_parameter_arguments', 'add_notebook_arguments', 'process_count',
+           'add_run_arguments', 'Launcher', 'outcome', 'silent_failure', 'run_command', 'doctor_lines',
+           'refuse_second_run', 'renewed', 'in_plain_words', 'worker_main']
 
 # %% ../nbs/02a_launch.ipynb #imports
 import argparse
@@ -37,8 +38,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Optional, TextIO
 
+from .locks import InUseError, RunLock
 from .settings import Settings, SettingsError, did_you_mean, load_settings, offloads, settings_table
-from .stops import STOP_FILE, STOP_SIGNALS, STOPPED, StopRequested, request_stop, stop_requested, tell, unplug
+from .stops import STOP_FILE, STOP_SIGNALS, STOPPED, StopRequested, how_to_go_on, request_stop, stop_requested, tell, unplug
+from .waiting import Process, this_machine
 
 # %% ../nbs/02a_launch.ipynb #error
 class LaunchError(ValueError):
@@ -401,7 +404,7 @@ class RankStatus:
     "The state of one rank in a small file: state, pid, cell, when started, heartbeat."
     def __init__(self, path: Path, **first):
         self.path, self.lock = path, threading.RLock()  # re-entrant: a signal handler may update during an update
-        self.values = dict(state="starting", host=socket.gethostname(), pid=os.getpid(), started=time.time(), **first)
+        self.values = dict(state="starting", host=socket.gethostname(), pid=os.getpid(), process=Process.mine(), started=time.time(), **first)
         self.update()
 
     def update(self, **changes) -> None: # a full disk is no reason to lose the run
@@ -411,12 +414,12 @@ class RankStatus:
             except OSError as error: self.values["status_error"] = str(error)
 
 def is_alive(status: dict) -> bool: # for another machine: whether the heartbeat is fresh
-    "Whether the worker that wrote a state is still there."
-    if status["host"] != socket.gethostname(): return time.time() - status["heartbeat"] < 60
-    try: os.kill(status["pid"], 0)
-    except ProcessLookupError: return False
-    except PermissionError: return True  # somebody else's, so it exists
-    return not read_text(Path(f"/proc/{status['pid']}/stat")).rpartition(")")[2].startswith(" Z")
+    "Whether the worker that wrote a state is still there; its number alone could be somebody else's by now, as a host's name could."
+    return not Process(*status["process"]).is_gone if works_here(status) else time.time() - status["heartbeat"] < 60
+
+def works_here(status: dict) -> bool: # also where two machines have the same name
+    "Whether a state was written by a process of this machine."
+    return "process" in status and Process(*status["process"]).machine == this_machine()
 
 # %% ../nbs/02a_launch.ipynb #failure
 CONSEQUENCE = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|socket timeout|nccl|gloo|distbackend"
@@ -444,7 +447,12 @@ def claim_failure(
 def read_failure(folder: RunFolder, attempt: int, since: float) -> Optional[dict]: # None: nothing failed so far
     "The claimed failure of this run and attempt."
     found = read_json(folder.failure_file)
-    return found if found and found["attempt"] == attempt and found["time"] > since - 2 else None
+    ours = found and (found["time"] > since - 2 or is_of_this_run(found))
+    return found if ours and found["attempt"] == attempt else None
+
+def is_of_this_run(failure: dict) -> bool: # whatever became of the clock meanwhile
+    "Whether a rank that our launcher started claimed a failure."
+    return bool(failure.get("run")) and failure["run"] == os.environ.get("PROXY_SFT_RUN")
 
 # %% ../nbs/02a_launch.ipynb #stop
 class StoppedBetweenCells(Exception):
@@ -482,7 +490,7 @@ class SessionHooks:
     def fail(self, ename: str, evalue: str, traceback: str) -> dict: # the failure that counts, perhaps another rank's
         "Note our failure and claim it for the run."
         plain = redact(re.sub("\x1b\\[[0-9;]*[A-Za-z]", "", traceback)[-20_000:], self.secrets)
-        self.failure = dict(rank=self.place.rank, attempt=self.place.attempt, host=socket.gethostname(),
+        self.failure = dict(rank=self.place.rank, attempt=self.place.attempt, run=os.environ.get("PROXY_SFT_RUN"), host=socket.gethostname(),
                             time=time.time(), cell=self.cell, notebook=str(self.output), ename=ename,
                             evalue=redact(evalue[:2000], self.secrets), traceback=plain)
         self.first_failure = claim_failure(self.folder, self.failure, self.since)
@@ -644,7 +652,8 @@ def kernel_words(exit_code: Optional[int]) -> str: # a sentence
     "How a kernel ended, in words."
     if exit_code is None: return "the kernel died"
     if exit_code >= 0: return f"the kernel ended itself with exit code {exit_code}, in the middle of a cell"
-    hint = "; the system kills a process that uses too much memory this way" if exit_code == -signal.SIGKILL else ""
+    hint = {-signal.SIGKILL: "; the system kills a process that uses too much memory this way",
+            -signal.SIGBUS: "; the system says so that a file in memory has no room (is /dev/shm full?) or cannot be read (a failing disk, a file that was cut)"}.get(exit_code, "")
     return f"the kernel was killed by {signal.Signals(-exit_code).name}{hint}"
 
 # %% ../nbs/02a_launch.ipynb #watch
@@ -665,11 +674,11 @@ def vanished(session: RankSession) -> Optional[dict]: # the failure of a rank of
     "Speak for a worker that was killed and cannot speak for itself."
     for rank in session.place.local_ranks:
         other = read_json(session.folder.status(rank)) if rank != session.place.rank else None
-        if other is None or other["started"] < session.since - 2 or other["attempt"] != session.place.attempt: continue
+        if other is None or (other["started"] < session.since - 2 and not is_of_this_run(other)) or other["attempt"] != session.place.attempt: continue
         if other["state"] in FINAL or is_alive(other): continue
         if (read_json(session.folder.status(rank)) or other)["state"] in FINAL: continue  # ended since we read it
         return claim_failure(session.folder, dict(
-            rank=rank, attempt=session.place.attempt, host=other["host"], time=time.time(), cell=other["cell"],
+            rank=rank, attempt=session.place.attempt, run=other["run"], host=other["host"], time=time.time(), cell=other["cell"],
             notebook=other["notebook"], ename="WorkerKilled", traceback="",
             evalue=f"the worker process {other['pid']} was killed"), session.since)
     return None
@@ -863,10 +872,10 @@ def outcome(
         return 0
     if launcher.told_twice: return 128 + launcher.signalled[-1][1]
     if states and all(s["state"] in ("stopped", "done") for s in states):
-        tell(f"proxy-sft: stopped on request after {took}. The same command goes on from here.")
+        tell(f"proxy-sft: stopped on request after {took}. {how_to_go_on(launcher.request.settings.resume)}")
         return STOPPED
     failure = read_json(launcher.folder.failure_file)
-    if failure and failure["time"] < launcher.began - 2: failure = None
+    if failure and failure["time"] < launcher.began - 2 and failure.get("run") != launcher.run: failure = None
     failure = failure or next((s["failure"] for s in states if s.get("failure")), None)
     words = failure_words(failure) if failure else silent_failure(launcher, code, states)
     tell(f"proxy-sft: failed after {took}. Logs: {launcher.folder.logs}\n{words}")
@@ -893,7 +902,7 @@ def run_command(
         print(shlex.join(torchrun_command(args, worker, settings=request.settings)), *doctor_lines(args, request.settings), sep="\n")
         return 0
     request.folder.make()
-    refuse_second_run(args, request.folder)
+    lock = refuse_second_run(args, request.folder)
     launcher = Launcher(request, bool(args.max_restarts))
     finish = start_guard(f"PROXY_SFT_RUN={launcher.run}", launcher.private)
     for number in STOP_SIGNALS:
@@ -905,6 +914,7 @@ def run_command(
     request.folder.stop_file.unlink(missing_ok=True)
     result = outcome(launcher, code)
     finish()
+    lock.release()
     return result
 
 def doctor_lines(args: argparse.Namespace, settings: Settings) -> list[str]:
@@ -914,18 +924,32 @@ def doctor_lines(args: argparse.Namespace, settings: Settings) -> list[str]:
     return ["", "doctor:", str(diagnose(settings, counts[0] * counts[1]))]
 
 # %% ../nbs/02a_launch.ipynb #second-run
-def refuse_second_run(args: argparse.Namespace, folder: RunFolder) -> None: # LaunchError when the folder is in use
-    "Clear the states of an earlier run, and see that it is an earlier one."
-    folder.stop_file.unlink(missing_ok=True)
+def refuse_second_run(args: argparse.Namespace, folder: RunFolder) -> RunLock: # to hold until the end; LaunchError when the folder is in use
+    "Lock the run's folder for this machine's part, and clear the states of an earlier run."
+    try: lock = RunLock(folder.root / "status" / f"launcher-{args.node_rank}.lock").take(patience=0)
+    except InUseError as error: raise LaunchError(str(error).replace(str(folder.root / "status"), str(folder.root))) from None
+    except OSError as error: raise LaunchError(f"The run folder {folder.root} cannot be written: {error.strerror}.") from None
     count = int(args.nproc) if args.nproc.isdigit() else None
-    for state in folder.statuses():
-        ours = count is None or state["rank"] // count == args.node_rank
-        if not ours: continue
-        if state["state"] not in FINAL and state["host"] == socket.gethostname() and is_alive(state):
-            raise LaunchError(f"The run folder {folder.root} is in use by process {state['pid']}. Stop that run, "
-                              "or choose another run_name.")
-        folder.status(state["rank"]).unlink(missing_ok=True)
+    states = [s for s in folder.statuses() if count is None or s["rank"] // count == args.node_rank]
+    working = [s for s in states if s["state"] not in FINAL]
+    if found := next((s for s in working if works_here(s) and is_alive(s)), None) or renewed(folder, [s for s in working if not works_here(s)]):
+        lock.release()
+        raise LaunchError(f"The run folder {folder.root} is in use by process {found['pid']} on {found['host']}. Stop that run, or choose another run_name.")
+    folder.stop_file.unlink(missing_ok=True)
+    for state in states: folder.status(state["rank"]).unlink(missing_ok=True)
     if args.node_rank == 0: folder.failure_file.unlink(missing_ok=True)
+    return lock
+
+def renewed(folder: RunFolder, states: list[dict], seconds: float = 30) -> Optional[dict]: # the first that is; None: they belong to the dead
+    "Of states that another machine wrote, one that is renewed while we look. Heartbeats are not compared with our clock, which may differ."
+    if states: tell(f"proxy-sft: rank {states[0]['rank']} on {states[0]['host']} has not said how it ended; looking for {seconds:.0f} s whether it still works")
+    until = time.monotonic() + seconds
+    while states and time.monotonic() < until:
+        for state in states:
+            now = read_json(folder.status(state["rank"]))
+            if now and now["heartbeat"] != state["heartbeat"]: return state
+        time.sleep(0.2)
+    return None
 
 # %% ../nbs/02a_launch.ipynb #worker-main
 def in_plain_words(command: Callable[[], int]) -> int: # the command's exit code; 2: refused; 1: another error of ours

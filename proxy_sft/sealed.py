@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'COMPLETE', 'SealError', 'file_hash', 'files_in', 'flush', 'write_flushed', 'seal', 'mark_complete',
            'publish', 'is_complete', 'read_manifest', 'verify', 'checkpoint_step', 'complete_checkpoints',
-           'sealed_bytes', 'unmake']
+           'sealed_bytes', 'unmake', 'discard']
 
 # %% ../nbs/000b_sealed.ipynb #imports
 import json
 import os
+import secrets
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,12 @@ class SealError(RuntimeError):
 def file_hash(path: Path) -> str: # 64 hex digits
     "BLAKE3 of a file's bytes."
     hasher = blake3(max_threads=blake3.AUTO)
-    if path.stat().st_size: hasher.update_mmap(path)
+    try:
+        if path.stat().st_size: hasher.update_mmap(path)
+    except OSError: # a file system that maps no files
+        with path.open("rb") as file:
+            hasher.reset()
+            while piece := file.read(2**22): hasher.update(piece)
     return hasher.hexdigest()
 
 def files_in(folder: Path) -> list[Path]: # sorted; without the manifest and the marker at the top
@@ -83,7 +89,7 @@ def publish(
     "Seal, rename, mark. A target without a marker is replaced; a complete one is never overwritten: `SealError`."
     if is_complete(target): raise SealError(f"{target} is complete already; a sealed folder is never overwritten.")
     manifest = seal(aside, facts)
-    if target.exists(): shutil.rmtree(target)
+    if target.exists(): discard(target)
     os.rename(aside, target)
     flush(target.parent)
     if mark: mark_complete(target)
@@ -115,7 +121,9 @@ def verify(folder: Path) -> dict[str, Any]: # the manifest
             raise SealError(f"{found[name]} has {size} bytes; {expected[name]['size']} were written. The file was cut or changed.")
         if file_hash(found[name]) != expected[name]["blake3"]:
             raise SealError(f"{found[name]} has the right size and other bytes than were written: the disk or a copy changed them.")
-    with ThreadPoolExecutor(4) as pool: list(pool.map(check, expected))
+    try:
+        with ThreadPoolExecutor(4) as pool: list(pool.map(check, expected))
+    except OSError as error: raise SealError(f"{folder} cannot be read to its end: {error}. The disk fails, or the file belongs to somebody else.") from error
     return manifest
 
 # %% ../nbs/000b_sealed.ipynb #numbered
@@ -132,8 +140,15 @@ def sealed_bytes(folder: Path) -> int:
     "What the files of a complete folder take, by its manifest."
     return sum(file["size"] for file in read_manifest(folder)["files"].values())
 
-def unmake(folder: Path) -> None: # the marker goes first: a half-deleted folder is not complete
+def unmake(folder: Path) -> bool: # as `discard`; the marker goes first: a half-deleted folder is not complete
     "Delete a sealed folder."
     (folder / COMPLETE).unlink(missing_ok=True)
     flush(folder)
-    shutil.rmtree(folder)
+    return discard(folder)
+
+def discard(folder: Path) -> bool: # False: a part of it could not be deleted now
+    "Delete a folder that counts no more. What resists (a file that somebody reads on NFS, a mount) is out of the way as `.gone-…`, and is tried again the next time."
+    gone = folder.with_name(f".gone-{secrets.token_hex(4)}-{folder.name}")
+    os.rename(folder, gone)
+    for left in folder.parent.glob(".gone-*"): shutil.rmtree(left, ignore_errors=True)
+    return not gone.exists()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOPPED', 'STOP_FILE', 'STOP_SIGNALS', 'StopRequested', 'tell', 'unplug', 'request_stop', 'stop_requested',
-           'listening', 'stop_reason', 'stop_if_asked']
+           'listening', 'stop_reason', 'how_to_go_on', 'stop_if_asked']
 
 # %% ../nbs/000d_stops.ipynb #imports
 import os
@@ -52,7 +52,7 @@ def stop_requested(stop_file: Path, since: float) -> bool: # `since`: when the r
     except OSError: return False
 
 # %% ../nbs/000d_stops.ipynb #listen
-_heard: dict[str, float] = {} # what was heard while listening, and `began`: seconds since the epoch
+_heard: dict[str, float] = {} # what was heard while listening, and `began`, by the clock that nobody sets
 
 @contextmanager
 def listening() -> Iterator[None]: # inside another `listening` it does nothing
@@ -61,12 +61,12 @@ def listening() -> Iterator[None]: # inside another `listening` it does nothing
         yield
         return
     main, before = threading.current_thread() is threading.main_thread(), {}
-    _heard["began"] = float(os.environ.get("PROXY_SFT_BEGAN", time.time()))
+    _heard["began"] = time.monotonic() - max(0.0, time.time() - float(os.environ.get("PROXY_SFT_BEGAN", time.time())))
     def hear(number, frame):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         for other in before: # whichever comes next ends the process
             if other != number: signal.signal(other, signal.SIG_DFL)
-        _heard[signal.Signals(number).name] = time.time()
+        _heard[signal.Signals(number).name] = time.monotonic()
     try:
         for number in STOP_SIGNALS if main else ():
             before[number] = signal.signal(number, hear)
@@ -84,10 +84,14 @@ def stop_reason(
     if names := [n for n in _heard if n != "began"]: return f"{names[0]} was received"
     files = [run_dir / STOP_FILE, *([Path(f)] if (f := os.environ.get("PROXY_SFT_STOP_FILE")) else [])]
     for file in files:
-        if file.exists(): return f"{file.name} lies in {file.parent}"
-    if max_hours and "began" in _heard and time.time() - _heard["began"] > max_hours * 3600:
+        if file.exists(): return f"{file.name} lies in {file.parent}{'' if len(files) > 1 else ' (delete it before the next start)'}"
+    if max_hours and "began" in _heard and time.monotonic() - _heard["began"] > max_hours * 3600:
         return f"max_hours, {max_hours:g}, have passed"
     return ""
+
+def how_to_go_on(resume: str = "auto") -> str: # the setting of this run
+    "A sentence for whoever reads that a run was stopped."
+    return "The same command goes on from there." if resume == "auto" else f"The same command with `-p resume auto` goes on from there; with {resume}, as now, it would not."
 
 def stop_if_asked(run_dir: Path, max_hours: Optional[float] = None, doing: str = "") -> None: # what is being done, for the message
     "Raise `StopRequested` when there is a reason to."

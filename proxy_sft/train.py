@@ -38,11 +38,12 @@ from .adapters import adapter_config, is_merged, merged_folder
 from .attention import settle_attention
 from .chat import certify_batches, save_chat_files, served_template
 from .checkpoint import (CheckpointError, CompleteCheckpoints, StopOnRequest, agreed_checkpoint, anybody, checkpoint_facts, checkpoint_step,
-                                  checkpoint_to_resume, complete_checkpoints, convert_world, everybody_gets, expected_bytes, from_everybody, publish_final,
-                                  require_room, sees_other_disk, set_aside, setback, sweep)
+                                  checkpoint_to_resume, complete_checkpoints, convert_world, everybody_gets, expected_bytes, from_everybody, lock_run, publish_final,
+                                  require_room, resume_of, sees_other_disk, set_aside, setback, sweep)
 from .cost import Shape, weights_dtype
 from .doctor import device_name, require_health
 from .generate import ToolCallsWhileTraining
+from .locks import RunLock
 from .memory import MemoryProbe, out_of_memory
 from .model import kernel_arguments, kernels_for, load_for_training, optimizer_arguments, training_device
 from .prepare import Prepared, World, pack, prepare
@@ -51,7 +52,7 @@ from .samples import SamplesWhileTraining
 from .sealed import read_manifest
 from .serving import serving_notes
 from .settings import Settings, deepspeed_file, save_settings
-from .stops import StopRequested, listening
+from .stops import StopRequested, how_to_go_on, listening
 
 # %% ../nbs/02_train.ipynb #error
 class TrainError(RuntimeError):
@@ -281,7 +282,7 @@ whoever passes this model on keeps that attribution.
 """
 
 # %% ../nbs/02_train.ipynb #prepare-run
-def begin_run(settings: Settings, prepared: Prepared) -> tuple[dict[str, Any], Optional[Path], bool]: # facts for manifests, checkpoint to go on from, separate disks
+def begin_run(settings: Settings, prepared: Prepared, lock: RunLock) -> tuple[dict[str, Any], Optional[Path], bool]: # facts for manifests, checkpoint to go on from, separate disks
     "Settle with all ranks what is trained and where it goes on; rank 0 tidies the run's folder."
     world = World.from_environment()
     key = everybody_gets(prepared.key)
@@ -293,16 +294,18 @@ def begin_run(settings: Settings, prepared: Prepared) -> tuple[dict[str, Any], O
     tidies = world.rank == 0 or (separate and world.local_rank == 0)
     ranks = range(world.rank - world.local_rank, world.rank - world.local_rank + world.local_size) if separate else None
     def tidy():
+        lock_run(lock)
         save_settings(settings, settings.run_dir)
-        swept = sweep(settings.run_dir)
-        if settings.resume == "never": set_aside(settings.run_dir)
-        return swept
-    def find(): return checkpoint_to_resume(settings, facts, ranks=ranks)
-    swept = {name: fate for one in from_everybody(agree(tidy if tidies else None) or {}) for name, fate in one.items()}
-    if world.rank == 0 and swept: print(setback(swept, settings), file=sys.stderr, flush=True)
-    if separate and settings.resume == "auto": agreed_checkpoint(settings.run_dir)
-    outcome = agree(find if tidies else None)
-    if separate and not tidies: outcome = checkpoint_to_resume(settings, facts, check=False, ranks=ranks)
+        swept, resume = sweep(settings.run_dir), resume_of(settings)
+        if resume == "never": set_aside(settings.run_dir)
+        return swept, resume
+    tidied = from_everybody(agree(tidy if tidies else None))
+    again = settings.model_copy(update={"resume": tidied[0][1]}) # the repetition of a start goes on from what that has made
+    swept = {name: fate for one in tidied if one for name, fate in one[0].items()}
+    if world.rank == 0 and swept: print(setback(swept, again), file=sys.stderr, flush=True)
+    if separate and again.resume == "auto": agreed_checkpoint(settings.run_dir)
+    outcome = agree((lambda: checkpoint_to_resume(again, facts, ranks=ranks)) if tidies else None)
+    if separate and not tidies: outcome = checkpoint_to_resume(again, facts, check=False, ranks=ranks)
     return facts, (outcome if separate else everybody_gets(outcome)), separate
 
 def agree(act: Optional[Callable[[], Any]]) -> Any: # what it gave here; raises on every rank what it raised on one
@@ -367,9 +370,8 @@ def trainer_columns(data: Dataset, settings: Settings) -> Dataset: # as numpy ar
     return (data if settings.packing else data.remove_columns("seq_lengths")).with_format("numpy")
 
 # %% ../nbs/02_train.ipynb #result
-def publish_model(settings: Settings) -> None:
+def publish_model(settings: Settings, last: Path) -> None: # the training's last checkpoint; with `resume: PATH` it may be another run's
     "Make the run's folder a full model: the last checkpoint, its adapter merged where there is one."
-    last = complete_checkpoints(settings.run_dir)[-1]
     if settings.lora_rank is None: return publish_final(last, settings.run_dir)
     if is_merged(settings.run_dir, last): return
     merged = merged_folder(settings, last)
@@ -406,17 +408,16 @@ def train(
     prepared: Optional[Prepared] = None, # what `prepare(settings)` gave; made here when not given
 ) -> TrainResult: # the same on every rank
     "Prepare, certify, train, checkpoint, publish. `StopRequested` after a stop that was asked for."
-    with listening():
+    with listening(), RunLock(settings.run_dir / ".lock") as lock:
         if World.from_environment().rank == 0: require_health(settings, World.from_environment().size)
         prepared = prepared or prepare(settings)
         require_certificate(prepared, settings)
         start_processes(settings)
-        facts, checkpoint, separate = begin_run(settings, prepared)
+        facts, checkpoint, separate = begin_run(settings, prepared, lock)
         with telling_memory(settings):
-            if checkpoint is None or not is_finished(checkpoint): train_from(checkpoint, settings, prepared, facts, separate)
-        if World.from_environment().rank == 0 or (separate and World.from_environment().local_rank == 0):
-            publish_model(settings)
-        everybody_gets("published")
+            if not (finished := checkpoint is not None and is_finished(checkpoint)): train_from(checkpoint, settings, prepared, facts, separate)
+        publishes = World.from_environment().rank == 0 or (separate and World.from_environment().local_rank == 0)
+        agree((lambda: publish_model(settings, checkpoint if finished else complete_checkpoints(settings.run_dir)[-1])) if publishes else None)
         return TrainResult(settings.run_dir)
 
 # %% ../nbs/02_train.ipynb #train-from
@@ -435,7 +436,7 @@ def train_from(checkpoint: Optional[Path], settings: Settings, prepared: Prepare
     if trainer.stop.stopped:
         step = checkpoint_step(complete_checkpoints(settings.run_dir)[-1])
         raise StopRequested(f"Stopped as asked{f' ({trainer.stop.reason})' if trainer.stop.reason else ''}, with a complete checkpoint at step {step}. "
-                            "The same command goes on from there.")
+                            f"{how_to_go_on(settings.resume)}")
 
 def converted(checkpoint: Path, settings: Settings, facts: dict[str, Any], separate: bool) -> Path: # the same on every rank
     "The checkpoint for another number of ranks, made by rank 0."

@@ -360,6 +360,57 @@ class Soak:
             return f"full disk with two ranks: {codes}, {kept} kept", plain and self.finish("full-two", 2, output_dir=str(run_dir)) == whole
         finally: subprocess.run(["umount", "-l", str(small)], check=True)
 
+    # what people and schedulers do to a run's folder
+    def odd(self):
+        "Two starts at once, `resume: never` that is put back into the queue, another run's checkpoint, files deleted by hand, old checkpoints that cannot be deleted."
+        whole, lines = self.reference(), []
+        lines.append(("two at once", self.two_at_once(whole)))
+        env = dict(SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+        first = self.run("odd", 1, with_environment(dict(SLURM_JOB_ID="7"), stop_at(self.dir("odd"), 5)), resume="never")
+        again, text = self.run("odd", 1, with_environment(env), resume="never"), words(self.folder / "odd")
+        steps = [r["step"] for r in map(json.loads, (self.dir("odd") / "logs" / "progress.jsonl").read_text().splitlines()) if r.get("loss") is not None]
+        lines.append(("never, repeated", first == [75] and again == [0] and steps == list(range(1, 9)) and digest(self.dir("odd")) == whole))
+        other = self.run("odd-2", 1, stop_at(self.dir("odd-2"), 3)), self.run("odd-2", resume=str(self.dir("odd") / "checkpoint-8"))
+        lines.append(("another run's last checkpoint", other == ([75], [0]) and digest(self.dir("odd-2")) == whole))
+        for file in ("optimizer.pt", "model.safetensors"):
+            (self.dir("odd-2") / "checkpoint-3" / file).unlink()
+            codes, text = self.run("odd-2"), words(self.folder / "odd-2")
+            lines.append((f"{file} deleted by hand", codes == [1] and "lacks model.safetensors" in text + "lacks model.safetensors" * (file == "optimizer.pt" and "lacks optimizer.pt" in text)
+                          and "Move it away, and the run goes on from checkpoint-2, 1 steps earlier" in text))
+        shutil.rmtree(self.dir("odd-2") / "checkpoint-3")
+        lines.append(("moved away", self.finish("odd-2") == whole))
+        lines.append(("an old checkpoint is in use", self.in_use(whole)))
+        return f"odd things: {lines}", all(l[-1] for l in lines)
+
+    def two_at_once(self, whole) -> bool:
+        "The first waits in a step until the second has been refused."
+        run_dir, go = self.dir("twice"), self.folder / "go"
+        def wait():
+            (self.folder / "there").touch()
+            while not go.exists(): time.sleep(0.02)
+        pids = life(self.folder / "twice", 1, at_step(run_dir, 3, wait), workspace=str(self.folder / "ws"), run_name="twice")
+        while not (self.folder / "there").exists() and not os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT): time.sleep(0.02)
+        second = life(self.folder / "twice-second", 1, None, workspace=str(self.folder / "ws"), run_name="twice")
+        codes, text = end(second), words(self.folder / "twice-second")
+        go.touch()
+        self.lives += 2
+        return end(pids) == [0] and codes == [1] and f"is in use by process {pids[0]} on " in text and digest(run_dir) == whole
+
+    def in_use(self, whole) -> bool:
+        "A file of the checkpoint that goes next cannot be deleted, as one that is read on NFS cannot: a mount on it when we are root, a folder without rights otherwise."
+        run_dir, held = self.dir("busy"), None
+        def hold():
+            held = run_dir / "checkpoint-2" / "scheduler.pt"
+            if os.geteuid(): held.parent.chmod(0o500)
+            elif subprocess.run(["mount", "--bind", str(held), str(held)], capture_output=True).returncode: subprocess.run(["chattr", "+i", str(held)], capture_output=True)
+        codes, text = self.run("busy", 1, at_step(run_dir, 3, hold)), words(self.folder / "busy")
+        for left in run_dir.glob(".gone-*"):
+            left.chmod(0o700)
+            subprocess.run(["umount", "-l", str(left / "scheduler.pt")], capture_output=True) if not os.geteuid() else None
+            subprocess.run(["chattr", "-i", str(left / "scheduler.pt")], capture_output=True)
+        if "checkpoint-2 is not needed any more and cannot be deleted now" not in text: return "nothing can be made undeletable here" if codes == [0] else False
+        return codes == [0] and digest(run_dir) == whole and self.finish("busy") == whole and not [*run_dir.glob(".gone-*")]
+
     # a mixed soak
     def mixed(self, count=200):
         kinds, right, silent, faults = {}, 0, 0, 0
@@ -428,6 +479,13 @@ def stop_at(run_dir, step):
     return hook
 
 
+def with_environment(values, then=None):
+    def hook(rank):
+        os.environ.update(values)
+        if then: then(rank)
+    return hook
+
+
 def at_step(run_dir, step, act):
     def hook(rank):
         from proxy_sft.checkpoint import StopOnRequest
@@ -491,7 +549,7 @@ def hashes(run_dir) -> bool:
     return all(bool(verify(f)) for f in complete_checkpoints(run_dir))
 
 
-PARTS = ("exact", "worlds", "broken", "spikes", "full", "full_two", "flips", "terms", "kills", "mixed")
+PARTS = ("exact", "worlds", "broken", "spikes", "odd", "full", "full_two", "flips", "terms", "kills", "mixed")
 
 
 def main() -> int:

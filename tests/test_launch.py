@@ -374,6 +374,47 @@ def test_a_terminal_that_goes_away_loses_nothing(tmp_path, how):  # a closed tmu
     assert (tmp_path / "saved-0").exists() and json.loads((tmp_path / "run" / "status" / "rank-0.json").read_text())["state"] == ("done" if how == "done" else "stopped")
 
 
+def test_of_two_starts_at_once_one_is_refused(started, tmp_path):
+    nb = notebook(tmp_path / "nb.ipynb", "from pathlib import Path\nimport time\nPath(folder, 'kernel-0').write_text('here')\nwhile not Path(folder, 'enough').exists(): time.sleep(0.05)")
+    runs = [started(LAUNCH, nb) for _ in (0, 1)]
+    until = time.monotonic() + 240
+    while all(r.process.poll() is None for r in runs) and time.monotonic() < until: time.sleep(0.05)
+    refused, other = sorted(runs, key=lambda r: r.process.poll() is None)
+    assert refused.end() == 2 and f"is in use by process {other.process.pid} on " in refused.err and "Traceback" not in refused.err
+    other.wait_for("kernel-0")
+    (tmp_path / "enough").touch()
+    assert other.end() == 0, other.err
+    assert "1 of 1 ranks done" in other.out and not refused.survivors() + other.survivors()
+
+
+def test_a_number_that_is_used_again_and_a_host_of_the_same_name_hold_nobody_up(tmp_path):
+    folder = launch.RunFolder(tmp_path)
+    folder.make()
+    host, machine, pid, began = launch.Process.mine()
+    state = dict(rank=0, state="running", host=host, pid=pid, started=time.time(), heartbeat=time.time(), process=[host, machine, pid, began])
+    parser = launch.argparse.ArgumentParser()
+    launch.add_run_arguments(parser)
+    put = lambda **more: launch.write_atomically(folder.status(0), json.dumps({**state, **more}))
+    put()
+    with pytest.raises(launch.LaunchError, match=f"in use by process {pid} on"): launch.refuse_second_run(parser.parse_args(["nb"]), folder)
+    put(process=[host, machine, pid, "1"])  # our number, which was a dead worker's
+    launch.refuse_second_run(parser.parse_args(["nb"]), folder).release()
+    elsewhere = {**state, "process": [host, "another machine of this name", pid, began]}
+    assert launch.is_alive(state) and not launch.works_here(elsewhere) and launch.renewed(folder, [elsewhere], 0.5) is None
+    put(heartbeat=5.0, process=elsewhere["process"])
+    assert launch.renewed(folder, [elsewhere], 60) == elsewhere  # it has written since
+
+
+def test_a_clock_that_is_put_back_hides_no_failure(tmp_path, monkeypatch):
+    folder = launch.RunFolder(tmp_path)
+    folder.make()
+    failure = dict(rank=1, attempt=0, run="this", time=time.time() - 3600, ename="ValueError", evalue="boom", traceback="")
+    monkeypatch.setenv("PROXY_SFT_RUN", "this")
+    assert launch.claim_failure(folder, failure, time.time()) == failure == launch.read_failure(folder, 0, time.time())
+    monkeypatch.setenv("PROXY_SFT_RUN", "another")
+    assert launch.read_failure(folder, 0, time.time()) is None
+
+
 def test_second_run_is_refused_and_second_signal_kills(started, tmp_path, capsys):
     nb = notebook(tmp_path / "nb.ipynb", POOL)
     run = started(LAUNCH, nb)
