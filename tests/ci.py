@@ -20,16 +20,15 @@ def sources() -> dict[str, str]:
 
 
 def start(*command: str, **more) -> subprocess.Popen:
-    "A command of the environment, from the repository's root."
-    return subprocess.Popen([str(BIN / command[0]), *command[1:]], cwd=ROOT, env=LIGHT, **more)
+    "A command of the environment, from the repository's root; it leads a group of its own, so that all it started can be ended."
+    return subprocess.Popen([str(BIN / command[0]), *command[1:]], cwd=ROOT, env=LIGHT, start_new_session=True, **more)
 
 
 def finish(title: str, process: subprocess.Popen, began: float, *others: subprocess.Popen) -> None:
     "Wait for a part; its failure, and Ctrl-C, end the others too."
     try: code = process.wait()
     except BaseException:
-        process.terminate()
-        end(*others)
+        end(process, *others)
         raise
     if code:
         end(*others)
@@ -37,7 +36,7 @@ def finish(title: str, process: subprocess.Popen, began: float, *others: subproc
     print(f"== {title}: passed in {time.monotonic() - began:.0f} s", flush=True)
 
 
-def end(*processes: subprocess.Popen) -> None: # each leads a group of its own
+def end(*processes: subprocess.Popen) -> None:
     for process in processes:
         if process.poll() is None: os.killpg(process.pid, signal.SIGTERM)
 
@@ -69,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         log, began = Path(folder) / "pytest.txt", time.monotonic()
         with log.open("w") as out:
-            tests = start(*PYTEST, "tests", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--ignore=tests/test_after_demo.py", stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            tests = start(*PYTEST, "tests", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--ignore=tests/test_after_demo.py", stdout=out, stderr=subprocess.STDOUT)
         print("\n== pytest, two files at a time, runs beside what follows; its lines come after it", flush=True)
         part("the demo through papermill, then two ranks with ZeRO-2", "python", "tests/demo.py", "workspace", beside=(tests,))
         part("what the demo left behind", *PYTEST, "tests/test_after_demo.py", beside=(tests,))
