@@ -705,10 +705,9 @@ def kill_now(session: RankSession, number: int) -> None: # does not return
     os._exit(128 + number)
 
 # %% ../nbs/02a_launch.ipynb #wait-for-others
-def wait_for_others(session: RankSession, seconds: float = 600) -> None:
+def wait_for_others(session: RankSession, looks: int = 18_000) -> None: # an hour: a slow disk takes long for a checkpoint
     "After a stop: until every rank of this machine has ended, or its worker is gone."
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    for _ in range(looks):
         others = [rank for rank in session.place.local_ranks if rank != session.place.rank]
         states = [s for rank in others if (s := read_json(session.folder.status(rank)))]
         working = [s for s in states if s["state"] not in FINAL and s["attempt"] == session.place.attempt]
@@ -772,7 +771,7 @@ def torchrun_command(
     module = ["-m", "proxy_sft.launch", *worker]
     if str(args.nproc) == "1" and args.nnodes == "1" and not args.max_restarts and not (settings and offloads(settings)): return [sys.executable, *module]
     options = ["--nproc-per-node", str(args.nproc), "--nnodes", args.nnodes, "--max-restarts", str(args.max_restarts),
-               "--signals-to-handle", ",".join(s.name for s in STOP_SIGNALS), "--shutdown-timeout", "900"]
+               "--signals-to-handle", ",".join(s.name for s in STOP_SIGNALS), "--shutdown-timeout", "3600"]
     if log_dir: options += ["--log-dir", log_dir]
     if args.rdzv_endpoint:
         options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", args.rdzv_endpoint, "--rdzv-id", args.rdzv_id,
