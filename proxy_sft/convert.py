@@ -137,9 +137,9 @@ class Output:
         self.hasher.update(lines)
         self.lines += newlines(lines)
 
-def write_parts(files: list[Path], aside: Path, choices: Choices, num_proc: int, progress: bool) -> tuple[Counter, bytes, dict]:
-    "Convert all parts into files below `aside`; the counts, the marks of all kept rows, and the outputs by path."
-    counts, marks = Counter(), bytearray()
+def write_parts(files: list[Path], aside: Path, choices: Choices, num_proc: int, progress: bool) -> tuple[Counter, bytes, dict, dict]:
+    "Convert all parts into files below `aside`; the counts, the marks of all kept rows, the outputs and the inputs' hashers by path."
+    counts, marks, hashers = Counter(), bytearray(), {}
     bar = Progress(sum(path.stat().st_size for path in files), progress)
     with contextlib.ExitStack() as stack:
         stack.callback(bar.bar.close)
@@ -147,14 +147,14 @@ def write_parts(files: list[Path], aside: Path, choices: Choices, num_proc: int,
         for output in outputs.values(): stack.enter_context(output.stream)
         facts = {side: FactsWriter(facts_file(aside / f"{side}.jsonl")) for side in Piece().facts}
         num_proc = num_proc if enough_work(files) else 1
-        for part, piece in stack.enter_context(contextlib.closing(converted_parts(parts_of(files), choices, num_proc, aside))):
+        for part, piece in stack.enter_context(contextlib.closing(converted_parts(parts_of(files, hashers), choices, num_proc, aside))):
             for name, lines in piece.files.items(): outputs[name].write(lines)
-            for side, rows in piece.facts.items(): facts[side].add(rows)
+            for side, columns in piece.facts.items(): facts[side].add(columns)
             if choices.selects: marks += b"".join(piece.marks.values())
             counts.update(piece.counts)
             bar.add(len(part.lines or b""), piece.counts)
         for side, writer in facts.items(): writer.close(outputs[side].stream.tell())
-    return counts, bytes(marks), {output.path: output for output in outputs.values()}
+    return counts, bytes(marks), {output.path: output for output in outputs.values()}, hashers
 
 def select_rows(aside: Path, marks: bytes, choices: Choices, counts: Counter) -> None:
     "Drop duplicates and what the mix does not want, in the files and in the counts."
@@ -228,7 +228,7 @@ def convert_file(
     if target.is_dir(): target = target / "train.jsonl"
     check_choices(choices, target, files)
     with folder_aside(target) as aside:
-        counts, marks, outputs = write_parts(files, aside, choices, num_proc, progress)
+        counts, marks, outputs, hashers = write_parts(files, aside, choices, num_proc, progress)
         if choices.selects:
             select_rows(aside, marks, choices, counts)
             outputs = {}  # written anew
@@ -236,8 +236,8 @@ def convert_file(
         check_sums(aside, outputs, facts, files)
         if not choices.splits:
             for path in aside.glob("heldout.*"): path.unlink()
-        facts |= {"choices": choices.__dict__, "split": split_facts(choices), "inputs": hashes(files),
-                  "files": hashes(sorted(aside.iterdir()), outputs), **(about or {})}
+        facts |= {"choices": choices.__dict__, "split": split_facts(choices), "inputs": hashes(files, hashers),
+                  "files": hashes(sorted(aside.iterdir()), {path: output.hasher for path, output in outputs.items()}), **(about or {})}
         publish(aside, target, facts)
     return report_from(facts, target.parent)
 
@@ -246,9 +246,9 @@ def hashable(value):
     "A list as a tuple, a set as a sorted one, anything else as it is."
     return tuple(sorted(value) if isinstance(value, set) else value) if isinstance(value, (list, set)) else value
 
-def hashes(files: list[Path], outputs: dict = {}) -> list[dict]: # outputs: those hashed while they were written
+def hashes(files: list[Path], hashers: dict = {}) -> list[dict]: # hashers: of files hashed while they were read or written
     "Name, size and BLAKE3 hash of each file."
-    def of(path): return outputs[path].hasher.hexdigest() if path in outputs else file_hash(path)
+    def of(path): return hashers[path].hexdigest() if path in hashers else file_hash(path)
     return [{"name": path.name, "bytes": path.stat().st_size, "blake3": of(path)} for path in files]
 
 def check_choices(choices: Choices, target: Path, files: list[Path]) -> None:

@@ -26,16 +26,18 @@ from collections import Counter
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Optional
 
 import msgspec
+import numpy as np
 import zstandard
+from blake3 import blake3
 
 from .schema import decode_json
 from .reading import ConvertError, Row, usual_row
-from .ledger import BLOCK_BYTES, Choices, Piece, convert_into, newlines, unreadable
+from .ledger import BLOCK_BYTES, Choices, Piece, convert_into, line_ends, unreadable
 
 # %% ../nbs/00bc_streams.ipynb #convert-parts
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Part:
     row_group: int = 0  # of a parquet file, where there are no lines
     start: int = 0  # where the lines stand in a file that is not compressed
     size: int = 0  # how many bytes they are; 0 where they cannot be read from there
+    ends: Optional[np.ndarray] = field(default=None, compare=False, repr=False)  # where the lines end, where that is known
 
 def lines_of(part: Part) -> bytes:
     "The part's lines; another process reads them itself where it can, instead of being sent them."
@@ -61,10 +64,14 @@ def rows_of(part: Part):
         except (pyarrow.ArrowException, OSError) as error: raise unreadable(part.path, error) from error
         yield from enumerate(map(typed, rows), part.line)
         return
-    for number, line in enumerate(lines_of(part).split(b"\n"), part.line):
-        if not line or line.isspace(): continue
-        try: yield number, usual_row(line)
-        except (ValueError, RecursionError): yield number, read_odd_line(part, number, line)
+    lines, start = lines_of(part), 0
+    view, ends = memoryview(lines), line_ends(lines) if part.ends is None else part.ends
+    for number, end in enumerate((*ends.tolist(), len(lines)), part.line):
+        try:
+            if end > start: yield number, usual_row(view[start:end])
+        except (ValueError, RecursionError):
+            if not (line := lines[start:end]).isspace(): yield number, read_odd_line(part, number, line)
+        start = end + 1
 
 def typed(row: dict):
     "A row of a parquet file as a `Row` where it has that shape."
@@ -100,9 +107,7 @@ def convert_part(part: Part, choices: Choices) -> Piece: # bytes, ready to write
     piece = Piece()
     with without_collection():
         for line, row in rows_of(part): convert_into(piece, row, line, choices)
-    for kinds in (piece.files, piece.marks):
-        for name in kinds: kinds[name] = b"".join(kinds[name])
-    return piece
+        return piece.finish()
 
 # %% ../nbs/00bc_streams.ipynb #convert-part-apart
 def convert_apart(part: tuple, choices: tuple, path: str) -> tuple: # for `piece_from`
@@ -156,7 +161,10 @@ def opened(path: Path):
         raise unreadable(path, error) from error
 
 # %% ../nbs/00bc_streams.ipynb #convert-blocks
-def parts_of(files: list[Path]):
+def parts_of(
+    files: list[Path], # in the order in which they are read
+    hashers: Optional[dict] = None, # takes the hasher of each file whose bytes are all seen here
+):
     "The input in parts, in order."
     line = 1
     for path in files:
@@ -165,12 +173,15 @@ def parts_of(files: list[Path]):
                 yield part[0]
                 line += part[1]
             continue
-        plain, at = path.suffix not in (".gz", ".zst"), 0
+        plain, at, hasher = path.suffix not in (".gz", ".zst"), 0, blake3()
         with opened(path) as stream:
             while block := stream.read(BLOCK_BYTES):
                 block += stream.readline()
-                yield Part(str(path), line, block, 0, at, len(block) * plain)
-                line, at = line + (newlines(block) or 1), at + len(block)
+                hasher.update(block)
+                ends = line_ends(block)
+                yield Part(str(path), line, block, 0, at, len(block) * plain, ends)
+                line, at = line + (len(ends) or 1), at + len(block)
+        if plain and hashers is not None: hashers[path] = hasher
 
 def parquet_parts(path: Path, line: int):
     "The row groups of a parquet file, each with its number of rows."
@@ -208,7 +219,7 @@ def helpers(count: int, choices: Choices, folder: Path): # yields a function: `P
     pool = ProcessPoolExecutor(count, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     work = importlib.import_module("proxy_sft.streams").convert_apart  # others know the module, not the notebook
     def hand_over(part):
-        told = astuple(replace(part, lines=None) if part.size else part)
+        told = astuple(replace(part, lines=None if part.size else part.lines, ends=None))
         with without_main(): return pool.submit(work, told, astuple(choices), str(piece_path(folder, part)))
     try: yield hand_over
     except BrokenProcessPool as error:
