@@ -543,6 +543,31 @@ def test_of_several_faults_the_first_is_told_whoever_meets_it(tmp_path, monkeypa
         assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob(".*"))
 
 
+def test_a_bad_row_before_a_damaged_place_is_told_first(tmp_path, monkeypatch):
+    "Parts are read ahead of where they are converted: what is met first in time is not what comes first in the file."
+    monkeypatch.setattr(streams, "SMALL", 0)
+    monkeypatch.setattr(streams, "BLOCK_BYTES", 20_000)
+    lines = [json.dumps(chat(str(random.Random(i).random()))) + "\n" for i in range(3_000)]
+    lines[900] = "oh no\n"
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode())[:-5_000])
+    for num_proc in (1, 2, 3):
+        with pytest.raises(ConvertError, match="line 901"): convert_file(tmp_path / "in.jsonl.gz", tmp_path / "out" / "train.jsonl", num_proc=num_proc)
+        assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_helper_that_dies_is_told(tmp_path, monkeypatch):
+    import psutil
+    monkeypatch.setattr(streams, "BLOCK_BYTES", 20_000)
+    source = write_rows(tmp_path / "in.jsonl", [chat(str(i)) for i in range(3_000)])
+    (tmp_path / "aside").mkdir()
+    pieces = streams.converted_parts(streams.parts_of([source]), ledger.Choices(), 2, tmp_path / "aside")
+    before = set(psutil.Process().children(recursive=True))
+    next(pieces)
+    helper, = (p for p in set(psutil.Process().children(recursive=True)) - before if "forkserver" in " ".join(p.cmdline()) and p.ppid() != os.getpid())
+    helper.kill()
+    with pytest.raises(ConvertError, match="process_died"): list(pieces)
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     source = write_rows(tmp_path / "in.jsonl", [simple()])
     with pytest.raises(ConvertError, match="cannot write"): convert_file(source, source / "below" / "train.jsonl")
