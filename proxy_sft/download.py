@@ -46,6 +46,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from .settings import Settings
+from .tables import bar_pace
 
 # %% ../nbs/00_download.ipynb #error
 class DownloadError(RuntimeError):
@@ -229,7 +230,7 @@ class Progress:
         total: int, # bytes
         title: str, # shown left of the bar
     ):
-        self.bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, mininterval=1, disable=bars_are_hidden())
+        self.bar = tqdm(total=total, desc=title, unit="B", unit_scale=True, **bar_pace(), disable=bars_are_hidden())
         self.stop, self.lock, self.done = threading.Event(), threading.Lock(), {}
 
     def set_done(self, name: str, count: int) -> None: # bytes of this file that are on disk
@@ -659,7 +660,7 @@ def write_rows(
 def write_lines(files: list[Path], stream: BinaryIO, total: int, title: str) -> None:
     "Write the first `total` rows of some parquet files as lines, with a bar."
     left = total
-    with tqdm(total=total, desc=title, unit=" rows", mininterval=1, disable=bars_are_hidden()) as bar:
+    with tqdm(total=total, desc=title, unit=" rows", **bar_pace(), disable=bars_are_hidden()) as bar:
         for lines in (lines for path in files for lines in row_lines(path)):
             stream.writelines(lines[:left])
             bar.update(min(len(lines), left))

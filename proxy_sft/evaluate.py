@@ -34,7 +34,7 @@ from .inspector import messages_html, safe, section
 from .sealed import write_flushed
 from .settings import Settings, load_settings, notebook_parameters
 from .stops import listening, stop_if_asked, stop_reason
-from .tables import html_table, text_table
+from .tables import bar_pace, html_table, text_table
 
 # %% ../nbs/03_evaluate.ipynb #imports-constants
 from .answers import METRICS
@@ -224,7 +224,7 @@ COLOURS = {"base": "#9aa5b1", "tuned": "#2a78c2"}  # readable on white and on bl
 def plot_svg(
     evaluation: Evaluation, # of one model or two
 ) -> str: # an SVG element without script or style sheet
-    "One bar per metric and model, with its interval; above them whose bars they are, below them percent."
+    "One bar per metric and model, with its interval, on a white ground: JupyterLab shows it as a picture, which knows nothing of dark pages."
     models = list(evaluation.replies)
     step, top = 11 * len(models) + 8, 20
     height = top + len(METRICS) * step + 4
@@ -238,9 +238,9 @@ def plot_svg(
             rate, low, high = (84 + 300 * x for x in found)
             y = top + i * step + 4 + 11 * k
             parts.append(f'<rect x="84" y="{y}" width="{rate - 84:.0f}" height="9" fill="{COLOURS.get(model, "#777777")}"/>'
-                         f'<path d="M{low:.0f} {y + 4.5}H{high:.0f}" stroke="currentColor"/>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="410" height="{height + 18}" font-size="11" fill="currentColor" role="img" '
-            f'aria-label="rates of {escape(" and ".join(models))}">{"".join(parts)}</svg>')
+                         f'<path d="M{low:.0f} {y + 4.5}H{high:.0f}" stroke="#222222"/>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="410" height="{height + 18}" font-family="sans-serif" font-size="11" fill="#222222" role="img" '
+            f'aria-label="rates of {escape(" and ".join(models))}"><rect width="100%" height="100%" fill="#ffffff"/>{"".join(parts)}</svg>')
 
 # %% ../nbs/03_evaluate.ipynb #html-export
 def evaluation_html(evaluation: Evaluation) -> str: # semantic tags, everything from data escaped
@@ -414,7 +414,7 @@ class Questions:
 
 def progress(name: str, total: int, unit: str): # a bar, silent in tests
     "The bar that people watch."
-    return tqdm(total=total, desc=name, unit=unit, mininterval=1, disable=not total or bool(os.environ.get("IN_TEST")) or os.environ.get("RANK", "0") != "0")
+    return tqdm(total=total, desc=name, unit=unit, **bar_pace(), disable=not total or bool(os.environ.get("IN_TEST")) or os.environ.get("RANK", "0") != "0")
 
 # %% ../nbs/03_evaluate.ipynb #ask-more-export
 def ask_model(

@@ -52,6 +52,7 @@ from .lengths import FACTS, FATES, Borders, Facts, LengthTable, cut_to_fit, desc
 from .sealed import COMPLETE, SealError, file_hash, is_complete, publish, read_manifest, sealed_bytes, unmake, verify
 from .settings import Settings
 from .stops import StopRequested, listening, stop_if_asked
+from .tables import bar_pace
 from .waiting import Announcer, Claim, NoAnswer, WaitError, World, claim_or_wait, discard_claim, read_claim, wait_for_builder
 
 # %% ../nbs/01a_prepare.ipynb #error
@@ -376,7 +377,7 @@ def build_split(
     "Encode, pack and write one split."
     name, count, scratch, facts = source.path.stem, len(source.chosen), target.with_suffix(".scratch"), []
     scratch.mkdir()
-    with tqdm(total=count, desc=f"tokenise {name}", unit=" rows", disable=not _show_progress()) as bar:
+    with tqdm(total=count, desc=f"tokenise {name}", unit=" rows", **bar_pace(), disable=not _show_progress()) as bar:
         for some in encoded_pieces(*source, settings, fast, scratch):
             facts += some
             bar.update(sum(batch.num_rows for batch in some))

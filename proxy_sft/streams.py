@@ -35,6 +35,7 @@ import numpy as np
 import zstandard
 from blake3 import blake3
 
+from .tables import bar_pace
 from .schema import decode_json
 from .reading import ConvertError, Row, usual_row
 from .ledger import BLOCK_BYTES, Choices, Piece, convert_into, line_ends, unreadable
@@ -327,9 +328,7 @@ class Progress:
     def __init__(self, total: int, show: bool = True):
         from tqdm.auto import tqdm  # here, since helpers need none
         shape = "{percentage:3.0f}%|{bar:20}| {elapsed} of {remaining} more{postfix}"
-        interval = 0.5 if os.isatty(2) else 30.0
-        self.bar = tqdm(total=total, disable=not show or bars_are_hidden(), delay=2, mininterval=interval,
-                        maxinterval=interval, bar_format=shape, desc="convert")
+        self.bar = tqdm(total=total, disable=not show or bars_are_hidden(), delay=2, **bar_pace(), bar_format=shape, desc="convert")
         self.rows, self.rejected, self.start = 0, 0, time.monotonic()
 
     def add(self, size: int, counts: Counter) -> None:
