@@ -463,8 +463,10 @@ def load_ipython_extension(ipython) -> None: # IPython calls it in the kernel of
     stop_file = os.environ.get("PROXY_SFT_STOP_FILE")
     if not stop_file: return
     die_with_parent()
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, lambda n, frame: request_stop(Path(stop_file), f"{signal.Signals(n).name} to a kernel"))
+    ending = Path(os.environ["PROXY_SFT_ENDING"])  # there: the notebook is over, and a kernel slow to go gets SIGTERM from its own client
+    def asked(number, frame):
+        if not ending.exists(): request_stop(Path(stop_file), f"{signal.Signals(number).name} to a kernel")
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1): signal.signal(number, asked)
 
 # %% ../nbs/02a_launch.ipynb #hooks
 class SessionHooks:
@@ -521,7 +523,7 @@ class RankSession(SessionHooks):
     def kernel_environment(self) -> dict[str, str]: # for the kernel alone
         name, value = self.mark.split("=")
         threads = threads_per_rank(self.place, read_text(Path(f"/proc/{os.getppid()}/environ")))
-        return {**os.environ, name: value, "PROXY_SFT_STOP_FILE": str(self.folder.stop_file),
+        return {**os.environ, name: value, "PROXY_SFT_STOP_FILE": str(self.folder.stop_file), "PROXY_SFT_ENDING": str(self.private / "ending"),
                 **({"OMP_NUM_THREADS": str(threads)} if threads else {}), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
     def close(self) -> None:
@@ -564,6 +566,7 @@ class RankClientMixin:
     def _cleanup_kernel(self):
         process = getattr(self.km.provisioner, "process", None) if self.km else None
         self.session.kernel_exit = process.poll() if process else None
+        (self.session.private / "ending").touch()
         super()._cleanup_kernel()
 
     def log_output_message(self, output) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 NOTEBOOKS = ("00_download", "01_convert", "02_train", "03_evaluate")
-NOISE = re.compile(r"(Executing|Ending) Cell |(In|Out)put Notebook: |Executing notebook with|.*Kernel is running over TCP|\s*$")  # papermill's own words
+NOISE = re.compile(r"(Executing|Ending) Cell |(In|Out)put Notebook: |Executing notebook with|.*Kernel is running over TCP|<(IPython[.]core[.]display[.]|Figure size )|\s*$")  # papermill's own words
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}  # threads of a model this small wait for each other where other programs work too
 
 

@@ -426,3 +426,22 @@ def test_second_run_is_refused_and_second_signal_kills(started, tmp_path, capsys
     assert run.process.poll() is None  # the cell does not look for the request, so it goes on
     run.process.terminate()
     assert run.end() == 128 + signal.SIGTERM and not run.survivors()
+
+
+SLOW_TO_GO = """
+import atexit, os, time
+from pathlib import Path
+kernel = Path(folder, "kernel-0")
+if os.environ["RANK"] == "0":
+    kernel.write_text(str(os.getpid()))
+    atexit.register(time.sleep, 3600)
+else:
+    while not kernel.exists() or Path(f"/proc/{kernel.read_text()}").exists(): time.sleep(0.05)
+"""
+
+
+def test_a_kernel_that_is_slow_to_go_stops_nobody(tmp_path, started):
+    "Its own client sends it SIGTERM then, which is no request to stop: another rank has still cells to run."
+    run = started(LAUNCH, notebook(tmp_path / "a.ipynb", SLOW_TO_GO, "print('the last cell')"), "--nproc", "2")
+    assert run.end() == 0, run.err[-2000:]
+    assert all("the last cell" in text_of(run.root / "notebooks" / f"rank-{rank}.ipynb") for rank in (0, 1))
