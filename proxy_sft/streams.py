@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'ENDINGS', 'AHEAD', 'Part', 'lines_of', 'rows_of', 'typed', 'read_odd_line', 'not_json', 'keep_memory',
-           'without_collection', 'convert_part', 'convert_apart', 'piece_from', 'serve_parts', 'input_files', 'opened',
-           'parts_of', 'parquet_parts', 'process_count', 'enough_work', 'without_main', 'Task', 'Helper', 'helpers',
-           'tasks_of', 'do_here', 'converted_parts', 'bars_are_hidden', 'Progress']
+           'without_collection', 'convert_part', 'convert_apart', 'piece_from', 'serve_parts', 'input_files',
+           'ZstdBytes', 'opened', 'parts_of', 'parquet_parts', 'process_count', 'enough_work', 'without_main', 'Task',
+           'Helper', 'helpers', 'tasks_of', 'do_here', 'converted_parts', 'bars_are_hidden', 'Progress']
 
 # %% ../nbs/00bc_streams.ipynb #streams-imports
 import contextlib
@@ -162,6 +162,26 @@ def input_files(
             raise ConvertError("empty_file", f"{path} is empty; expected one conversation per line. Download it again.")
     return found
 
+# %% ../nbs/00bc_streams.ipynb #convert-zstd
+class ZstdBytes(io.RawIOBase):
+    "The decompressed bytes of a zstd file; EOFError when its last frame is cut off, which the library's own reader takes for the end."
+    def __init__(self, raw): # a binary file
+        self.raw, self.frame, self.left, self.ready = raw, None, b"", memoryview(b"")
+
+    def readable(self): return True
+
+    def readinto(self, buffer):
+        while not self.ready:
+            data = self.left or self.raw.read(4096)  # a few bytes may stand for many: memory stays bounded
+            if not data and self.frame: raise EOFError("the file ends inside a zstd frame")
+            if not data: return 0
+            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
+            self.ready = memoryview(self.frame.decompress(data))
+            self.left, self.frame = (self.frame.unused_data, None) if self.frame.eof else (b"", self.frame)
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
 # %% ../nbs/00bc_streams.ipynb #convert-opened
 @contextlib.contextmanager
 def opened(path: Path):
@@ -170,9 +190,7 @@ def opened(path: Path):
         with contextlib.ExitStack() as stack:
             raw = stack.enter_context(open(path, "rb"))
             if path.name.endswith(".gz"): raw = stack.enter_context(gzip.open(raw))
-            if path.name.endswith(".zst"):
-                plain = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                raw = io.BufferedReader(plain, BLOCK_BYTES)
+            if path.name.endswith(".zst"): raw = io.BufferedReader(ZstdBytes(raw), BLOCK_BYTES)
             yield raw
     except (OSError, EOFError, zstandard.ZstdError) as error:
         raise unreadable(path, error) from error

@@ -568,6 +568,20 @@ def test_a_helper_that_dies_is_told(tmp_path, monkeypatch):
     with pytest.raises(ConvertError, match="process_died"): list(pieces)
 
 
+def test_a_cut_zstd_file_is_not_a_shorter_one(tmp_path):
+    "Cut behind a block that ends with a line, every row that is left is whole."
+    writer, lines = zstandard.ZstdCompressor().compressobj(), [json.dumps(chat(str(i))).encode() + b"\n" for i in range(300)]
+    pieces = [writer.compress(line) + writer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) for line in lines]
+    path, out, end = tmp_path / "in.jsonl.zst", tmp_path / "out" / "train.jsonl", writer.flush()
+    for left in (pieces[:1], pieces[:200], pieces):
+        path.write_bytes(b"".join(left))
+        with pytest.raises(ConvertError, match="inside a zstd frame"): convert_file(path, out)
+    path.write_bytes((b"".join(pieces) + end) * 2 + zstandard.compress(b"".join(lines)))
+    assert convert_file(path, out).kept == 900
+    path.write_bytes(b"".join(pieces) + end + b"no frame")
+    with pytest.raises(ConvertError, match="in.jsonl.zst"): convert_file(path, out)
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     source = write_rows(tmp_path / "in.jsonl", [simple()])
     with pytest.raises(ConvertError, match="cannot write"): convert_file(source, source / "below" / "train.jsonl")
