@@ -8,6 +8,8 @@ __all__ = ['VARLEN', 'KERNELS', 'ORDER', 'TOLERANCE', 'AttentionError', 'varlen_
            'prove', 'refusal', 'settle_attention', 'reason', 'tried']
 
 # %% ../nbs/01g_attention.ipynb #imports
+import os
+import subprocess
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -23,7 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 
 from .checkpoint import from_everybody
 from .settings import did_you_mean
@@ -65,8 +67,9 @@ ORDER = ("flash_attention_3", "kernels-community/vllm-flash-attn3", "flash_atten
 def is_installed(name: str) -> bool: # a name of ORDER
     "Whether an implementation can be loaded here without a network."
     if name in KERNELS:
-        folders = (Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}" / "snapshots" for kind in ("kernels", "models"))
-        return find_spec("kernels") is not None and any(f.is_dir() and any(f.iterdir()) for f in folders)
+        cache = Path(os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE)
+        folders = (cache / f"{kind}--{name.replace('/', '--')}" / "snapshots" for kind in ("kernels", "models"))
+        return is_kernels_available() and any(f.is_dir() and any(f.iterdir()) for f in folders)
     known = {"flash_attention_3": is_flash_attn_3_available, "flash_attention_2": is_flash_attn_2_available,
              "flex_attention": lambda: find_spec("triton") is not None}
     return known[name]() if name in known else True
@@ -199,6 +202,6 @@ def tried(act: Callable[[], Optional[PackedCheck]], name: str) -> tuple[str, Opt
     "An attempt in words."
     try: found = act()
     except torch.OutOfMemoryError: raise
-    except (AttentionError, ImportError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+    except (AttentionError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError, subprocess.SubprocessError) as error:
         return f"cannot be used here ({type(error).__name__}: {str(error)[:300]}), so set attention to auto, sdpa or eager", None
     return ("", found) if found is None or found.passed else (refusal(found), found)

@@ -923,7 +923,7 @@ def doctor_lines(args: argparse.Namespace, settings: Settings) -> list[str]:
     "What the doctor finds, for a dry run."
     from proxy_sft.doctor import diagnose  # here, not above: it imports torch
     counts = [int(n) if n.isdigit() else 1 for n in (str(args.nproc), args.nnodes)]
-    return ["", "doctor:", str(diagnose(settings, counts[0] * counts[1]))]
+    return ["", "doctor:", str(diagnose(settings, counts[0] * counts[1], local=counts[0]))]
 
 # %% ../nbs/02a_launch.ipynb #second-run
 def refuse_second_run(args: argparse.Namespace, folder: RunFolder) -> RunLock: # to hold until the end; LaunchError when the folder is in use

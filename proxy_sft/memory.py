@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from .cost import state_bytes, tiled_loss
+from .cost import bucket_bytes, state_bytes, tiled_loss
 from .settings import Settings
 
 # %% ../nbs/01j_memory.ipynb #advice
@@ -43,17 +43,18 @@ def longest_blocks(data: Dataset, count: int) -> list[int]:
     lengths = pc.list_value_length(data.with_format("arrow")[:]["input_ids"]).to_numpy()
     return np.argsort(-lengths, kind="stable")[:count].tolist()
 
-def standing_in(trainer: Any, trained: list[torch.nn.Parameter], stage: Optional[int]) -> list[torch.Tensor]: # stage: of ZeRO; None: without DeepSpeed
-    "As many bytes as will lie there later: states of a plain optimizer, gradients under ZeRO."
+def standing_in(trainer: Any, trained: list[torch.nn.Parameter], zero: Optional[dict[str, Any]]) -> list[torch.Tensor]: # zero: DeepSpeed's `zero_optimization`; None: without it
+    "As many bytes as will lie there later: states of a plain optimizer, gradients and buckets under ZeRO."
     count, size, device = sum(p.numel() for p in trained), trained[0].element_size(), trained[0].device
-    later = count * state_bytes(trainer.settings.optimizer, size) if stage is None else count * size // (trainer.args.world_size if stage > 1 else 1)
-    return [torch.empty(later, dtype=torch.uint8, device=device)]
+    if zero is None: later = [count * state_bytes(trainer.settings.optimizer, size)]
+    else: later = [count * size // (trainer.args.world_size if zero["stage"] > 1 else 1), bucket_bytes(zero, count, trainer.model.config.hidden_size, size)]
+    return [torch.empty(n, dtype=torch.uint8, device=device) for n in later]
 
 def probe(trainer: Any) -> int: # tokens that went through; 0: not probed
     "Forwards and backwards over the longest blocks; weights, gradients, states, random numbers and the order of data stay as they were."
-    stage = trainer.accelerator.deepspeed_config["zero_optimization"]["stage"] if trainer.is_deepspeed_enabled else None
-    if stage == 3: return 0
-    model, before = trainer.model if stage is None else trainer.accelerator.unwrap_model(trainer.model_wrapped), (random.getstate(), np.random.get_state())
+    zero = trainer.accelerator.deepspeed_config["zero_optimization"] if trainer.is_deepspeed_enabled else None
+    if zero and zero["stage"] == 3: return 0
+    model, before = trainer.model if zero is None else trainer.accelerator.unwrap_model(trainer.model_wrapped), (random.getstate(), np.random.get_state())
     trained, training = [p for p in model.parameters() if p.requires_grad], model.training
     blocks = [trainer.train_dataset[i] for i in longest_blocks(trainer.train_dataset, trainer.args.per_device_train_batch_size)]
     batch = trainer._prepare_inputs(trainer.data_collator(blocks))
@@ -61,9 +62,9 @@ def probe(trainer: Any) -> int: # tokens that went through; 0: not probed
     with ExitStack() as all_as_before:
         all_as_before.enter_context(torch.random.fork_rng(cards))
         model.train()
-        later = standing_in(trainer, trained, stage)
+        later = standing_in(trainer, trained, zero)
         with trainer.compute_loss_context_manager(): loss = tiled_loss(model, batch)
-        if stage is None: loss.backward()
+        if zero is None: loss.backward()
         else: torch.autograd.grad(loss, min(trained, key=torch.Tensor.numel))
         del later, loss
     model.train(training)
@@ -84,5 +85,7 @@ class MemoryProbe(TrainerCallback):
         if on_gpu: torch.cuda.reset_peak_memory_stats()
         tokens = probe(self.trainer)
         peak = f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of {torch.cuda.get_device_properties(args.device).total_memory / 2**30:.1f} at the worst moment" if on_gpu else ""
-        if on_gpu: torch.cuda.reset_peak_memory_stats()
+        if on_gpu:
+            torch.cuda.empty_cache()  # the run begins without the probe's pieces
+            torch.cuda.reset_peak_memory_stats()
         if tokens and state.is_world_process_zero: print(f"Memory: the longest micro-batch ({tokens:,} tokens) went forwards and backwards{peak}.", flush=True)
