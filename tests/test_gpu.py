@@ -11,7 +11,6 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import add_fused_lm_head
 
 from proxy_sft.attention import VARLEN, block
 from proxy_sft.cost import PACKAGES
@@ -71,12 +70,11 @@ def test_each_kernel_gets_what_it_takes(name, dtype, flash_attention):
     config = Qwen3Config(vocab_size=256, hidden_size=512, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=128)
     with FakeTensorMode() as mode, Kernels() as seen:
         model = Qwen3ForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").train()
-        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         model.config._attn_implementation = name
         batch = {n: mode.from_tensor(v) if torch.is_tensor(v) else v for n, v in BLOCK.items()}
-        with torch.autocast("cpu", torch.bfloat16) if dtype == torch.float32 else nullcontext(): found = model(**batch, use_cache=False, fused_lm_head=True)
-        found.log_probs.sum().backward()
-    assert found.log_probs.shape == (1, 71) and all(p.grad.shape == p.shape and p.grad.dtype == dtype for p in model.parameters())
+        with torch.autocast("cpu", torch.bfloat16) if dtype == torch.float32 else nullcontext(): logits = model(**{n: v for n, v in batch.items() if n != "labels"}, use_cache=False).logits
+        logits.sum().backward()
+    assert logits.shape == (1, 72, 256) and all(p.grad.shape == p.shape and p.grad.dtype == dtype for p in model.parameters())
     calls = [call[:7] for call in seen.calls] + TAKEN
     assert len(calls) == 2  # one in each layer
     for query, key, value, ends, ends_k, longest, longest_k in calls:
