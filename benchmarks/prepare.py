@@ -120,7 +120,7 @@ def trl_side(rows, tokenizer, folder):
     return seconds[1], sum(map(len, trainer.train_dataset["input_ids"]))
 
 
-PARTS = {"certify_train": "certificate", "start_worker": "load", "guard": "compare", "encode_piece": "encode", "pack": "pack"}
+PARTS = {"certify_train": "certificate", "start_worker": "load", "guard": "compare", "encode_piece": "encode", "blocks_of": "pack"}
 
 
 def our_side(rows, folder, model):

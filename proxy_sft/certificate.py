@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'MOST_FAILURES', 'KINDS', 'BATCH', 'PART', 'Inspection', 'server_prompts', 'TurnParity', 'turn_parity',
-           'parse_back', 'what_is_lost', 'measure', 'Certificate', 'certificate_table', 'line_starts', 'certify',
-           'check_fast', 'conversations_of', 'certify_batches']
+           'parse_back', 'what_is_lost', 'measure', 'Spans', 'spans_of', 'Certificate', 'certificate_table',
+           'line_starts', 'certify', 'check_fast', 'conversations_of', 'certify_batches']
 
 # %% ../nbs/00ca_certificate.ipynb #certificate-imports
 import json
 import random
+import re
 import unicodedata
 from array import array
 from collections import Counter
@@ -17,12 +18,13 @@ from dataclasses import dataclass
 from html import escape
 from itertools import islice
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
+import orjson
 
 from .chat import (
-    IGNORED, ROW_ERRORS, STOP_TOKEN, ChatEncoder, ChatError, Renderer, _generation_prompt, _json_text, _render_marked,
+    IGNORED, ROW_ERRORS, STOP_TOKEN, ChatEncoder, ChatError, Renderer, TokenRows, _follows, _generation_prompt, _json_text, _render_marked,
     control_tokens, encode_text, row_parts, served_template, serving_options)
 
 # %% ../nbs/00ca_certificate.ipynb #inspection-export
@@ -41,7 +43,7 @@ class Inspection:
         self.result, self.controls = control.get("<tool_response>", -1), list(control.values())
         self.heads = {role: encode_text(f"<|im_start|>{role}\n", tokenizer)[:-1] for role in ROLES[:3]}
         prompt = _generation_prompt(self.server.source, json.dumps(self.server.options))
-        self.served = encode_text(prompt, tokenizer)  # ids of the generation prompt
+        self.asks, self.served = prompt, encode_text(prompt, tokenizer)  # the generation prompt and its ids
 
     def segments(self, ids: np.ndarray) -> list[tuple]:
         "Role, first token and the one behind the last of every turn; tool results are user turns with a tag."
@@ -169,18 +171,22 @@ def measure(
     "Everything that the certificate says, as counts over rows."
     counts, wrong = Counter(rows=len(rows)), []
     try:
-        parts = [row_parts(row) for row in rows]
-        tokens, prompts = inspection.encoder.encode(rows), server_prompts(inspection, parts)
+        tokens = inspection.encoder.encode(rows)
+        fine, counted = _rows_in_order(inspection, rows, tokens, tokens.texts or [None] * len(rows))
+        rest = np.flatnonzero(~fine).tolist()
+        parts = [row_parts(rows[i]) for i in rest]
+        prompts = server_prompts(inspection, parts)
     except ROW_ERRORS as error:
         if len(rows) == 1: return Counter(rows=1, unrendered=1), [_example(first, None, "not rendered", str(error))]
         for i, row in enumerate(rows):
             part, examples = measure(inspection, [row], first + i)
             counts, wrong = counts + part - Counter(rows=1), [*wrong, *examples]
         return counts, wrong[:MOST_FAILURES]
+    counts.update(counted)
     counts["slow"] += tokens.slow
-    for i, (messages, tools) in enumerate(parts):
+    for i, (messages, tools), asked in zip(rest, parts, prompts):
         ids, trained = (column[tokens.offsets[i]:tokens.offsets[i + 1]] for column in (tokens.ids, tokens.trained))
-        try: part, examples = _measure_row(inspection, messages, tools, ids, trained, prompts[i])
+        try: part, examples = _measure_row(inspection, messages, tools, ids, trained, asked)
         except ChatError as error: part, examples = Counter(unrendered=1), [(None, "not rendered", str(error))]
         counts.update(part)
         wrong += [_example(first + i, *example) for example in examples]
@@ -217,6 +223,142 @@ def _measure_row(inspection: Inspection, messages: list, tools: list, ids: np.nd
         counts[f"lost {kind}"] += 1
         wrong.append((index, f"its {kind} is not in the text", text))
     return counts, wrong
+
+# %% ../nbs/00ca_certificate.ipynb #plain-parts-export
+_ESCAPE, _SLASHES = re.compile(r"\\[u/]"), re.compile(r"\\+(?=[u/])")  # an odd number of them spells a character
+
+
+def _clean_parts(row: dict, pattern: Any) -> Optional[tuple[list, list]]: # None: it may hold control tokens as text
+    "Messages and tools of a row."
+    if "messages" in row:
+        parts = row_parts(row)
+        return None if pattern.search(_json_text(parts)) else parts
+    columns = row["messages_json"], row.get("tools_json") or "[]"
+    if any(pattern.search(text) for text in columns): return None
+    plain = columns[1] == "[]" and '"tool_calls"' not in columns[0]  # otherwise there may be numbers that orjson rounds
+    try: parts = tuple(map(orjson.loads if plain else json.loads, columns))
+    except orjson.JSONDecodeError: parts = row_parts(row)  # NaN, lone surrogates
+    spelt = any(_ESCAPE.search(text) and any(len(m[0]) % 2 for m in _SLASHES.finditer(text)) for text in columns)  # a token may hide behind them
+    return None if spelt and pattern.search(_json_text(parts)) else parts
+
+
+def _shows_all(messages: list, tools: list, text: str) -> bool:
+    "Whether every content and every tool is in the text; contents are looked for where they should stand, then anywhere."
+    at = 0
+    for message in messages:
+        content = message.get("content")
+        if not isinstance(content, str): continue
+        begin = text.find("\n", text.find("<|im_start|>", at)) + 1
+        if text.startswith(content, begin): at = begin + len(content)
+        elif content not in text: return False
+    return all(_json_text(tool) in text for tool in tools)
+
+
+def _prompts_begin(inspection: Inspection, messages: list, tools: list, text: str, turns: list) -> bool: # turns: number of each answer among the row's turns
+    "Whether the text begins with the prompt that a server builds for each answer, as far as that turn's header."
+    asked = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    for k, turn in zip(asked, turns):
+        prompt = inspection.server.text(messages[:k], tools, generate=True)
+        if not (text.startswith(prompt) and prompt.endswith(inspection.asks) and prompt.count("<|im_start|>") == turn + 1): return False
+    return True
+
+
+# %% ../nbs/00ca_certificate.ipynb #spans-export
+class Spans(NamedTuple):
+    "Every turn of many rows."
+    row: np.ndarray
+    role: np.ndarray   # place in ROLES; 4: none of them
+    start: np.ndarray  # first token
+    end: np.ndarray    # behind the last
+
+
+def spans_of(
+    inspection: Inspection, # template and tokenizer
+    tokens: TokenRows, # many rows
+) -> Spans: # as `Inspection.segments` gives them row by row
+    "Where every turn begins and ends."
+    ids, start = tokens.ids, np.flatnonzero(tokens.ids == inspection.start)
+    row = np.searchsorted(tokens.offsets, start, "right") - 1
+    last = tokens.offsets[row + 1]
+    end = np.minimum(np.append(start[1:], len(ids)), last)
+    role = np.full(len(start), len(ROLES))
+    for number, name in reversed([*enumerate(ROLES[:3])]):
+        head = inspection.heads[name]
+        role[_follows(ids, start, head) & (start + len(head) <= last)] = number
+    after = start + len(inspection.heads["user"]) + 1  # behind the line break
+    role[(role == 1) & (after < end) & (ids[np.minimum(after, len(ids) - 1)] == inspection.result)] = 3
+    return Spans(row, role, start, end)
+
+
+# %% ../nbs/00ca_certificate.ipynb #plain-turns-export
+def _turns_in_order(inspection: Inspection, tokens: TokenRows, spans: Spans, sums: np.ndarray, calls: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Of each row whether its tokens are in order; of its answers the first token behind the header, and the one behind the stop. `sums`: trained tokens before each; `calls`: for each answer of a row whether it has calls; None: not asked."
+    (row, _, start, end), ids = (column[spans.role == 2] for column in spans), tokens.ids
+    fine = np.bincount(row, minlength=len(tokens)) == [-1 if some is None else len(some) for some in calls]
+    known = fine[row]
+    called, chosen = np.zeros(len(row), bool), np.ones(len(row), bool)
+    called[known] = [flag for some, ok in zip(calls, fine) if ok for flag in some]
+    if inspection.train_on == "last": chosen = np.append(row[1:] != row[:-1], True)[:len(row)]
+    if inspection.train_on == "calls": chosen = called
+    begin = start + len(inspection.served)
+    stops, opens = np.flatnonzero(ids == inspection.stop), np.flatnonzero(ids == inspection.open)
+    behind = np.append(stops, len(ids) + 1)[np.searchsorted(stops, begin)] + 1
+    good = known & _follows(ids, start, inspection.served) & (behind <= end)
+    begin, behind = np.minimum(begin, end), np.minimum(behind, end)
+    learnt = sums[end] - sums[start]
+    trained = (learnt == sums[behind] - sums[begin]) & tokens.trained[behind - 1]
+    good &= np.where(chosen, trained, learnt == 0) & (called | (np.searchsorted(opens, begin) == np.searchsorted(opens, behind)))
+    fine[row[~good]] = False
+    return fine & (np.diff(sums[tokens.offsets]) > 0), begin, behind
+
+
+# %% ../nbs/00ca_certificate.ipynb #plain-rows-export
+def _rows_in_order(inspection: Inspection, rows: list, tokens: TokenRows, texts: list) -> tuple[np.ndarray, Counter]: # of each row whether it is; counts of those
+    "What can be measured for many rows at once; a row that is not in order in every respect is left to `_measure_row`."
+    known = [text is not None and (text.isascii() or unicodedata.is_normalized("NFC", text)) for text in texts]
+    parts = [_clean_parts(row, inspection.server.pattern) if ok and not inspection.server.fallback else None for row, ok in zip(rows, known)]
+    calls = [part and [bool(m.get("tool_calls")) for m in part[0] if m["role"] == "assistant"] for part in parts]
+    spans, sums = spans_of(inspection, tokens), np.concatenate([[0], np.cumsum(tokens.trained, dtype=np.int32)])
+    fine, begin, behind = _turns_in_order(inspection, tokens, spans, sums, calls)
+    answers = np.flatnonzero(spans.role == 2)
+    edges, first = np.searchsorted(spans.row[answers], np.arange(len(rows) + 1)), np.searchsorted(spans.row, np.arange(len(rows)))
+    for i in np.flatnonzero(fine).tolist():
+        (messages, tools), mine = parts[i], slice(edges[i], edges[i + 1])
+        fine[i] = (_prompts_begin(inspection, messages, tools, texts[i], (answers[mine] - first[i]).tolist()) and _shows_all(messages, tools, texts[i])
+                   and not (True in calls[i] and _calls_differ(inspection, messages, tokens.ids, begin[mine], behind[mine])))
+    fine &= _decode_to_texts(inspection, tokens, texts, fine)
+    return fine, _count_in_order(tokens, spans, sums, fine, [part for part, ok in zip(parts, fine) if ok])
+
+
+def _calls_differ(inspection: Inspection, messages: list, ids: np.ndarray, begin: np.ndarray, behind: np.ndarray) -> bool:
+    "Whether the calls read off an answer's tokens are others than its message's."
+    wanted = [[_normal(_call_text(call)) for call in m.get("tool_calls") or []] for m in messages if m["role"] == "assistant"]
+    return any(calls != parse_back(inspection, ids[a:b]) for calls, a, b in zip(wanted, begin, behind) if calls)
+
+
+def _decode_to_texts(inspection: Inspection, tokens: TokenRows, texts: list, fine: np.ndarray) -> np.ndarray:
+    "Whether each row's ids say its text: all together, and one by one when they do not."
+    some = tokens.ids if fine.all() else tokens.ids[np.repeat(fine, np.diff(tokens.offsets))]
+    if inspection.server.decode(some) == "".join([text for text, ok in zip(texts, fine) if ok]): return fine
+    return np.array([bool(ok) and inspection.server.decode(tokens.ids[a:b]) == text for ok, text, a, b in zip(fine, texts, tokens.offsets, tokens.offsets[1:])])
+
+
+# %% ../nbs/00ca_certificate.ipynb #count-in-order-export
+def _count_in_order(tokens: TokenRows, spans: Spans, sums: np.ndarray, fine: np.ndarray, parts: list) -> Counter:
+    "What `_measure_row` counts, for rows in which nothing is wrong."
+    ours = fine[spans.row]
+    role, start, end = (column[ours] for column in spans[1:])
+    counts = Counter(tokens=int(np.diff(tokens.offsets)[fine].sum()), trained=int(np.diff(sums[tokens.offsets])[fine].sum()))
+    for number, name in enumerate((*ROLES, "none")):
+        here = role == number
+        counts[f"tokens {name}"] = int((end - start)[here].sum())
+        counts[f"trained {name}"] = int((sums[end] - sums[start])[here].sum())
+    supervised = int(((role == 2) & (sums[end] > sums[start])).sum())
+    counts.update({name: supervised for name in ("turns", "supervised", "exact", "stops")})
+    counts.update({"content": sum([isinstance(m.get("content"), str) for messages, _ in parts for m in messages]), "tool": sum([len(tools) for _, tools in parts]),
+                   "calls": sum([bool(m.get("tool_calls")) for messages, _ in parts for m in messages])})
+    return counts
+
 
 # %% ../nbs/00ca_certificate.ipynb #certificate-export
 KINDS = (("content", "contents"), ("tool", "tools"), ("calls", "turns with calls"))
@@ -316,7 +458,9 @@ def _lines(path: str, starts: np.ndarray):
     with open(path, "rb") as file:
         for start in starts.tolist():
             file.seek(start)
-            yield json.loads(file.readline())
+            line = file.readline()
+            try: yield orjson.loads(line)
+            except orjson.JSONDecodeError: yield json.loads(line)  # lone surrogates
 
 
 def line_starts(

@@ -373,6 +373,7 @@ class Renderer(Coder):
     def _load(self, direct: bool):
         import minijinja
         self.load()
+        self._refused = minijinja.TemplateError
         self._jinja = minijinja.Environment(templates={"chat": self.source}, trim_blocks=True, lstrip_blocks=True,
                                             auto_escape_callback=lambda name: False)
         self._jinja.add_filter("tojson", _json_text)
@@ -389,8 +390,8 @@ class Renderer(Coder):
         if self._think is not None:
             try: return chatml_text(messages, _tools_text(self._frame, tools), self._think, generate)
             except (KeyError, IndexError, TypeError): pass  # out of the ordinary
-        return self._jinja.render_template("chat", messages=messages, tools=tools or None,
-                                           add_generation_prompt=generate, **self.options)
+        try: return self._jinja.render_template("chat", messages=messages, tools=tools or None, add_generation_prompt=generate, **self.options)
+        except self._refused: return _render(messages, tools, self.tokenizer, self.source, self.options, generate)  # its error is the reference's
 
 # %% ../nbs/00c_chat.ipynb #controls-written-export
 def _answers_of(messages: list) -> list: # whether each assistant message has calls
@@ -484,6 +485,7 @@ class TokenRows:
     trained: np.ndarray  # bool, all rows: whether the token is a label
     offsets: np.ndarray  # int64, where each row begins; one more than rows
     slow: int = 0        # rows that took the reference path
+    texts: Optional[list] = None  # of each row what its ids were made of in one piece; None: not known
 
     def __len__(self): return len(self.offsets) - 1
 
@@ -573,7 +575,7 @@ class ChatEncoder:
         for i in slow:
             out = supervise(*row_parts(rows[i]), self.tokenizer, self.template, self.train_on)
             new[i] = np.array(out["input_ids"], np.int32), np.array(out["labels"], np.int64) != IGNORED
-        return TokenRows(*_with_rows(ids, trained, offsets, new), len(slow))
+        return TokenRows(*_with_rows(ids, trained, offsets, new), len(slow), [None if i in new else text for i, text in enumerate(texts)])
 
 # %% ../nbs/00c_chat.ipynb #verify-export
 def _verify(self, rows: list, sample: int = 16, longest: int = 2, seed: int = 0) -> bool:

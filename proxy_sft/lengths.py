@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['FATES', 'FACTS', 'exchanges', 'cut_to_fit', 'find_sequence', 'Borders', 'supervised_before', 'describe_rows', 'Facts',
-           'fit', 'usual_lengths', 'LengthTable', 'plot_lengths', 'count_tokens', 'token_statistics', 'pack']
+           'fit', 'usual_lengths', 'some_rows', 'LengthTable', 'plot_lengths', 'count_tokens', 'token_statistics',
+           'pack', 'packed_rows']
 
 # %% ../nbs/00e_lengths.ipynb #imports
-from typing import Any, Callable, Iterable, NamedTuple, Optional
+from array import array
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
 
 import numpy as np
 import pyarrow as pa
@@ -133,17 +135,25 @@ def usual_lengths(longest: int, chosen: int) -> list[int]: # tokens, ascending
     "Powers of two up to the longest row, and the one that was chosen."
     return sorted({chosen, *(2 ** k for k in range(9, 18) if 2 ** (k - 1) < max(longest, 1024))})
 
+def some_rows(table: Any, rows: int = 1 << 17) -> Iterator[Any]: # the table in parts of so many rows; anything else whole
+    "What is worked on together: memory does not grow with the data."
+    if not isinstance(table, pa.Table): yield table
+    else: yield from (table.slice(at, rows) for at in range(0, len(table), rows))
+
 class LengthTable:
     "`max_length` -> rows whole, cut, dropped; supervised tokens lost."
 
     def __init__(self, table: Any, chosen: int, cut: str, lengths: Optional[Iterable[int]] = None): # columns of FACTS; the setting; lengths to compare
-        facts = Facts.of(table)
-        self.chosen, self.lines = chosen, []
-        for length in lengths or usual_lengths(int(facts.tokens.max(initial=0)), chosen):
-            fate, used, learnt = fit(facts, length, cut)
-            counts = np.bincount(fate, minlength=len(FATES)).tolist()
-            self.lines.append({"max_length": length, **dict(zip(FATES, counts)), "tokens": int(used.sum()), "supervised_tokens": int(learnt.sum()),
-                               "supervised_lost": round(1 - int(learnt.sum()) / max(1, int(facts.supervised.sum())), 6)})
+        lengths = list(lengths or usual_lengths(int(np.asarray(table["tokens"]).max(initial=0)), chosen))
+        sums, supervised = np.zeros((len(lengths), len(FATES) + 2), np.int64), 0
+        for facts in map(Facts.of, some_rows(table)):
+            supervised += int(facts.supervised.sum())
+            for line, length in zip(sums, lengths):
+                fate, used, learnt = fit(facts, length, cut)
+                line += [*np.bincount(fate, minlength=len(FATES)), used.sum(), learnt.sum()]
+        self.chosen, names = chosen, (*FATES, "tokens", "supervised_tokens")
+        self.lines = [{"max_length": length, **dict(zip(names, line)), "supervised_lost": round(1 - line[-1] / max(1, supervised), 6)}
+                      for length, line in zip(lengths, sums.tolist())]
 
     def cells(self) -> list[list[str]]: # header, then a line per length
         "What is shown."
@@ -201,28 +211,49 @@ def pack(
     max_length: int, # tokens per block
 ) -> list[list[int]]: # row numbers per block
     "Best-fit decreasing bin packing; deterministic."
-    blocks, lengths, shift = [], np.asarray(lengths), (max_length.bit_length() + 1) // 2
+    rows, counts = packed_rows(lengths, max_length)
+    return [some.tolist() for some in np.split(rows, np.cumsum(counts)[:-1])] if len(rows) else []
+
+def packed_rows(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]: # rows of all blocks one after the other; how many in each
+    "The same without a Python number for each row."
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    sizes, counts = np.unique(np.asarray(lengths)[order], return_counts=True)
+    block = np.asarray(_fill_blocks(sizes[::-1].tolist(), counts[::-1].tolist(), max_length))
+    return order[np.argsort(block, kind="stable")], np.bincount(block) if len(block) else np.zeros(0, np.int64)
+
+
+# %% ../nbs/00e_lengths.ipynb #fill-blocks
+def _fill_blocks(sizes: list, counts: list, max_length: int) -> array: # the block of every row, longest rows first
+    "Blocks for so many rows of each length; `sizes` descend."
+    shift, made, places = (max_length.bit_length() + 1) // 2, 0, array("i")
     words, some = [0] * ((max_length >> shift) + 1), 0  # bits of the rooms, some 200 in a word; a bit for each word that is not 0
     by_room, low = [[] for _ in range(max_length + 1)], (1 << shift) - 1
-    order = np.argsort(-lengths, kind="stable")
-    for row, length in zip(order.tolist(), lengths[order].tolist()):
-        high = length >> shift
-        if fitting := words[high] >> (length & low): room = length + (fitting & -fitting).bit_length() - 1
-        elif above := some >> (high + 1):
-            high += (above & -above).bit_length()
-            room = (high << shift) + (words[high] & -words[high]).bit_length() - 1
-        else: room = -1
-        if room < 0:
-            room, block = max_length, len(blocks)
-            blocks.append([])
-        else:
-            block = by_room[room].pop()
-            if not by_room[room]:
-                words[high] ^= 1 << (room & low)
-                if not words[high]: some ^= 1 << high
-        blocks[block].append(row)
-        room -= length
-        by_room[room].append(block)
-        words[room >> shift] |= 1 << (room & low)
-        some |= 1 << (room >> shift)
-    return blocks
+    for length, count in zip(sizes, counts):
+        while count:
+            high = length >> shift
+            if fitting := words[high] >> (length & low): room = length + (fitting & -fitting).bit_length() - 1
+            elif above := some >> (high + 1):
+                high += (above & -above).bit_length()
+                room = (high << shift) + (words[high] & -words[high]).bit_length() - 1
+            else: room = max_length
+            each = room // length if length else count  # so many rows enter a block one after the other: no other has less room for them
+            need = -(-count // each)
+            if not (known := by_room[room]):
+                taken, made = list(range(made, made + need)), made + need
+            else:
+                taken = known[:-need - 1:-1]
+                del known[-need:]
+                if not known:
+                    words[high] ^= 1 << (room & low)
+                    if not words[high]: some ^= 1 << high
+            full, left = divmod(min(count, each * len(taken)), each)
+            for here, rows in ((taken[:full], each), (taken[full:], left)):
+                if not here: continue
+                places.extend(here if rows == 1 else np.repeat(here, rows).tolist())
+                after = room - rows * length
+                by_room[after].extend(here)
+                words[after >> shift] |= 1 << (after & low)
+                some |= 1 << (after >> shift)
+            count -= full * each + left
+    return places
+

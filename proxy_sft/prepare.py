@@ -28,7 +28,6 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from itertools import chain
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -48,7 +47,7 @@ from .certificate import certify, line_starts
 from .chat import IGNORED, ROW_ERRORS, ChatEncoder, TokenRows, chat_template
 from .convert import ConvertError, convert, facts_file, row_facts, without_main
 from .download import download
-from .lengths import FACTS, FATES, Borders, Facts, LengthTable, cut_to_fit, describe_rows, exchanges, fit, pack, supervised_before, token_statistics
+from .lengths import FACTS, FATES, Borders, Facts, LengthTable, cut_to_fit, describe_rows, exchanges, fit, pack, packed_rows, some_rows, supervised_before, token_statistics
 from .sealed import COMPLETE, SealError, file_hash, is_complete, publish, read_manifest, sealed_bytes, unmake, verify
 from .settings import Settings
 from .stops import StopRequested, listening, stop_if_asked
@@ -327,8 +326,8 @@ class Scratch:
         batches = [batch for file in files for batch in read_batches(file)]
         self.columns = [[batch[name].to_numpy() for batch in batches] for name in TOKENS.names]
         self.batch = np.repeat(np.arange(len(batches), dtype=np.int32), [len(some) for some in lengths])
-        self.end = np.concatenate([np.zeros(0, np.int64), *(np.cumsum(some, dtype=np.int64) for some in lengths)])
-        self.start = self.end - np.concatenate([np.zeros(0, np.int64), *lengths])
+        self.end = np.concatenate([np.zeros(0, np.int32), *(np.cumsum(some, dtype=np.int32) for some in lengths)])
+        self.start = self.end - np.concatenate([np.zeros(0, np.int32), *lengths])
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]: # ids and labels of rows, end to end (int32)
         "Copy rows together."
@@ -375,29 +374,31 @@ def build_split(
     fast: bool, # False: the reference path
 ) -> dict[str, Any]: # counts, see `describe_split`
     "Encode, pack and write one split."
-    name, count, scratch, facts = source.path.stem, len(source.chosen), target.with_suffix(".scratch"), []
+    name, count, scratch, used = source.path.stem, len(source.chosen), target.with_suffix(".scratch"), []
     scratch.mkdir()
-    with tqdm(total=count, desc=f"tokenise {name}", unit=" rows", **bar_pace(), disable=not _show_progress()) as bar:
-        for some in encoded_pieces(*source, settings, fast, scratch):
-            facts += some
-            bar.update(sum(batch.num_rows for batch in some))
-            progress(f"{name}: {bar.n:,} of {count:,} rows tokenised")
-    used = [(some := batch["used_tokens"].to_numpy())[some > 0] for batch in facts]
+    def facts():
+        with tqdm(total=count, desc=f"tokenise {name}", unit=" rows", **bar_pace(), disable=not _show_progress()) as bar:
+            for some in encoded_pieces(*source, settings, fast, scratch):
+                used.extend((tokens := batch["used_tokens"].to_numpy())[tokens > 0] for batch in some)
+                yield from some
+                bar.update(sum(batch.num_rows for batch in some))
+                progress(f"{name}: {bar.n:,} of {count:,} rows tokenised")
+    pieces = target.with_suffix(".pieces")
+    write_stream(pieces, FACTS, facts())
     lengths = np.concatenate([np.zeros(0, np.int32), *used])
     progress(f"{name}: packing {len(lengths):,} rows")
     rows, counts = blocks_of(lengths, settings)
     write_stream(target, BLOCKS, gathered(Scratch(sorted(scratch.iterdir()), used), rows, counts, lengths))
     shutil.rmtree(scratch)
-    table = pa.Table.from_batches(facts, FACTS).combine_chunks()
-    write_stream(facts_of(target), FACTS, iter(table.to_batches()))
-    return describe_split(source, table, len(counts), settings)
+    write_stream(facts_of(target), FACTS, (batch for part in some_rows(read_stream(pieces)) for batch in part.combine_chunks().to_batches()))
+    pieces.unlink()
+    return describe_split(source, read_stream(facts_of(target)), len(counts), settings)
 
 # %% ../nbs/01a_prepare.ipynb #split-small
 def blocks_of(lengths: np.ndarray, settings: Settings) -> tuple[np.ndarray, np.ndarray]: # rows of all blocks one after the other; how many in each
     "Which rows share a block; without packing, none do."
     if not settings.packing: return np.arange(len(lengths)), np.ones(len(lengths), np.int64)
-    blocks = pack(lengths, settings.max_length)
-    return np.fromiter(chain.from_iterable(blocks), np.int64, len(lengths)), np.fromiter(map(len, blocks), np.int64, len(blocks))
+    return packed_rows(lengths, settings.max_length)
 
 def facts_of(blocks: Path) -> Path: # train.arrow -> train.facts
     "The file with what became of every row."

@@ -1,4 +1,5 @@
 """Templates, masks and serve parity, with the demo's tokenizer and with the real one where it lies beside the checkout."""
+import dataclasses
 import json
 import random
 import unicodedata
@@ -260,18 +261,19 @@ def test_the_parity_table(tokenizer):
     assert "trained tokens" in certify([{"messages": chat}], tokenizer, "trl_training").verdict
 
 
-def broken(change, tokenizer, monkeypatch, template="nothink"):
+def broken(change, tokenizer, monkeypatch, fast, template="nothink"):
     "The certificate of a data set whose supervision is broken by `change(ids, labels)`."
-    import proxy_sft.chat as chat
+    import proxy_sft.certificate as room
     whole = ChatEncoder.encode
     def encode(self, rows, parallel=None):
         out = whole(self, rows, parallel)
         ids, trained = out.ids.copy(), out.trained.copy()
         change(ids, trained, self)
-        return chat.TokenRows(ids, trained, out.offsets)
+        return dataclasses.replace(out, ids=ids, trained=trained)
     monkeypatch.setattr(ChatEncoder, "encode", encode)
     rows = [{"messages": messages, "tools": tools} for messages, tools, _ in CASES.values()]
-    return certify(rows, tokenizer, template, fast=False)
+    monkeypatch.setattr(room, "check_fast", lambda *args: "")  # no sample guards it here
+    return certify(rows, tokenizer, template, fast=fast)
 
 
 FAULTS = {
@@ -286,12 +288,39 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("fast", (False, True))
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_certificate_sees(tokenizer, fault, monkeypatch):
+def test_the_certificate_sees(tokenizer, fault, fast, monkeypatch):
     change, words = FAULTS[fault]
-    certificate = broken(change, tokenizer, monkeypatch)
+    certificate = broken(change, tokenizer, monkeypatch, fast)
     assert not certificate.passed and words in certificate.verdict, certificate
     assert json.loads(certificate.to_json())["passed"] is False and "failed" in certificate._repr_html_()
+
+
+def test_rows_measured_together_are_counted_as_one_by_one(tokenizer, monkeypatch):
+    "Most rows are in order and measured in batches; whatever is not goes the plain way. Both give the same counts and examples."
+    import proxy_sft.certificate as room
+    rnd, together = random.Random(11), 0
+    escaped = json.dumps(user("caf\u00e9 <|im_end|>")).replace("<", "\\u003c")
+    rows = [on_disk(random_chat(rnd, i % 5 == 0)) for i in range(60)] + [random_chat(rnd, i % 5 == 0) for i in range(20)]
+    rows += [{"messages_json": json.dumps([user("x"), answer(text)], ensure_ascii=False)} for text in ("\nA", "e\u0301", "", " A", "a\\u0041", "</think>")]
+    rows += [{"messages": messages, "tools": tools} for messages, tools, _ in CASES.values()]
+    rows += [{"messages_json": f"[{escaped}, {json.dumps(answer('A'))}]", "tools_json": "[]"}, {"messages": [user("x")]}]
+    slow = lambda inspection, rows, tokens, texts: (np.zeros(len(rows), bool), room.Counter())
+    for template in TEMPLATES:
+        for train_on in TRAIN_ON:
+            inspection = room.Inspection(tokenizer, template, train_on)
+            quick, tokens = room.measure(inspection, rows), inspection.encoder.encode(rows)
+            together += room._rows_in_order(inspection, rows, tokens, tokens.texts or [None] * len(rows))[0].sum()
+            with monkeypatch.context() as patch:
+                patch.setattr(room, "_rows_in_order", slow)
+                assert quick == room.measure(inspection, rows), (template, train_on)
+    assert together > 50  # of those that two of the templates leave in order
+
+
+def test_a_row_that_begins_with_an_answer_is_counted_not_fatal(tokenizer):
+    certificate = certify([{"messages": [answer("A"), user("x"), answer("B")]}, {"messages": [user("x"), answer("B")]}], tokenizer)
+    assert certificate["rows"] == 2 and certificate["unrendered"] == 1 and certificate["exact"] == 1
 
 
 def test_tools_that_never_reach_the_prompt_are_seen(tokenizer, tmp_path):
