@@ -133,7 +133,7 @@ class Page:
     def run_all(self):
         "Run all cells from the menu; the last one opens the inspector."
         self.wait("document.querySelectorAll('.jp-Notebook .jp-Cell').length > 3")
-        self.wait("document.querySelector('.jp-NotebookPanel-toolbar [data-status=idle], [data-status=idle]')", "kernel idle")
+        self.wait("document.body.innerText.includes('sft-qwen3 | Idle')", "the status bar shows the kernel, ready")  # before, JupyterLab would ask which kernel to take
         self.menu("Run", "Run All Cells")
         self.wait("document.querySelector('.psft-app')", "the inspector appears")
         prompts = "Array.from(document.querySelectorAll('.jp-InputPrompt')).map(e => e.textContent)"
