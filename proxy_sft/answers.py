@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPEN', 'CLOSE', 'BEFORE_JSON', 'THOUGHT', 'METRICS', 'SCRIPTS', 'LITTLE_WORDS', 'EvaluateError', 'split_blocks',
            'as_server_reads', 'loose_calls', 'as_it_was_meant', 'Answer', 'read_answer', 'Reply', 'read_reply',
-           'canonical', 'in_plain_form', 'plain_call', 'arguments_are_exact', 'fits_schema', 'score_turn', 'wilson',
-           'HeldoutTurn', 'language_of', 'turns_of', 'read_rows', 'what_is_known', 'smallest', 'choose_turns',
+           'unanswered', 'canonical', 'in_plain_form', 'plain_call', 'arguments_are_exact', 'fits_schema', 'score_turn',
+           'wilson', 'HeldoutTurn', 'language_of', 'turns_of', 'read_rows', 'what_is_known', 'smallest', 'choose_turns',
            'ChatRow', 'choose_chat_rows', 'expected_text', 'has_model']
 
 # %% ../nbs/01d_answers.ipynb #imports
@@ -135,6 +135,14 @@ def read_reply(
     except (ValueError, KeyError, TypeError, RecursionError): strict = [False]
     attempted = bool(reply.calls) or found.attempted
     return Answer(made + found.calls, found.text, attempted, all(strict) and not found.attempted, reply.stopped)
+
+# %% ../nbs/01d_answers.ipynb #unanswered-export
+def unanswered(
+    replies: dict[str, list[Reply]], # model -> its replies
+) -> dict[str, dict[str, int]]: # model -> problem -> how often; without the models that answered everything
+    "Why there is no answer, and how often."
+    kinds = {model: Counter(sorted(reply.problem for reply in told if reply.problem)) for model, told in replies.items()}
+    return {model: dict(found) for model, found in kinds.items() if found}
 
 # %% ../nbs/01d_answers.ipynb #same-export
 METRICS = {

@@ -20,7 +20,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Optional
 
-from .answers import EvaluateError, HeldoutTurn, Reply, read_reply, smallest, wilson
+from .answers import EvaluateError, HeldoutTurn, Reply, read_reply, smallest, unanswered, wilson
 from .settings import did_you_mean
 from .tables import html_table, text_table
 
@@ -441,8 +441,7 @@ class Leaderboard:
     @property
     def problems(self) -> dict[str, dict[str, int]]: # model -> problem -> questions
         "Why there is no answer, and how often."
-        kinds = {model: [r.problem for r in replies if r.problem] for model, replies in self.replies.items()}
-        return {model: {kind: found.count(kind) for kind in sorted({*found})} for model, found in kinds.items() if found}
+        return unanswered(self.replies)
 
     def __repr__(self) -> str: return leaderboard_text(self)
     def _repr_html_(self) -> str: return leaderboard_html(self)
@@ -459,10 +458,10 @@ def judge_questions(
 # %% ../nbs/02e_bfcl.ipynb #table-export
 def leaderboard_head(board: Leaderboard) -> str: # one sentence or more
     "What was asked, and what was not answered."
-    unanswered = "".join(f" No answer from {model} to {sum(kinds.values())} of them, counted as wrong: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}."
+    silent = "".join(f" No answer from {model} to {sum(kinds.values())} of them, counted as wrong: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}."
                          for model, kinds in board.problems.items())
     return (f"Berkeley Function-Calling Leaderboard v4, {len(board.questions)} of {sum(board.total.values())} questions of "
-            f"{len(board.total)} categories.{unanswered} Right of asked, with 95 % intervals.")
+            f"{len(board.total)} categories.{silent} Right of asked, with 95 % intervals.")
 
 
 def leaderboard_rows(board: Leaderboard) -> list[list[str]]: # cells; the first row is the head

@@ -27,7 +27,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .answers import (ChatRow, EvaluateError, HeldoutTurn, Reply, choose_chat_rows, choose_turns, expected_text, has_model,
-                               read_reply, score_turn, wilson)
+                               read_reply, score_turn, unanswered, wilson)
 from .bfcl import Leaderboard, judge_questions, leaderboard_dict, read_questions
 from .chat import served_template, stop_token_ids, supervise_batch
 from .inspector import messages_html, safe, section
@@ -93,8 +93,7 @@ class Evaluation:
     @property
     def problems(self) -> dict[str, dict[str, int]]: # model -> problem -> turns
         "Why there is no answer, and how often."
-        kinds = {model: [r.problem for r in replies if r.problem] for model, replies in self.replies.items()}
-        return {model: {kind: found.count(kind) for kind in sorted({*found})} for model, found in kinds.items() if found}
+        return unanswered(self.replies)
 
     def __repr__(self) -> str: return evaluation_text(self)
     def _repr_html_(self) -> str: return evaluation_html(self)
@@ -206,9 +205,9 @@ def head_line(
     "What was asked, and what was not answered."
     calling = sum(bool(turn.expected) for turn in evaluation.turns)
     left = f"; {evaluation.too_long} more were too long to ask" if evaluation.too_long else ""
-    unanswered = "".join(f" No answer from {model} to {sum(kinds.values())} of them: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}."
+    silent = "".join(f" No answer from {model} to {sum(kinds.values())} of them: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}."
                          for model, kinds in evaluation.problems.items())
-    return (f"{len(evaluation.turns)} of {evaluation.found} held-out turns, {calling} of them should call{left}.{unanswered} "
+    return (f"{len(evaluation.turns)} of {evaluation.found} held-out turns, {calling} of them should call{left}.{silent} "
             "Right of asked, with 95 % intervals.")
 
 
