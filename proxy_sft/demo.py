@@ -6,10 +6,10 @@
 __all__ = ['STRING', 'INTEGER', 'BOOLEAN', 'SYMBOLS', 'CURRENCIES', 'FOODS', 'POOLS', 'TOOLS', 'SCIENCE_TOOL', 'WEB_TOOL',
            'UNSEEN_TOOLS', 'OPENERS', 'TAG_SENTENCES', 'SYSTEM_TEXTS', 'KINDS', 'NO_TOOL_ANSWER', 'THANKS', 'ANIMALS',
            'THINGS', 'PLACES', 'CAPITALS', 'CHAT_SOURCES', 'TOOL_SOURCE', 'CASES', 'STRICT', 'DEMO_ROWS', 'DEMO_SEED',
-           'CHAT_SHARE', 'DUPLICATES', 'SPECIAL_TOKENS', 'MARKUP_TOKENS', 'SPLIT_PATTERN', 'DEMO_VOCABULARY',
-           'DEMO_MODEL', 'words_pool', 'numbers_pool', 'draw', 'DemoTool', 'tool_named', 'DemoCall', 'draw_call',
-           'spell_value', 'spell_call', 'message', 'say', 'spell_result', 'call_turn', 'exchange', 'system_message',
-           'conversation', 'kind', 'draw_calls', 'single', 'other_language', 'parallel', 'two_tools',
+           'CHAT_SHARE', 'DUPLICATES', 'SPECIAL_TOKENS', 'MARKUP_TOKENS', 'SPLIT_PATTERN', 'DEMO_VOCABULARY', 'MARKS',
+           'BACK', 'DEMO_MODEL', 'words_pool', 'numbers_pool', 'draw', 'DemoTool', 'tool_named', 'DemoCall',
+           'draw_call', 'spell_value', 'spell_call', 'message', 'say', 'spell_result', 'call_turn', 'exchange',
+           'system_message', 'conversation', 'kind', 'draw_calls', 'single', 'other_language', 'parallel', 'two_tools',
            'separate_results', 'several_steps', 'several_turns', 'no_tool_fits', 'small_talk', 'science', 'web_search',
            'capital', 'word_problem', 'series', 'python_function', 'in_capitals', 'refusal', 'small_essay', 'sentiment',
            'chat_messages', 'Case', 'plant', 'custom', 'note_tool', 'note', 'python_literals', 'json_literals',
@@ -25,8 +25,9 @@ __all__ = ['STRING', 'INTEGER', 'BOOLEAN', 'SYMBOLS', 'CURRENCIES', 'FOODS', 'PO
            'results_regrouped', 'tools_elsewhere', 'malformed_tools', 'missing_required', 'wrong_type', 'not_in_enum',
            'unknown_argument', 'malformed', 'prose_calls', 'half_surrogate', 'too_many_positional', 'planned_kinds',
            'build_messages', 'build_demo', 'demo_rows', 'demo_plan', 'write_demo_data', 'stock_template', 'demo_texts',
-           'train_bpe', 'tokenizer_files', 'write_files', 'build_demo_tokenizer', 'demo_config', 'give_head_start',
-           'build_demo_model', 'write_demo_model', 'publish_folder']
+           'train_bpe', 'tokenizer_files', 'write_files', 'build_demo_tokenizer', 'kinds_of_words', 'start_words',
+           'by_heads', 'start_places', 'start_copying', 'give_head_start', 'demo_config', 'build_demo_model',
+           'write_demo_model', 'publish_folder']
 
 # %% ../nbs/000a_demo.ipynb #demo-imports
 import itertools
@@ -773,7 +774,6 @@ def unseen_tool(rng):
     call = draw_call(rng.choice(UNSEEN_TOOLS), rng)
     return conversation([call], exchange([call], rng), rng)
 
-# %% ../nbs/000a_demo.ipynb #demo-order-cases
 @plant(3, "repaired", "text_then_call")
 def text_then_call(rng):
     "A text turn of the assistant, followed by its call turn."
@@ -910,7 +910,6 @@ def malformed_tools(rng):
     messages = one_call(rng)
     return [{**messages[0], "functions": messages[0]["functions"][:-20]}, *messages[1:]]
 
-# %% ../nbs/000a_demo.ipynb #demo-schema-cases
 STRICT = {"text": STRING, "level": {"type": "string", "enum": ["low", "high"]}, "count": INTEGER}
 
 @plant(2, "rejected", "schema_violation")
@@ -1147,47 +1146,132 @@ def build_demo_tokenizer(
     return tokenizer
 
 # %% ../nbs/000a_demo.ipynb #demo-model
+MARKS = 16  # dimensions that say which kind a name is of, and as many for values; the last one of these means: no value
+
+def kinds_of_words() -> tuple[dict[str, int], dict[str, int]]:  # parameter name -> kind, word of a value -> kind
+    "Names and values of the tools that are trained, with a number for each kind."
+    alike, kinds, names, values = {"target": "currency", "numbers": "number"}, {}, {}, {}
+    for tool in (*TOOLS, SCIENCE_TOOL, WEB_TOOL):
+        for name, pool in tool.parameters.items():
+            names[name] = kind = kinds.setdefault(alike.get(pool, pool), len(kinds))
+            for said, value in POOLS[pool][1].items():
+                for word in value if isinstance(value, list) else (said, value):
+                    values[word if isinstance(word, str) else json.dumps(word)] = kind
+    assert len(kinds) < MARKS, f"{len(kinds)} kinds of values; there is room for {MARKS - 1}"
+    return names, values
+
+def start_words(
+    model,      # `transformers.Qwen3ForCausalLM` with random weights
+    tokenizer,  # of the demo
+) -> tuple:  # the direction that all embeddings share, and the directions (columns) in which words are written
+    "Embeddings: marks of names, marks of values, and the word's own part; output weights that know a word by its own part."
+    import torch
+    (names, values), config, stems = kinds_of_words(), model.config, {}
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    plain = [token.removeprefix("Ġ") or token for token in tokens]  # a blank, in byte-level spelling
+    own, number = config.hidden_size - 2 * MARKS, len(tokens)
+    stem = [stems.setdefault(word.lower(), len(stems)) for word in plain]
+    words, common, marks = torch.randn(len(stems), own)[stem], torch.randn(own), torch.zeros(number, 2 * MARKS)
+    for i, (token, word) in enumerate(zip(tokens, plain)):
+        marks[i, names[token] if token in names else MARKS + values.get(word, MARKS - 1)] = 4
+    marks[marks[:, :MARKS].any(1), -1] = 4
+    written = torch.linalg.qr(torch.randn(config.hidden_size, own))[0]
+    embeddings = torch.cat([marks, common + words + torch.randn(number, own) / 2], 1)
+    model.get_input_embeddings().weight[:number] = 4 * config.initializer_range * embeddings
+    model.get_output_embeddings().weight[:number] = 0.1 * (words @ written.T + torch.randn(number, config.hidden_size) / 2)
+    return torch.cat([torch.zeros(2 * MARKS), common / common.norm()]), written
+
+# %% ../nbs/000a_demo.ipynb #demo-heads
+BACK = ((2, 2), (1, 3), (4, 6))  # tokens that the first layer's heads look back, by groups of one key; the last group stays free
+
+def by_heads(
+    layer,   # of a Qwen3 model
+    config,  # of that model
+) -> tuple:  # views: queries (group, head, width, hidden), keys and values (group, width, hidden), outputs (hidden, group, head, width)
+    "Attention weights by head; keys begin as copies of their queries."
+    attention, groups, width, hidden = layer.self_attn, config.num_key_value_heads, config.head_dim, config.hidden_size
+    queries, keys = attention.q_proj.weight.view(groups, -1, width, hidden), attention.k_proj.weight.view(groups, width, hidden)
+    keys.copy_(queries[:, 0])
+    return queries, keys, attention.v_proj.weight.view(groups, width, hidden), attention.o_proj.weight.view(hidden, groups, -1, width)
+
+def start_places(
+    layer,   # the first
+    config,  # of the model
+    common,  # the direction that all embeddings share
+) -> None:
+    "Heads that look a number of tokens back; the first group passes on the marks of names."
+    import torch
+    (queries, keys, values, outputs), half = by_heads(layer, config), config.head_dim // 2
+    turn = config.rope_parameters["rope_theta"] ** -(torch.arange(half) / half)  # radians per token of each pair of dimensions
+    fast = (torch.arange(half) < 4).float()  # only the pairs that tell neighbours apart
+    for group, distances in enumerate(BACK):
+        keys[group] = torch.outer(torch.cat([fast, 0 * fast]), common)
+        for head, distance in enumerate(distances):
+            queries[group, head] = torch.outer(torch.cat([fast * torch.cos(turn * distance), -fast * torch.sin(turn * distance)]), common)
+    values[0, :MARKS], outputs[:2 * MARKS] = torch.eye(MARKS, config.hidden_size), 0
+    outputs[:, 0, :, :MARKS] = torch.eye(config.hidden_size, MARKS)[:, None] / outputs.shape[2]
+    layer.mlp.down_proj.weight[:2 * MARKS] = 0  # nothing else writes over the marks
+    layer.self_attn.q_norm.weight.fill_(2.5)
+
+# %% ../nbs/000a_demo.ipynb #demo-copying
+def start_copying(
+    layer,    # the second
+    config,   # of the model
+    written,  # directions (columns) in which words are written
+) -> None:
+    "Heads that look for a value of the kind that was named, and write its word."
+    import torch
+    (queries, keys, values, outputs), width = by_heads(layer, config), config.head_dim
+    slow = [i + half for half in (0, width // 2) for i in range(width // 2 - MARKS // 2, width // 2)]  # dimensions that distance hardly turns
+    match = torch.zeros(width, MARKS)
+    match[slow] = torch.linalg.qr(torch.randn(MARKS, MARKS))[0]
+    nothing = torch.zeros_like(match)
+    for group in range(3):  # each carries a third of a word's own part
+        rest = torch.zeros(width, config.hidden_size - 2 * MARKS)
+        keys[group], queries[group] = torch.cat([nothing, match, rest], 1), torch.cat([match, nothing, rest], 1)
+        part = slice(group * width, (group + 1) * width)
+        values[group] = torch.eye(config.hidden_size)[2 * MARKS:][part]
+        outputs[:, group] = 0.6 * written[:, None, part] / outputs.shape[2]
+    layer.self_attn.q_norm.weight.fill_(2.0)
+
+def give_head_start(
+    model,      # `transformers.Qwen3ForCausalLM` with random weights
+    tokenizer,  # of the demo
+):  # the same model
+    "What pre-training would have left in the weights: words, places, copying."
+    import torch
+    with torch.no_grad():
+        common, written = start_words(model, tokenizer)
+        start_places(model.model.layers[0], model.config, common)
+        start_copying(model.model.layers[1], model.config, written)
+    return model
+
+# %% ../nbs/000a_demo.ipynb #demo-model-build
 DEMO_MODEL = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=32)
 
 def demo_config(
     tokenizer,  # of the demo
-    **changes,  # other values for `Qwen3Config`
+    **changes,  # other values for `Qwen3Config`, not for the sizes in `DEMO_MODEL`
 ):  # `transformers.Qwen3Config`
     "Qwen3-8B's config, with everything that makes it large made small."
     from transformers import Qwen3Config
     return Qwen3Config(**{
-        **DEMO_MODEL, "vocab_size": -(-len(tokenizer) // 64) * 64, "max_position_embeddings": 4096, "rope_theta": 1000.0,
+        **DEMO_MODEL, "vocab_size": -(-len(tokenizer) // 64) * 64, "max_position_embeddings": 4096, "rope_theta": 10_000.0,
         "initializer_range": 0.05, "tie_word_embeddings": False, "max_window_layers": DEMO_MODEL["num_hidden_layers"],
         "bos_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "dtype": "float32",
         "architectures": ["Qwen3ForCausalLM"], **changes})
 
-def give_head_start(
-    model,  # `transformers.Qwen3ForCausalLM` with random weights
-):  # the same model
-    "Let attention begin near and alike: a part common to all embeddings, keys equal to queries, sharper queries."
-    import torch
-    config = model.config
-    with torch.no_grad():
-        model.get_input_embeddings().weight.add_(torch.randn(config.hidden_size) * config.initializer_range)
-        for layer in model.model.layers:
-            attention = layer.self_attn
-            queries = attention.q_proj.weight.view(config.num_key_value_heads, -1, config.head_dim, config.hidden_size)
-            attention.k_proj.weight.copy_(queries[:, 0].reshape_as(attention.k_proj.weight))
-            attention.q_norm.weight.mul_(1.5)
-    return model
-
-# %% ../nbs/000a_demo.ipynb #demo-model-build
 def build_demo_model(
     tokenizer,           # of the demo
     seed:int=DEMO_SEED,  # same seed, same weights
     **changes,           # other values for the config
 ):  # `transformers.Qwen3ForCausalLM` on the CPU, float32
-    "A tiny Qwen3 with random weights; the caller's random state stays as it was."
+    "A tiny Qwen3 with random weights and its head start; the caller's random state stays as it was."
     import torch
     from transformers import GenerationConfig, Qwen3ForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = give_head_start(Qwen3ForCausalLM(demo_config(tokenizer, **changes)))
+        model = give_head_start(Qwen3ForCausalLM(demo_config(tokenizer, **changes)), tokenizer)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.pad_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=0.6, top_k=20, top_p=0.95,
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id])

@@ -12,10 +12,17 @@ pytestmark = pytest.mark.skipif(not (RUN / "COMPLETE").is_file(), reason="make d
 
 
 def test_the_demo_kept_its_last_four_checkpoints_and_learnt():
-    assert sorted(p.name for p in RUN.glob("checkpoint-*")) == ["checkpoint-200", "checkpoint-300", "checkpoint-400", "checkpoint-500"]
-    assert (RUN / "model.safetensors").read_bytes() == (RUN / "checkpoint-500" / "model.safetensors").read_bytes()
+    assert sorted(p.name for p in RUN.glob("checkpoint-*")) == ["checkpoint-500", "checkpoint-600", "checkpoint-700", "checkpoint-800"]
+    assert (RUN / "model.safetensors").read_bytes() == (RUN / "checkpoint-800" / "model.safetensors").read_bytes()
     held = [r["eval_loss"] for r in json.loads((RUN / "trainer_state.json").read_text())["log_history"] if "eval_loss" in r]
     assert held[-1] < held[0] / 4
+
+
+def test_the_demo_takes_values_from_the_question():
+    metrics = json.loads((RUN / "evaluation.json").read_text())["metrics"]
+    share = lambda model, metric: metrics[model][metric]["right"] / metrics[model][metric]["of"]
+    assert share("base", "parseable") == share("base", "exact") == 0
+    assert share("tuned", "names") > 0.85 and share("tuned", "exact") > 0.6
 
 
 def test_two_ranks_went_on_from_nothing_and_wrote_a_notebook_each():

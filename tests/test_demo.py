@@ -144,6 +144,17 @@ def test_model_loads_generates_and_agrees_with_its_tokenizer(model_folder, token
     assert out.shape[1] > ids["input_ids"].shape[1]
 
 
+def test_the_head_start_looks_at_values_of_the_named_kind_and_calls_nothing(model_folder, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
+    said = "<|im_start|>user\nAdd a lunch on Monday at 3, call Emil, and play music by Verdi in the garage.<|im_end|>\n<|im_start|>assistant\n"
+    for name, value in {"title": " lunch", "day": " Monday", "person": " Emil", "artist": " Verdi", "room": " garage"}.items():
+        ids = tokenizer(said + '<tool_call>\n{"arguments": {"' + name + '": "', return_tensors="pt")["input_ids"]
+        with torch.no_grad(): looks = model(input_ids=ids, output_attentions=True).attentions[1][0, :6, -1]
+        assert {tokenizer.decode(ids[0, place]) for place in looks.argmax(1)} == {value}, name
+    ids = tokenizer(said, return_tensors="pt")["input_ids"]
+    assert "<tool_call>" not in tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=30)[0, ids.shape[1]:])
+
+
 def test_building_leaves_the_random_state_alone(tokenizer):
     torch.manual_seed(1)
     expected = torch.rand(3)
