@@ -68,6 +68,11 @@ def text_of(nb: Path) -> str:
     return "".join("".join(o.get("text", "")) for c in json.loads(nb.read_text())["cells"] for o in c.get("outputs", []))
 
 
+def hear_signals() -> None:
+    "Whoever runs the tests may ignore some signals (`nohup`, a shell's background), and processes inherit that."
+    for number in launch.STOP_SIGNALS: signal.signal(number, signal.SIG_DFL)
+
+
 class Run:
     "A command on a notebook in a folder of its own; all its processes can be found by a mark in their environment."
 
@@ -75,7 +80,7 @@ class Run:
         self.folder, self.root, self.mark = folder, folder / out, f"PROXY_SFT_TEST={uuid.uuid4().hex}"
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("PROXY_SFT", "JPY_", "PYTEST"))}
         self.process = subprocess.Popen([*command, str(nb), *options, "-p", "folder", str(folder), "-p", "output_dir", str(self.root)],
-                                        env={**clean, **dict([self.mark.split("=")]), **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                        env={**clean, **dict([self.mark.split("=")]), **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_signals)
 
     def end(self, seconds: float = 900):
         "Wait for the end; the exit code."
@@ -362,7 +367,7 @@ def test_a_terminal_that_goes_away_loses_nothing(tmp_path, how):  # a closed tmu
     nb = notebook(tmp_path / "nb.ipynb", TRAINER.replace("raise StopRequested", "if how == 'done': break\n        raise StopRequested").replace("if stop.exists()", "print('working', flush=True)\n    if stop.exists() or Path(folder, 'enough').exists()"), "pass")
     words = [*LAUNCH, str(nb), "-p", "folder", str(tmp_path), "-p", "output_dir", str(tmp_path / "run"), "-p", "how", how]
     mine, theirs = pty.openpty() if how == "hang-up" else os.pipe()
-    become = (lambda: (os.setsid(), fcntl.ioctl(theirs, termios.TIOCSCTTY, 0))) if how == "hang-up" else None
+    become = (lambda: (hear_signals(), os.setsid(), fcntl.ioctl(theirs, termios.TIOCSCTTY, 0))) if how == "hang-up" else hear_signals
     process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, preexec_fn=become)
     os.close(theirs)
     until = time.monotonic() + 900
