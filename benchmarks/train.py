@@ -1,8 +1,9 @@
 """Training speed of this project's recipe and of the recipe that users come from, on the same conversations, in one run.
 
-    python benchmarks/train.py [--record] [--rows N] [--steps N] [--layers N] [--accumulation N] [-p NAME VALUE] [--upstream NAME VALUE]
+    python benchmarks/train.py [--record] [--rows N] [--steps N] [--layers N] [--accumulation N] [--minutes N] [-p NAME VALUE] [--upstream NAME VALUE]
 
-On a GPU: Qwen3-8B's real shape with random weights (`--layers` makes it shallower, and the table says so). Without one: the same code from end to end with a tiny model, whose speeds say
+On a GPU: Qwen3-8B's real shape with random weights, with as many of its 36 layers as the doctor's count lets fit (`--layers` sets their number; the table says it). What is known is printed at once, and
+a side that fails or takes longer than `--minutes` is told with its last words and does not lose the other. Without one: the same code from end to end with a tiny model, whose speeds say
 nothing about a GPU; what needs none, padding and packing, is exact. Both sides are the project's own: `load_settings` on the profiles `qwen3_8b` and `upstream`, `prepare`, `build_trainer`,
 each in a process of its own. `-p` changes a setting on both sides, `--upstream` on the other side alone: to fit a card, both sides get the optimizer and the precision of weights of ours.
 
@@ -43,7 +44,8 @@ def arguments():
     parser.add_argument("--record", action="store_true", help="append to benchmarks/RESULTS.md")
     parser.add_argument("--rows", type=int, default=20_000, help="conversations")
     parser.add_argument("--steps", type=int, default=3, help="measured optimizer steps of our side; the other side makes five times as many, its steps are smaller")
-    parser.add_argument("--layers", type=int, help="layers of the model; all 36 when not given")
+    parser.add_argument("--layers", type=int, help="layers of the model; when not given, as many as fit")
+    parser.add_argument("--minutes", type=float, default=60, help="limit for each side, its preparation included (default: 60)")
     parser.add_argument("--accumulation", type=int, help="micro-batches per step on our side (default: 8 on a GPU, 2 without; the profile has 32, which makes the optimizer's share smaller)")
     for name in ("-p", "--upstream"): parser.add_argument(name, nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting: both sides, the other side")
     parser.add_argument("--side", help=argparse.SUPPRESS)  # in a process of its own: a folder with side.json
@@ -72,7 +74,7 @@ def write_inputs(folder, args, gpu):
     tokenizer = counting if gpu else small  # a vocabulary of 151,936 would be all that a CPU does
     config = published_config("Qwen/Qwen3-8B")
     smaller = {} if gpu else dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16, vocab_size=len(tokenizer))
-    layers = args.layers or (config.num_hidden_layers if gpu else 2)
+    layers = args.layers or (layers_that_fit(args) if gpu else 2)
     config = AutoConfig.for_model(**{**config.to_dict(), **smaller, "num_hidden_layers": layers, "layer_types": None})
     torch.manual_seed(0)
     with torch.device("cuda" if gpu else "cpu"): model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if gpu else torch.float32)
@@ -82,6 +84,19 @@ def write_inputs(folder, args, gpu):
     counting.save_pretrained(folder / "counting")
     return (f"{args.rows:,} generated conversations in Dolci's length mix, lengths in tokens of {'Qwen3-8B' if real else 'the demo'}'s tokenizer; "
             f"{shape}, random weights, {sum(p.numel() for p in model.parameters()):,} of them{'' if gpu else ', trained on 500 of the conversations with a small tokenizer'}")
+
+
+def layers_that_fit(args):
+    "The most layers of Qwen3-8B of which a step of our side fits the card with a tenth to spare, by the doctor's count."
+    import torch
+    from proxy_sft.cost import memory_parts, published_config
+    from proxy_sft.settings import load_settings
+    settings, card = load_settings("qwen3_8b", deepspeed="null", **{name: parsed(value) for name, value in args.p}), torch.cuda.get_device_properties(0).total_memory
+    for layers in (36, 32, 28, 24, 20, 16, 12, 8, 4):
+        config = published_config("Qwen/Qwen3-8B")
+        config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
+        if sum(memory_parts(config, settings).values()) < 0.9 * card: return layers
+    return 2
 
 
 def lengths_of(folder):
@@ -251,15 +266,26 @@ def compare(args):
             place = folder / side.replace(" ", "-")
             place.mkdir()
             (place / "side.json").write_text(json.dumps(given))
-            subprocess.run([sys.executable, __file__, "--side", str(place)], check=True, stdout=subprocess.DEVNULL)
-            results[side] = json.loads((place / "result.json").read_text())
+            if problem := run_apart(place, args.minutes):
+                yield f"{side}: no figures ({problem})"
+                continue
+            found = results[side] = json.loads((place / "result.json").read_text())
+            yield f"{side}: {found['speed']:,.0f} real tokens per second" + ("" if found["mfu"] is None else f", MFU {found['mfu']:.1%}")
         yield ""
-        yield from table(results, gpu)
+        if results: yield from table(results, gpu)
+
+
+def run_apart(place, minutes):
+    "One side in a process of its own, with a limit; what went wrong, in a line."
+    with (place / "said.txt").open("w") as said:
+        try: done = subprocess.run([sys.executable, __file__, "--side", str(place)], stdout=said, stderr=subprocess.STDOUT, timeout=60 * minutes)
+        except subprocess.TimeoutExpired: return f"it took longer than {minutes:g} minutes"
+    words = [line for line in (place / "said.txt").read_text(errors="replace").splitlines() if line.strip()]
+    return "" if done.returncode == 0 else f"exit code {done.returncode}: {words[-1][:400] if words else 'it said nothing'}"
 
 
 def table(results, gpu):
     "Both sides in columns."
-    ours, other = results.values()
     line = lambda name, say: f"{name:42}" + "".join(f"{say(r):>30}" for r in results.values())
     yield f"{'':42}" + "".join(f"{side:>30}" for side in results)
     yield line("tokens per block, blocks, micro-batches", lambda r: "{max_length:,} x {batch_size} x {gradient_accumulation}".format(**r["settings"]))
@@ -273,6 +299,8 @@ def table(results, gpu):
     yield line("peak memory, GiB" if gpu else "most memory of the process, GiB", lambda r: f"{r['peak'] / 2**30:.2f}")
     for part in ("data", "forward", "backward", "optimizer"): yield line(f"share of a step: {part}", lambda r: f"{r['split'].get(part, 0) / r['split']['step']:.1%}")
     yield line("share of a step: the rest", lambda r: f"{1 - sum(v for n, v in r['split'].items() if n != 'step') / r['split']['step']:.1%}")
+    if len(results) < 2: return
+    ours, other = results.values()
     yield f"real tokens per second, this project / upstream: {ours['speed'] / other['speed']:.2f}" + ("" if gpu else " (a tiny model on a CPU: no claim about a GPU)")
 
 

@@ -162,7 +162,7 @@ def look_at_disk(settings: Settings, needed: int, free: int) -> Finding: # bytes
 def look_at_folder(folder: Path, setting: str = "workspace or output_dir") -> Finding:
     "Whether a folder can be written."
     try:
-        with tempfile.TemporaryFile(dir=existing(folder)): return Finding("folder", "ok", f"{folder.name} can be written.")
+        with tempfile.TemporaryFile(dir=existing(folder)): return Finding("folder", "ok", f"The folder {folder.name} can be written.")
     except OSError as error: return Finding("folder", "fail", f"{folder} cannot be written: {error.strerror}.", f"Set {setting} to another folder.")
 
 # %% ../nbs/01d_doctor.ipynb #system
@@ -224,7 +224,7 @@ def look_at_versions(settings: Settings, found: dict[str, str]) -> Iterator[Find
 
 def look_at_devices(settings: Settings, local: int, names: list[str]) -> Finding: # processes, and GPUs, of this machine
     "Whether there is a GPU for each process, and whether it can do what is asked."
-    told = f"{len(names)} GPU(s) {', '.join(sorted(set(names)))}".strip() + "."
+    told = f"{len(names)} GPU(s) {', '.join(sorted(set(names)))}." if names else "No GPU."
     if not names: return Finding("devices", "warn" if settings.device == "auto" else "ok", told, "Training would run on the CPU." if settings.device == "auto" else "")
     if local > len(names): return Finding("devices", "fail", f"{told} {local} processes were asked for on this machine.", f"Start with --nproc {len(names)} on each machine.")
     if settings.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False): return Finding("devices", "fail", f"{told} It has no bfloat16.", "Set bf16 to false.")
