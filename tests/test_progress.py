@@ -14,7 +14,7 @@ plot, state = LivePlot(every=0), SimpleNamespace(is_world_process_zero=True, glo
 while not Path(folder, "seen").exists():
     state.global_step += 1
     plot.on_log(None, state, None, {"loss": 1 / state.global_step, "eta_seconds": 1.0})
-    time.sleep(0.5)
+    time.sleep(3)
 plot.on_train_end(None, state, None)
 """
 
