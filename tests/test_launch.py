@@ -159,6 +159,21 @@ def test_missing_or_broken_notebook_and_unwritable_folder(tmp_path, capsys):
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_launches_that_are_refused(tmp_path):
+    parser = launch.argparse.ArgumentParser()
+    launch.add_run_arguments(parser)
+    for fixed in (["--nnodes", "2", "--master-addr", "node-0"], ["--master-port", "29511"]):
+        with pytest.raises(launch.LaunchError, match="--max-restarts needs --rdzv-endpoint"): launch.torchrun_command(parser.parse_args(["nb", "--max-restarts", "1", *fixed]), [])
+    assert "--rdzv-endpoint" in launch.torchrun_command(parser.parse_args(["nb", "--max-restarts", "1", "--nnodes", "2", "--rdzv-endpoint", "node-0:29511"]), [])
+    with pytest.raises(launch.LaunchError, match="The parameters in -y are not valid YAML"): launch.yaml_mapping("{", "-y")
+    with pytest.raises(SystemExit): parser.parse_args(["nb", "--nproc", "0"])
+    broken = tmp_path / "broken.ipynb"
+    broken.write_text('{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "a ="}]}')
+    with pytest.raises(launch.LaunchError, match="is not valid Python"): launch.notebook_defaults(broken)
+    (tmp_path / "status" / "launcher-0.lock").mkdir(parents=True)
+    with pytest.raises(launch.LaunchError, match="cannot be written: Is a directory"): launch.refuse_second_run(parser.parse_args(["nb"]), launch.RunFolder(tmp_path))
+
+
 def test_dry_run_shows_settings_and_command(tmp_path, capsys):
     nb = notebook(tmp_path / "a.ipynb", "1")
     assert commands.main(["run", str(nb), "--nproc", "8", "--max-restarts", "2", "-p", "max_steps", "7", "-p", "output_dir", str(tmp_path / "run"), "--dry-run"]) == 0
