@@ -8,17 +8,19 @@ __all__ = ['ROLES', 'MOST_FAILURES', 'KINDS', 'BATCH', 'PART', 'Inspection', 'se
            'line_starts', 'certify', 'check_fast', 'conversations_of', 'certify_batches']
 
 # %% ../nbs/00ca_certificate.ipynb #certificate-imports
+import importlib
 import json
 import random
 import re
 import unicodedata
 from array import array
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
 from html import escape
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 import numpy as np
 import orjson
@@ -26,6 +28,7 @@ import orjson
 from .chat import (
     IGNORED, ROW_ERRORS, STOP_TOKEN, ChatEncoder, ChatError, Renderer, TokenRows, _follows, _generation_prompt, _json_text, _render_marked,
     control_tokens, encode_text, row_parts, served_template, serving_options)
+from .workers import results_in_order
 
 # %% ../nbs/00ca_certificate.ipynb #inspection-export
 ROLES = ("system", "user", "assistant", "tool")
@@ -503,16 +506,13 @@ def _tasks(rows: Any, starts: Optional[np.ndarray] = None) -> list[tuple]:
     return [(str(rows), some) for some in np.split(starts, np.flatnonzero(np.diff(starts // PART)) + 1) if len(some)]
 
 
-def _run_tasks(tasks: list, settings: tuple, num_proc: int) -> list[tuple]:
+def _run_tasks(tasks: list, settings: tuple, num_proc: int) -> Iterator[tuple]:
     "Results of the tasks, in order."
-    if num_proc == 1 or len(tasks) == 1:
-        _start_worker(*settings)
-        return [_work(task) for task in tasks]
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-    from proxy_sft import certificate  # by its module's name: worker processes import it
-    with ProcessPoolExecutor(num_proc, get_context("spawn"), certificate._start_worker, settings) as pool:
-        return list(pool.map(certificate._work, tasks))
+    if num_proc > 1 and len(tasks) > 1:
+        certificate = importlib.import_module("proxy_sft.certificate")  # by its module's name: worker processes import it
+        return results_in_order(certificate._work, [(task,) for task in tasks], num_proc, certificate._start_worker, settings)
+    _start_worker(*settings)
+    return (_work(task) for task in tasks)
 
 # %% ../nbs/00ca_certificate.ipynb #selected-export
 def _selected(rows: Any, lines: Any, starts: Optional[np.ndarray]) -> tuple:
@@ -547,6 +547,7 @@ def certify(
     fast: bool = True, # False measures everything by the reference path
     lines: Any = None, # numbers of the rows to measure, from 0, as an array or list; None for all
     starts: Optional[np.ndarray] = None, # of a file: its `line_starts`, where they are known already
+    progress: Callable[[int], None] = lambda rows: None, # told how many rows are measured; what it raises ends the work
 ) -> Certificate: # see its `verdict`, `passed`, `problems`, `to_json()`
     "Measure a data set: is what would be trained what a server would show?"
     rows, starts, numbers = _selected(rows, lines, starts)
@@ -557,9 +558,11 @@ def certify(
     else: fallback = check_fast(inspection, _some_rows(rows, starts, numbers, sample, seed), sample, seed)
     settings, counts, examples = (tokenizer, template, train_on, not fallback), Counter(), []
     tasks = _tasks(rows, None if starts is None else starts[numbers])
-    for part, wrong in _run_tasks(tasks, settings, num_proc):
-        for example in wrong: example["row"] = int(numbers[example["row"] + counts["rows"]])
-        counts, examples = counts + part, [*examples, *wrong][:MOST_FAILURES]
+    with closing(_run_tasks(tasks, settings, num_proc)) as results:
+        for part, wrong in results:
+            for example in wrong: example["row"] = int(numbers[example["row"] + counts["rows"]])
+            counts, examples = counts + part, [*examples, *wrong][:MOST_FAILURES]
+            progress(counts["rows"])
     return Certificate(template, train_on, dict(counts), examples, fallback)
 
 # %% ../nbs/00ca_certificate.ipynb #check-fast-export

@@ -32,7 +32,7 @@ from .reading import ConvertError, convert_row
 from .ledger import (
     REMEMBERED, Choices, FactsWriter, Piece, drop_rows, facts_file, line_count, newlines, row_facts, rows_to_drop)
 from .streams import (
-    Progress, converted_parts, enough_work, input_files, keep_memory, parts_of, process_count, without_main)
+    Progress, converted_parts, enough_work, input_files, keep_memory, parts_of, process_count)
 from .tables import html_table, text_table
 
 # %% ../nbs/01_convert.ipynb #convert-report

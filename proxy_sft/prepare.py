@@ -8,11 +8,11 @@ __all__ = ['KEY_SETTINGS', 'KEY_MODULES', 'KEY_LIBRARIES', 'FORMAT', 'SAMPLE', '
            'require_inputs', 'key_parts', 'cache_key', 'what_changed', 'prepared_folders', 'choose_rows', 'read_rows',
            'parsed_line', 'FastPathDiffers', 'guard', 'check', 'encode_whole', 'end_to_end', 'exchanges_that_fit',
            'shorten', 'cut_row', 'Encoded', 'encode_rows', 'used_rows', 'pieces_of', 'token_batch', 'write_stream',
-           'read_batches', 'read_stream', 'start_worker', 'end_with_builder', 'encode_piece', 'encoded_pieces',
-           'encoded_by_processes', 'Scratch', 'gathered', 'Source', 'sources_of', 'build_split', 'blocks_of',
-           'facts_of', 'names_of', 'describe_split', 'build', 'claim_of', 'build_claimed', 'fresh', 'build_splits',
-           'certify_train', 'remove_abandoned', 'Prepared', 'split_line', 'prepare', 'build_or_wait', 'waiting_line',
-           'build_for', 'check_folder', 'Cache', 'list_caches', 'prune_caches', 'cache_line', 'caches_command']
+           'read_batches', 'read_stream', 'start_worker', 'encode_piece', 'encoded_pieces', 'encoded_by_processes',
+           'Scratch', 'gathered', 'Source', 'sources_of', 'build_split', 'blocks_of', 'facts_of', 'names_of',
+           'describe_split', 'build', 'claim_of', 'build_claimed', 'fresh', 'build_splits', 'certify_train',
+           'remove_abandoned', 'Prepared', 'split_line', 'prepare', 'build_or_wait', 'waiting_line', 'build_for',
+           'check_folder', 'Cache', 'list_caches', 'prune_caches', 'cache_line', 'caches_command']
 
 # %% ../nbs/01a_prepare.ipynb #imports
 import argparse
@@ -21,15 +21,10 @@ import importlib
 import json
 import os
 import shutil
-import signal
-import threading
 import time
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from importlib.metadata import version
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Optional
 
@@ -45,7 +40,7 @@ from transformers import AutoTokenizer
 from . import chat
 from .certificate import certify, line_starts
 from .chat import IGNORED, ROW_ERRORS, ChatEncoder, TokenRows, chat_template
-from .convert import ConvertError, convert, facts_file, row_facts, without_main
+from .convert import ConvertError, convert, facts_file, row_facts
 from .download import download
 from .lengths import FACTS, FATES, Borders, Facts, LengthTable, cut_to_fit, describe_rows, exchanges, fit, pack, packed_rows, some_rows, supervised_before, token_statistics
 from .sealed import COMPLETE, SealError, file_hash, is_complete, publish, read_manifest, sealed_bytes, unmake, verify
@@ -53,6 +48,7 @@ from .settings import Settings
 from .stops import StopRequested, listening, stop_if_asked
 from .tables import bar_pace
 from .waiting import Announcer, Claim, NoAnswer, WaitError, World, claim_or_wait, discard_claim, read_claim, wait_for_builder
+from .workers import WorkerLost, results_in_order
 
 # %% ../nbs/01a_prepare.ipynb #error
 class PrepareError(RuntimeError):
@@ -262,18 +258,10 @@ def read_stream(path: Path) -> pa.Table:
 # %% ../nbs/01a_prepare.ipynb #worker
 _worker = {}
 
-def start_worker(settings: Settings, fast: bool, alone: bool = True) -> None: # alone: in the building process itself
+def start_worker(settings: Settings, fast: bool) -> None:
     "Load the tokenizer once."
     tokenizer = AutoTokenizer.from_pretrained(settings.model_dir)
     _worker.update(settings=settings, encoder=ChatEncoder(tokenizer, settings.template, settings.train_on, fast), borders=Borders.of(tokenizer))
-    if alone: return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the builder's to handle
-    threading.Thread(target=end_with_builder, daemon=True).start()
-
-def end_with_builder() -> None:
-    "A builder that was killed cannot end its processes; they do it themselves."
-    parent_process().join()
-    os._exit(1)
 
 def encode_piece(path: Path, starts: np.ndarray, numbers: np.ndarray, target: Path) -> list[pa.RecordBatch]: # FACTS
     "One piece, batch by batch; `starts` are those of its own span of the file."
@@ -300,20 +288,11 @@ def encoded_pieces(path: Path, starts: np.ndarray, chosen: np.ndarray, settings:
     else: yield from encoded_by_processes(tasks, processes, settings, fast)
 
 def encoded_by_processes(tasks: list[tuple], processes: int, settings: Settings, fast: bool) -> Iterator[list[pa.RecordBatch]]:
-    "The same by several processes; never more than a few pieces ahead of the reader."
-    context, room, waiting = get_context("forkserver"), importlib.import_module("proxy_sft.prepare"), deque()
-    context.set_forkserver_preload(["proxy_sft.prepare"])  # imported once, not once per process
-    pool = ProcessPoolExecutor(processes, context, room.start_worker, (settings, fast, False))
-    try:
-        for task in tasks:
-            with without_main(): waiting.append(pool.submit(room.encode_piece, *task))
-            if len(waiting) > 2 * processes: yield waiting.popleft().result()
-        while waiting: yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise PrepareError("A process that tokenises was killed, most often because memory ran out. "
-                           f"Set num_proc lower (now {processes}), or give the job more memory.") from error
+    "The same by several processes."
+    room = importlib.import_module("proxy_sft.prepare")
+    try: yield from results_in_order(room.encode_piece, tasks, processes, room.start_worker, (settings, fast))
     except room.FastPathDiffers as error: raise FastPathDiffers(str(error)) from error  # in a notebook the two classes are not the same
-    finally: pool.shutdown(wait=True, cancel_futures=True)
+
 
 # %% ../nbs/01a_prepare.ipynb #blocks
 BLOCKS = pa.schema([(name, pa.list_(pa.int32())) for name in ("input_ids", "labels", "seq_lengths")])
@@ -448,18 +427,20 @@ def build_claimed(settings: Settings, parts: dict[str, Any], folder: Path, claim
     "Build aside and publish."
     remove_abandoned(settings.prepared_dir)
     say(f"Preparing, because {what_changed(parts, settings.prepared_dir)}.")
+    get_context("forkserver").set_forkserver_preload(["proxy_sft.prepare"])  # imported once, not once per process
     aside = settings.prepared_dir / f".building-{folder.name}-{claim.word}"
     try:
         sources = sources_of(settings)
-        certificate = certify_train(settings, sources, fresh(aside))
+        certificate = certify_train(settings, sources, fresh(aside), say)
         try: splits, path = build_splits(settings, sources, aside, say, fast=True), "fast, compared with the reference"
         except FastPathDiffers as error:
             say(f"Preparing anew by the reference path, because {error}.")
-            certificate = certify_train(settings, sources, fresh(aside))
+            certificate = certify_train(settings, sources, fresh(aside), say)
             splits, path = build_splits(settings, sources, aside, say, fast=False), f"reference, because {error}"
         (aside / "statistics.json").write_text(json.dumps(splits, indent=1) + "\n", encoding="utf-8")
         short = {name: {n: v for n, v in counts.items() if n not in ("by_source", "max_length")} for name, counts in splits.items()}
         if not claim.lost: publish(aside, folder, {"key_parts": parts, "splits": short, "path": path, "certified": certificate})
+    except WorkerLost as error: raise PrepareError(str(error)) from error
     finally: shutil.rmtree(aside, ignore_errors=True)
 
 def fresh(folder: Path) -> Path:
@@ -478,11 +459,16 @@ def build_splits(settings: Settings, sources: dict[str, Source], aside: Path, pr
                            f"Raise max_length (now {settings.max_length}) or change train_on (now {settings.train_on}).")
     return splits
 
-def certify_train(settings: Settings, sources: dict[str, Source], aside: Path) -> bool: # whether the certificate passed
+def certify_train(settings: Settings, sources: dict[str, Source], aside: Path, progress: Callable[[str], None]) -> bool: # whether the certificate passed
     "Measure serve parity over the training conversations before anything is trained; `certificate.json` in the folder."
     source, tokenizer = sources.get("train"), AutoTokenizer.from_pretrained(settings.model_dir)
     rows, lines, starts = (source.path, source.chosen, source.starts) if source else ([], None, None)
-    found = certify(rows, tokenizer, settings.template, settings.train_on, num_proc=settings.num_proc or os.cpu_count() or 1, lines=lines, starts=starts)
+    count, processes = len(source.chosen) if source else 0, settings.num_proc or os.cpu_count() or 1
+    with tqdm(total=count, desc="certify train", unit=" rows", **bar_pace(), disable=not _show_progress()) as bar:
+        def told(rows):
+            bar.update(rows - bar.n)
+            progress(f"train: {rows:,} of {count:,} rows certified")
+        found = certify(rows, tokenizer, settings.template, settings.train_on, processes, lines=lines, starts=starts, progress=told)
     (aside / "certificate.json").write_text(found.to_json(), encoding="utf-8")
     return found.passed
 

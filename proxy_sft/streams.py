@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SMALL', 'ENDINGS', 'AHEAD', 'Part', 'lines_of', 'rows_of', 'typed', 'read_odd_line', 'not_json', 'keep_memory',
            'without_collection', 'convert_part', 'convert_apart', 'piece_from', 'serve_parts', 'input_files',
-           'ZstdBytes', 'opened', 'parts_of', 'parquet_parts', 'process_count', 'enough_work', 'without_main', 'Task',
-           'Helper', 'helpers', 'tasks_of', 'do_here', 'converted_parts', 'bars_are_hidden', 'Progress']
+           'ZstdBytes', 'opened', 'parts_of', 'parquet_parts', 'process_count', 'enough_work', 'Task', 'Helper',
+           'helpers', 'tasks_of', 'do_here', 'converted_parts', 'bars_are_hidden', 'Progress']
 
 # %% ../nbs/00bc_streams.ipynb #streams-imports
 import contextlib
@@ -20,10 +20,8 @@ import multiprocessing
 import os
 import select
 import signal
-import sys
 import time
 import traceback
-import types
 from collections import Counter
 from collections import deque
 from dataclasses import astuple, dataclass, field, replace
@@ -36,6 +34,7 @@ import zstandard
 from blake3 import blake3
 
 from .tables import bar_pace
+from .workers import without_main
 from .schema import decode_json
 from .reading import ConvertError, Row, usual_row
 from .ledger import BLOCK_BYTES, Choices, Piece, convert_into, line_ends, unreadable
@@ -238,13 +237,6 @@ def process_count(num_proc: Optional[int]) -> int: # at least 1
 def enough_work(files: list[Path]) -> bool:
     "Whether several processes are worth their start."
     return sum(path.stat().st_size for path in files) >= SMALL
-
-@contextlib.contextmanager
-def without_main():
-    "Processes started inside do not run the caller's script again, as they otherwise would; they need only this module."
-    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
-    try: yield
-    finally: sys.modules["__main__"] = main
 
 # %% ../nbs/00bc_streams.ipynb #convert-processes-parts
 class Task:
