@@ -771,6 +771,7 @@ def torchrun_command(
     settings: Optional[Settings] = None, # of the run
 ) -> list[str]: # the command, worker's part included
     "The torchrun command for a run; without torchrun when there is one process and nothing is offloaded."
+    if args.local_addr and not args.rdzv_endpoint: raise LaunchError("--local-addr is used with --rdzv-endpoint only; with fixed addresses --master-addr says where machine 0 is.")
     module = ["-m", "proxy_sft.launch", *worker]
     if str(args.nproc) == "1" and args.nnodes == "1" and not args.max_restarts and not (settings and offloads(settings)): return [sys.executable, *module]
     options = ["--nproc-per-node", str(args.nproc), "--nnodes", args.nnodes, "--max-restarts", str(args.max_restarts),
@@ -778,7 +779,7 @@ def torchrun_command(
     if log_dir: options += ["--log-dir", log_dir]
     if args.rdzv_endpoint:
         options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", args.rdzv_endpoint, "--rdzv-id", args.rdzv_id,
-                    "--rdzv-conf", f"is_host={int(args.node_rank == 0)}"]
+                    "--rdzv-conf", f"is_host={int(args.node_rank == 0)}", *(["--local-addr", args.local_addr] if args.local_addr else [])]
     elif args.nnodes != "1" or args.master_port:
         if args.max_restarts: raise LaunchError("--max-restarts needs --rdzv-endpoint HOST:PORT where machines or ports are given: with fixed addresses the other machines would not learn of a restart.")
         options += ["--node-rank", str(args.node_rank), "--master-addr", args.master_addr,
@@ -823,6 +824,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--master-port", type=int, metavar="PORT", help="free port on machine 0 (default: 29500 for several machines)")
     add("--rdzv-endpoint", metavar="HOST:PORT", help="elastic rendezvous instead of fixed machine numbers")
     add("--rdzv-id", default="proxy_sft", metavar="ID", help="name of the elastic rendezvous")
+    add("--local-addr", metavar="HOST", help="with --rdzv-endpoint: this machine's address as the others reach it, where its host name does not say so")
     add("--max-restarts", default=0, type=int, metavar="N", help="start all ranks again after a failure, so often")
     add("--dry-run", action="store_true", help="print settings and command, start nothing")
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from proxy_sft.launch import read_json
+
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
 TINY = dict(profile="demo", demo_rows=200, max_train_samples=64, max_eval_samples=4, max_length=512, logging_steps=1, save_steps=2, eval_steps="null", max_steps=8, num_proc=1)
@@ -36,18 +38,22 @@ def test_a_token_in_the_environment_is_written_nowhere(tmp_path):
     assert not [p for p in written if b"canary0123456789" in p.read_bytes()] and "canary0123456789" not in done.stdout + done.stderr
 
 
+def kill_kernel(run_dir):
+    "That of rank 1."
+    worker = read_json(run_dir / "status" / "rank-1.json")["pid"]
+    kernels = [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/status") if f"PPid:\t{worker}\n" in p.read_text() and b"ipykernel" in (p.parent / "cmdline").read_bytes()]
+    os.kill(kernels[0], signal.SIGKILL)
+
+
 @soak
 def test_ranks_that_are_started_again_go_on_from_the_newest_checkpoint(tmp_path):
-    from proxy_sft.launch import read_json
     command = [str(BIN / "proxy-sft"), "run", "nbs/02_train.ipynb", "--nproc", "2", "--max-restarts", "1"]
     def start(name): return subprocess.Popen([*command, *words(workspace=tmp_path, run_name=name, max_steps=30)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     killed, run_dir = start("killed"), tmp_path / "runs" / "killed"
     while not (run_dir / "checkpoint-4" / "COMPLETE").exists():
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.02)
-    worker = read_json(run_dir / "status" / "rank-1.json")["pid"]
-    kernels = [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/status") if f"PPid:\t{worker}\n" in p.read_text() and b"ipykernel" in (p.parent / "cmdline").read_bytes()]
-    os.kill(kernels[0], signal.SIGKILL)
+    kill_kernel(run_dir)
     said = killed.communicate()[0]
     assert killed.returncode == 0 and read_json(run_dir / "status" / "rank-1.json")["attempt"] == 1, said
     straight = start("straight")
@@ -79,8 +85,8 @@ class Machines:
     def close(self):
         for name in self.names: subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
-    def start(self, i, *options):
-        command = [str(BIN / "proxy-sft"), "run", "nbs/02_train.ipynb", "--nproc", "1", "--nnodes", "2", "--node-rank", str(i), "--master-addr", "10.77.0.1", "--master-port", "29511"]
+    def start(self, i, *options, addresses=("--master-addr", "10.77.0.1", "--master-port", "29511")):
+        command = [str(BIN / "proxy-sft"), "run", "nbs/02_train.ipynb", "--nproc", "1", "--nnodes", "2", "--node-rank", str(i), *addresses]
         return subprocess.Popen(["ip", "netns", "exec", self.names[i], *command, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                 env={**os.environ, "GLOO_SOCKET_IFNAME": self.names[i], "TP_SOCKET_IFNAME": self.names[i], "OMP_NUM_THREADS": "1"})
 
@@ -121,3 +127,25 @@ def test_two_machines_train_lose_one_and_go_on(machines, tmp_path, disks):
         parts = {p.name for p in (place / "runs" / "killed" / "checkpoint-8" / "global_step8").iterdir() if "optim" in p.name}
         assert len(parts) == (1 if disks == "two" else 2), parts
     if disks == "two": assert json.loads((places[1] / "runs" / "killed" / "manifest.json").read_text())["step"] == 8
+
+
+@soak
+def test_two_machines_that_meet_at_an_endpoint_start_again(machines, tmp_path):
+    def both(run_name, kill_after=None):
+        run_dir, runs = tmp_path / "runs" / run_name, []
+        for i in (0, 1):
+            meet = ("--rdzv-endpoint", "10.77.0.1:29511", "--local-addr", f"10.77.0.{i + 1}", "--max-restarts", "2")
+            runs.append(machines.start(i, *words(workspace=tmp_path, run_name=run_name, deepspeed="ds_config_zero2.json", max_steps=30), addresses=meet))
+        if kill_after:
+            while not (run_dir / kill_after / "COMPLETE").exists():
+                assert all(r.poll() is None for r in runs), [r.communicate()[0] for r in runs if r.poll() is not None]
+                time.sleep(0.02)
+            kill_kernel(run_dir)
+        said = "\n".join(r.communicate(timeout=3600)[0] for r in runs)
+        assert [r.returncode for r in runs] == [0, 0], said
+        return (run_dir / "model.safetensors").read_bytes(), {read_json(run_dir / "status" / f"rank-{i}.json")["attempt"] for i in (0, 1)}
+
+    straight, attempts = both("straight")
+    assert attempts == {0}
+    weights, attempts = both("killed", kill_after="checkpoint-4")
+    assert weights == straight and min(attempts) >= 1  # the machine whose rank only lost its partner may count a failure of its own

@@ -165,6 +165,7 @@ def test_launches_that_are_refused(tmp_path):
     for fixed in (["--nnodes", "2", "--master-addr", "node-0"], ["--master-port", "29511"]):
         with pytest.raises(launch.LaunchError, match="--max-restarts needs --rdzv-endpoint"): launch.torchrun_command(parser.parse_args(["nb", "--max-restarts", "1", *fixed]), [])
     assert "--rdzv-endpoint" in launch.torchrun_command(parser.parse_args(["nb", "--max-restarts", "1", "--nnodes", "2", "--rdzv-endpoint", "node-0:29511"]), [])
+    with pytest.raises(launch.LaunchError, match="--local-addr is used with --rdzv-endpoint only"): launch.torchrun_command(parser.parse_args(["nb", "--local-addr", "10.0.0.2"]), [])
     with pytest.raises(launch.LaunchError, match="The parameters in -y are not valid YAML"): launch.yaml_mapping("{", "-y")
     with pytest.raises(SystemExit): parser.parse_args(["nb", "--nproc", "0"])
     broken = tmp_path / "broken.ipynb"
