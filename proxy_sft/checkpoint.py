@@ -69,6 +69,7 @@ def clear_away(folder: Path) -> dict[str, str]: # as `sweep` gives them
     discard(folder)
     return {name: f"{name} is not complete: its save was cut short before the marker {COMPLETE}. It is deleted" for name in names}
 
+# %% ../nbs/01b_checkpoint.ipynb #setback
 def step_of(folder: Path) -> int: # 0 where nothing complete lies
     "The step of a sealed folder of any name, by its manifest."
     return read_manifest(folder).get("step", 0) if is_complete(folder) else 0

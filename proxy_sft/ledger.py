@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LEFT_OUT', 'MARK', 'IDENTITY', 'NO_HASH', 'GROUP_ROWS', 'BLOCK_BYTES', 'REMEMBERED', 'Choices', 'as_text',
            'source_of', 'is_tool_row', 'left_out', 'content_hash', 'hash_key', 'is_heldout', 'is_heldout_tool',
-           'heldout_tools_of', 'Piece', 'json_line', 'as_string', 'row_line', 'excerpt', 'keep_usual', 'convert_into',
-           'facts_schema', 'facts_file', 'FactsWriter', 'unreadable', 'newlines', 'line_ends', 'line_count',
-           'row_facts', 'rows_to_drop', 'drop_rows']
+           'heldout_tools_of', 'Piece', 'finished', 'json_line', 'as_string', 'row_line', 'excerpt', 'keep_usual',
+           'convert_into', 'facts_schema', 'facts_file', 'FactsWriter', 'unreadable', 'newlines', 'line_ends',
+           'line_count', 'row_facts', 'rows_to_drop', 'drop_rows']
 
 # %% ../nbs/00bb_ledger.ipynb #ledger-imports
 import functools
@@ -145,13 +145,14 @@ class Piece:
         repairs = [{"code": code, "message": index, "found": found[:200]} for code, index, found in talk.repairs]
         self.files["repaired"].append(json_line({"id": row_id, "line": line, "source": source, "repairs": repairs}))
 
-    def finish(self) -> "Piece":
-        "Lines as bytes that are ready to be written, facts as columns, and the kept rows counted."
-        for kinds in (self.files, self.marks): kinds.update({name: b"".join(lines) for name, lines in kinds.items()})
-        self.facts = {side: list(zip(*rows)) for side, rows in self.facts.items()}
-        for side, columns in self.facts.items():
-            for source, n in Counter(columns[1] if columns else ()).items(): self.counts["kept", side, source] += n
-        return self
+# %% ../nbs/00bb_ledger.ipynb #convert-piece-finish
+def finished(piece: Piece) -> Piece: # the same one
+    "Lines as bytes that are ready to be written, facts as columns, and the kept rows counted."
+    for kinds in (piece.files, piece.marks): kinds.update({name: b"".join(lines) for name, lines in kinds.items()})
+    piece.facts = {side: list(zip(*rows)) for side, rows in piece.facts.items()}
+    for side, columns in piece.facts.items():
+        for source, n in Counter(columns[1] if columns else ()).items(): piece.counts["kept", side, source] += n
+    return piece
 
 # %% ../nbs/00bb_ledger.ipynb #convert-piece-lines
 def json_line(value: dict) -> bytes:

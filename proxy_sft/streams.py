@@ -37,7 +37,7 @@ from .tables import bar_pace
 from .workers import without_main
 from .schema import decode_json
 from .reading import ConvertError, Row, usual_row
-from .ledger import BLOCK_BYTES, Choices, Piece, convert_into, line_ends, unreadable
+from .ledger import BLOCK_BYTES, Choices, Piece, convert_into, finished, line_ends, unreadable
 
 # %% ../nbs/00bc_streams.ipynb #convert-parts
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def convert_part(part: Part, choices: Choices) -> Piece: # bytes, ready to write
     piece = Piece()
     with without_collection():
         for line, row in rows_of(part): convert_into(piece, row, line, choices)
-        return piece.finish()
+        return finished(piece)
 
 # %% ../nbs/00bc_streams.ipynb #convert-part-apart
 def convert_apart(part: tuple, choices: tuple, path: str) -> tuple: # for `piece_from`
