@@ -17,7 +17,7 @@ env:
 	@./setup_sft_env.sh
 
 demo: env
-	@$(BIN)/python tests/demo.py $(DEMO)
+	@$(BIN)/python tools/demo.py $(DEMO)
 
 check: env
 	$(BIN)/nbdev_clean
@@ -26,25 +26,25 @@ check: env
 	$(BIN)/python -m pytest tests -q
 
 test: env
-	@$(BIN)/python tests/ci.py
+	@$(BIN)/python tools/ci.py
 
 notebooks: env
-	@$(BIN)/python tests/execute_notebooks.py
+	@$(BIN)/python tools/execute_notebooks.py
 
 lab: env
-	$(BIN)/jupyter lab --notebook-dir=. $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/nbs/05_tour.ipynb
+	$(BIN)/jupyter lab --notebook-dir=. $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/nbs/tour.ipynb
 
 docs: env
-	$(BIN)/python tests/api_pages.py _docs
+	$(BIN)/python tools/api_pages.py _docs
 
 tables: env
-	$(BIN)/python tests/readme_settings.py
-	$(BIN)/python tests/rooms_table.py
-	$(BIN)/python tests/public_names.py
-	$(BIN)/python tests/licences.py
+	$(BIN)/python tools/readme_settings.py
+	$(BIN)/python tools/module_table.py
+	$(BIN)/python tools/public_names.py
+	$(BIN)/python tools/licences.py
 
 soak: env
-	PROXY_SFT_SOAK=1 $(BIN)/python tests/soak.py
+	PROXY_SFT_SOAK=1 $(BIN)/python tools/soak.py
 
 lock:
 	./lock_requirements.sh

@@ -3,7 +3,7 @@ from configparser import ConfigParser
 from pathlib import Path
 import shutil
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
@@ -36,7 +36,7 @@ setup(
     author_email=about["author_email"], url=about["git_url"], license="Apache-2.0",
     long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
     long_description_content_type="text/markdown",
-    python_requires=f">={about['min_python']},<3.13", packages=["proxy_sft"], package_data={"proxy_sft": ["py.typed", "templates/*"]},
+    python_requires=f">={about['min_python']},<3.13", packages=find_packages(include=["proxy_sft", "proxy_sft.*"]), package_data={"proxy_sft": ["py.typed", "templates/*"]},
     install_requires=requirements(), cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": [about["console_scripts"]]},
 )

@@ -10,7 +10,7 @@ import random
 import sys
 import time
 
-from proxy_sft.calls import format_calls, parse_calls
+from proxy_sft.data.calls import format_calls, parse_calls
 
 
 def draw_texts(count, seed=5):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from proxy_sft.sealed import file_hash, files_in, flush, publish
+from proxy_sft.core.atomic_folders import file_hash, files_in, flush, publish
 
 
 def write(folder: Path, gib: float) -> float:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from proxy_sft.convert import convert_file
+from proxy_sft.data.conversion import convert_file
 
 SYSTEM = ("You are a helpful function-calling AI assistant. You are provided with function signatures within <functions></functions> XML tags. You may call "
           "one or more functions to assist with the user query. Output any function calls within <function_calls></function_calls> XML tags. "

@@ -33,11 +33,12 @@ import orjson
 
 sys.path.insert(0, str(Path(__file__).parent))
 from convert import draw_row
-
-import proxy_sft.prepare as room
-from proxy_sft.chat import ChatEncoder, Renderer, chat_template
-from proxy_sft.convert import convert_row
-from proxy_sft.settings import load_settings
+from proxy_sft import pipeline
+from proxy_sft.tokens import preparation
+from proxy_sft.chat.encoder import ChatEncoder, Renderer
+from proxy_sft.chat.templates import chat_template
+from proxy_sft.data.rows import convert_row
+from proxy_sft.core.settings import load_settings
 
 ROWS, TOOL_SHARE, CORES = 2_152_112, 227_579 / 2_152_112, 16
 CONTROLS = re.compile(r"<\|\w+\|>|</?(think|tool_call|tool_response)>")
@@ -129,20 +130,19 @@ def our_side(rows, folder, model):
     settings = load_settings("demo", workspace=str(folder), model=str(model), dataset=str(folder / "rows.jsonl"), num_proc=1, max_length=32768)
     settings.converted_dir.mkdir(parents=True)
     (settings.converted_dir / "train.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
-    room.require_inputs = lambda settings: None
-    spent, real = dict.fromkeys(PARTS.values(), 0.0), {name: getattr(room, name) for name in PARTS}
+    spent, real = dict.fromkeys(PARTS.values(), 0.0), {name: getattr(preparation, name) for name in PARTS}
     def measure(name):
         def call(*args, **kw):
             took, found = timed(lambda: real[name](*args, **kw))
             spent[PARTS[name]] += took
             return found
         return call
-    for name in real: setattr(room, name, measure(name))
-    whole, prepared = timed(lambda: room.prepare(settings))
+    for name in real: setattr(preparation, name, measure(name))
+    whole, prepared = timed(lambda: preparation.prepare(settings, lambda settings: None))
     begun = time.perf_counter()
-    room.prepare(settings)
+    preparation.prepare(settings, lambda settings: None)
     hit, size = time.perf_counter() - begun, sum(file.stat().st_size for file in prepared.folder.iterdir())
-    for name in real: setattr(room, name, real[name])
+    for name in real: setattr(preparation, name, real[name])
     return {**spent, "whole": whole - spent["certificate"]}, prepared, size, hit
 
 
@@ -152,7 +152,7 @@ def main(count=40_000, slow=1000):
     with tempfile.TemporaryDirectory() as name:
         folder, model = Path(name), MODEL
         if not (MODEL / "tokenizer.json").is_file():
-            from proxy_sft.demo import build_demo_tokenizer
+            from proxy_sft.demo.tokenizer import build_demo_tokenizer
             model = folder / "model"
             build_demo_tokenizer([text.take(2_000_000)]).save_pretrained(model)
             print("The real tokenizer is not here (../shared/qwen3-8b); the demo's takes its place.")

@@ -61,8 +61,8 @@ def write_inputs(folder, args, gpu):
     import orjson
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from proxy_sft.cost import published_config
-    from proxy_sft.demo import build_demo_tokenizer
+    from proxy_sft.training.cost import published_config
+    from proxy_sft.demo.tokenizer import build_demo_tokenizer
     text, chance = Text(), random.Random(1)
     (folder / "converted" / "rows").mkdir(parents=True)
     for split, count in (("heldout", 2), ("train", args.rows)):
@@ -89,8 +89,8 @@ def write_inputs(folder, args, gpu):
 def layers_that_fit(args):
     "The most layers of Qwen3-8B of which a step of our side fits the card with a tenth to spare, by the doctor's count."
     import torch
-    from proxy_sft.cost import memory_parts, published_config
-    from proxy_sft.settings import load_settings
+    from proxy_sft.training.cost import memory_parts, published_config
+    from proxy_sft.core.settings import load_settings
     settings, card = load_settings("qwen3_8b", deepspeed="null", **{name: parsed(value) for name, value in args.p}), torch.cuda.get_device_properties(0).total_memory
     for layers in (36, 32, 28, 24, 20, 16, 12, 8, 4):
         config = published_config("Qwen/Qwen3-8B")
@@ -104,7 +104,7 @@ def lengths_of(folder):
     import numpy as np
     import orjson
     from transformers import AutoTokenizer
-    from proxy_sft.chat import ChatEncoder
+    from proxy_sft.chat.encoder import ChatEncoder
     encoder, found = ChatEncoder(AutoTokenizer.from_pretrained(folder / "counting")), []
     with (folder / "converted" / "rows" / "train.jsonl").open("rb") as file: rows = [orjson.loads(line) for line in file]
     for at in range(0, len(rows), 1000): found.append(np.diff(encoder.encode(rows[at:at + 1000]).offsets))
@@ -126,7 +126,7 @@ def sides(folder, args, gpu):
 
 
 def load(profile):
-    from proxy_sft.settings import load_settings
+    from proxy_sft.core.settings import load_settings
     return load_settings(profile)
 
 
@@ -164,12 +164,13 @@ def run_side(folder):
     "Train one side, and leave what was measured in `result.json`."
     import torch
     from transformers import TrainerCallback
-    from proxy_sft.checkpoint import checkpoint_facts
-    from proxy_sft.cost import Shape, flops_per_token, peak_flops, utilisation
-    from proxy_sft.doctor import device_name
-    from proxy_sft.prepare import prepare
-    from proxy_sft.settings import load_settings
-    from proxy_sft.train import build_trainer, start_processes
+    from proxy_sft.training.checkpoints import checkpoint_facts
+    from proxy_sft.training.cost import flops_per_token, peak_flops, Shape, utilisation
+    from proxy_sft.training.doctor import device_name
+    from proxy_sft.tokens.preparation import prepare
+    from proxy_sft.core.settings import load_settings
+    from proxy_sft.training.run import start_processes
+    from proxy_sft.training.trainer import build_trainer
     settings = load_settings(**json.loads((folder / "side.json").read_text()))
     prepared = prepare(settings)
     start_processes(settings)
@@ -233,7 +234,7 @@ def resident(name):
 def padding_figures(lengths, seed=0):
     "Lines: which share of what is computed is padding, by way of making batches."
     import numpy as np
-    from proxy_sft.lengths import pack
+    from proxy_sft.tokens.lengths import pack
     lengths = np.asarray(lengths)
     cut, packed = np.minimum(lengths, 4096), np.minimum(lengths, 32_768)
     shuffled = np.random.default_rng(seed).permutation(cut)[:len(cut) // 4 * 4].reshape(-1, 4)

@@ -8,9 +8,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch.distributed as dist
-
-import proxy_sft.prepare as room
-from proxy_sft.settings import load_settings
+from proxy_sft.tokens import encoding, preparation
+from proxy_sft.core.settings import load_settings
 
 FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(["proxy_sft.train"])  # the same as in trainings.py: a process has one server; a module of this folder would not be found by it (Python 3.11)
@@ -18,23 +17,23 @@ FORKS.set_forkserver_preload(["proxy_sft.train"])  # the same as in trainings.py
 
 def build(workspace, seconds=0.0, run="run", shared="true", processes=1, answer=None, meet=None, hold=0):
     "Prepare; seconds are waited before building, and held after each piece that the processes encode; `answer` is the probe's patience, `meet` a default for the timeout of collectives, of which there is one afterwards."
-    real = room.build_splits
+    real = preparation.build_splits
     def slow(*args, **kw):
         print("building", flush=True)
         time.sleep(seconds)
         return real(*args, **kw)
-    pieces = room.encoded_by_processes
+    pieces = encoding.encoded_by_processes
     def held(*args):
         for piece in pieces(*args):
             print("a piece", flush=True)
             time.sleep(hold)
             yield piece
-    room.build_splits, room.encoded_by_processes, room.require_inputs = slow, held, lambda settings: None
-    usual, room.ANSWER = room.waiting_line, answer or room.ANSWER
-    room.waiting_line = lambda rank, **given: usual(rank, every=0, **given)  # what is heard is seen at once
+    preparation.build_splits, encoding.encoded_by_processes = slow, held
+    usual, preparation.ANSWER = preparation.waiting_line, answer or preparation.ANSWER
+    preparation.waiting_line = lambda rank, **given: usual(rank, every=0, **given)  # what is heard is seen at once
     if meet: dist.distributed_c10d.default_pg_timeout = dist.constants.default_pg_timeout = datetime.timedelta(seconds=meet)
-    if processes > 1: room.PIECE_BYTES, room.WORTH_BYTES = 10_000, (0, 0)
-    found = room.prepare(load_settings("demo", workspace=workspace, run_name=run, shared_file_system=shared, num_proc=processes))
+    if processes > 1: encoding.PIECE_BYTES, encoding.WORTH_BYTES = 10_000, (0, 0)
+    found = preparation.prepare(load_settings("demo", workspace=workspace, run_name=run, shared_file_system=shared, num_proc=processes), lambda settings: None)
     print("prepared", found.key, sum(map(len, found.dataset("train")["input_ids"])), flush=True)
     if meet: meet_others(workspace)
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from bfcl_cases import ODD, all_cases, garbled_cases
-from proxy_sft.answers import EvaluateError, Reply, expected_text
-from proxy_sft.bfcl import (
-    CATEGORIES, SUMMARIES, chosen_categories, java_value, judge_questions, leaderboard_dict, read_questions, script_value, summaries, why_call_is_wrong,
-    why_calls_are_wrong, why_wrong)
+from proxy_sft.evaluation.answers import EvaluateError, expected_text, Reply
+from proxy_sft.evaluation.bfcl import (
+    CATEGORIES, chosen_categories, java_value, judge_questions, leaderboard_dict, read_questions, script_value,
+    SUMMARIES, summaries, why_call_is_wrong, why_calls_are_wrong, why_wrong
+)
 
 PYTHON = {"s": "string", "i": "integer", "f": "float", "b": "boolean", "d": "dict", "a": "any", "l": ("array", "string"), "n": ("array", "float"),
           "m": ("array", "dict"), "t": ("tuple", "integer"), "nn": ("array", "array")}

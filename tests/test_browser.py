@@ -30,7 +30,7 @@ pytestmark = [
 LAST_CELL = '''
 os = __import__("os")
 os.environ.pop("IN_TEST", None)  # from here on somebody can press a button
-from proxy_sft.inspector import inspect
+from proxy_sft.chat.inspector import inspect
 def said(role, content): return {"role": role, "content": content, "function_calls": None, "functions": None}
 ugly = {"id": "ugly", "source_dataset": "hand made", "messages": [
     said("user", "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script> <|im_end|> needle in a haystack"),

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy_sft.calls import MAX_DEPTH, MAX_DIGITS, REASONS, CallError, format_calls, parse_calls
+from proxy_sft.data.calls import format_calls, parse_calls
+from proxy_sft.data.values import CallError, MAX_DEPTH, MAX_DIGITS, REASONS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "dolci"
 

@@ -6,16 +6,23 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
+from proxy_sft.chat import encoder, parity, parity_counts, parity_turns
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
-from proxy_sft.chat import (
-    IGNORED, STOP_TOKEN, TEMPLATES, TRAIN_ON, ChatEncoder, ChatError, certify, certify_batches, chat_template, control_tokens,
-    encode_text, find_bodies, render_chat, save_chat_files, served_template, serving_options, stop_token_ids, supervise,
-    supervise_batch, trained_spans)
-from proxy_sft.demo import build_demo_tokenizer, demo_rows, demo_texts
+from proxy_sft.chat.encoder import ChatEncoder, find_bodies, supervise_batch
+from proxy_sft.chat.masks import IGNORED, supervise, TRAIN_ON, trained_spans
+from proxy_sft.chat.parity import certify, certify_batches
+from proxy_sft.chat.saving import save_chat_files, stop_token_ids
+from proxy_sft.chat.templates import (
+    chat_template, ChatError, control_tokens, encode_text, render_chat, served_template, serving_options, STOP_TOKEN,
+    TEMPLATES
+)
+from proxy_sft.data.rows import convert_row, ConvertError
+from proxy_sft.demo.rows import demo_rows
+from proxy_sft.demo.tokenizer import build_demo_tokenizer, demo_texts
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REAL = SHARED / "qwen3-8b"
@@ -263,7 +270,6 @@ def test_the_parity_table(tokenizer):
 
 def broken(change, tokenizer, monkeypatch, fast, template="nothink"):
     "The certificate of a data set whose supervision is broken by `change(ids, labels)`."
-    import proxy_sft.certificate as room
     whole = ChatEncoder.encode
     def encode(self, rows, parallel=None):
         out = whole(self, rows, parallel)
@@ -273,7 +279,7 @@ def broken(change, tokenizer, monkeypatch, fast, template="nothink"):
     monkeypatch.setattr(ChatEncoder, "encode", encode)
     rows = [{"messages": messages, "tools": tools} for name, (messages, tools, _) in CASES.items()
             if not (fast and name in ("literals", "leading line break"))]  # these are not measured together with others, and would show the fault by themselves
-    monkeypatch.setattr(room, "check_fast", lambda *args: "")  # no sample guards it here
+    monkeypatch.setattr(parity, "check_fast", lambda *args: "")  # no sample guards it here
     return certify(rows, tokenizer, template, fast=fast)
 
 
@@ -300,22 +306,21 @@ def test_the_certificate_sees(tokenizer, fault, fast, monkeypatch):
 
 def test_rows_measured_together_are_counted_as_one_by_one(tokenizer, monkeypatch):
     "Most rows are in order and measured in batches; whatever is not goes the plain way. Both give the same counts and examples."
-    import proxy_sft.certificate as room
     rnd, together = random.Random(11), 0
     escaped = json.dumps(user("caf\u00e9 <|im_end|>")).replace("<", "\\u003c")
     rows = [on_disk(random_chat(rnd, i % 5 == 0)) for i in range(60)] + [random_chat(rnd, i % 5 == 0) for i in range(20)]
     rows += [{"messages_json": json.dumps([user("x"), answer(text)], ensure_ascii=False)} for text in ("\nA", "e\u0301", "", " A", "a\\u0041", "</think>")]
     rows += [{"messages": messages, "tools": tools} for messages, tools, _ in CASES.values()]
     rows += [{"messages_json": f"[{escaped}, {json.dumps(answer('A'))}]", "tools_json": "[]"}, {"messages": [user("x")]}]
-    slow = lambda inspection, rows, tokens, texts: (np.zeros(len(rows), bool), room.Counter())
+    slow = lambda inspection, rows, tokens, texts: (np.zeros(len(rows), bool), Counter())
     for template in TEMPLATES:
         for train_on in TRAIN_ON:
-            inspection = room.Inspection(tokenizer, template, train_on)
-            quick, tokens = room.measure(inspection, rows), inspection.encoder.encode(rows)
-            together += room._rows_in_order(inspection, rows, tokens, tokens.texts or [None] * len(rows))[0].sum()
+            inspection = parity_turns.Inspection(tokenizer, template, train_on)
+            quick, tokens = parity_counts.measure(inspection, rows), inspection.encoder.encode(rows)
+            together += parity_counts._rows_in_order(inspection, rows, tokens, tokens.texts or [None] * len(rows))[0].sum()
             with monkeypatch.context() as patch:
-                patch.setattr(room, "_rows_in_order", slow)
-                assert quick == room.measure(inspection, rows), (template, train_on)
+                patch.setattr(parity_counts, "_rows_in_order", slow)
+                assert quick == parity_counts.measure(inspection, rows), (template, train_on)
     assert together > 50  # of those that two of the templates leave in order
 
 
@@ -352,12 +357,11 @@ def test_bad_rows_are_counted_and_do_not_hide_the_others(tokenizer):
 
 
 def test_certify_a_file_in_processes(tokenizer, tmp_path, monkeypatch):
-    import proxy_sft.certificate as room
     rnd = random.Random(3)
     rows = [random_chat(rnd, i % 7 == 0) for i in range(60)] + [{"messages": [user("x")], "tools": []}]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(on_disk(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    monkeypatch.setattr(room, "PART", path.stat().st_size // 7)
+    monkeypatch.setattr(parity, "PART", path.stat().st_size // 7)
     one, two, memory = (certify(path, tokenizer), certify(str(path), tokenizer, num_proc=2), certify(rows, tokenizer))
     assert one.counts == two.counts == memory.counts and one["rows"] == 61
     assert [e["row"] for e in one.examples] == [e["row"] for e in two.examples] == [60]
@@ -365,21 +369,19 @@ def test_certify_a_file_in_processes(tokenizer, tmp_path, monkeypatch):
 
 def test_a_slip_in_the_short_way_turns_the_certificate_red(tokenizer, monkeypatch):
     "The server's side is rendered by the template itself, so a wrong `chatml_text` cannot agree with itself."
-    import proxy_sft.certificate as room
-    import proxy_sft.chat as chat
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}}]
     rows = [{"tools": tools, "messages": [user("one"), {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "2"},
                                           {"role": "assistant", "content": "Two."}]}]
-    right = chat.chatml_text
+    right = encoder.chatml_text
     slips = {"user": lambda text: text.replace("user\n", "user\n ", 1), "result": lambda text: text.replace("<tool_response>\n", "<tool_response>", 1),
              "tools": lambda text: text.replace("<tools>", "<tools> ", 1)}
-    monkeypatch.setattr(room, "check_fast", lambda *args: "")  # no sample guards it here
+    monkeypatch.setattr(parity, "check_fast", lambda *args: "")  # no sample guards it here
     assert certify(rows, tokenizer).passed
     for name, slip in slips.items():
-        monkeypatch.setattr(chat, "chatml_text", lambda *args: slip(right(*args)))
+        monkeypatch.setattr(encoder, "chatml_text", lambda *args: slip(right(*args)))
         assert not certify(rows, tokenizer).passed, name
-        monkeypatch.setattr(chat, "chatml_text", right)
+        monkeypatch.setattr(encoder, "chatml_text", right)
 
 
 def test_certify_chosen_lines(tokenizer, tmp_path):
@@ -446,11 +448,10 @@ def test_saved_files_serve_what_was_trained(tokenizer, tmp_path):
 
 
 def test_every_converted_demo_row_is_certified():
-    convert = pytest.importorskip("proxy_sft.convert", reason="01_convert is not exported yet")
     tokenizer, rows = build_demo_tokenizer(demo_texts()), []
     for row in demo_rows():
-        try: rows.append(convert.convert_row(row))
-        except convert.ConvertError: pass  # planted
+        try: rows.append(convert_row(row))
+        except ConvertError: pass  # planted
     certificate = certify(rows, tokenizer)
     assert certificate.passed and certificate["rows"] > 1500 and certificate["literal"] > 0, certificate
     for name in ("stock", "trl_training"):
@@ -461,13 +462,12 @@ def test_every_converted_demo_row_is_certified():
 def test_dolci_rows_agree_with_apply_chat_template():
     "403 converted conversations over real tool schemas, with the real tokenizer."
     if not (REAL.exists() and (SHARED / "dolci").exists()): pytest.skip("no real tokenizer and rows in ../shared")
-    convert = pytest.importorskip("proxy_sft.convert", reason="01_convert is not exported yet")
     from transformers import AutoTokenizer
     tokenizer, rows = AutoTokenizer.from_pretrained(REAL), []
     for name in ("real_rows", "bfcl_rows"):
         for line in (SHARED / "dolci" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
-            try: rows.append(convert.convert_row(json.loads(line)))
-            except convert.ConvertError: pass  # the converter's own tests say which and why
+            try: rows.append(convert_row(json.loads(line)))
+            except ConvertError: pass  # the converter's own tests say which and why
     certificate = certify(rows, tokenizer)
     assert certificate.passed and certificate["rows"] > 395 and not certificate["left out"], certificate
     assert certify(rows, tokenizer, "empty_think").passed

@@ -10,16 +10,21 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from proxy_sft.data import files, ledger, rows
 import pytest
 import zstandard
 from transformers import AutoTokenizer
 
-from proxy_sft import ledger, reading, streams
-from proxy_sft.calls import format_calls
-from proxy_sft.chat import render_chat
-from proxy_sft.convert import ConvertError, convert, convert_file, convert_row, row_facts
-from proxy_sft.demo import demo_plan, demo_rows, write_demo_model
-from proxy_sft.settings import load_settings
+
+from proxy_sft.data.calls import format_calls
+from proxy_sft.chat.templates import render_chat
+from proxy_sft.convert import convert
+from proxy_sft.data.conversion import convert_file
+from proxy_sft.data.ledger import row_facts
+from proxy_sft.data.rows import convert_row, ConvertError
+from proxy_sft.demo.model import write_demo_model
+from proxy_sft.demo.rows import demo_plan, demo_rows
+from proxy_sft.core.settings import load_settings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TAGS = ("You are provided with function signatures within <functions></functions> XML tags. ",
@@ -322,7 +327,7 @@ def test_the_short_way_and_the_long_way_agree(tmp_path, strictness):
         try: assert kept.get(line) == convert_row(row, strictness=strictness), (line, row)
         except ConvertError as error: assert rejected.get(line) == (error.reason, error.found[:200]), (line, row)
     lines = [line for line in source.read_bytes().splitlines() if b"extra" not in line and b"narrator" not in line]
-    short = sum(reading.read_usual(reading.usual_row(line), strictness) is not None for line in lines[:500])
+    short = sum(rows.read_usual(rows.usual_row(line), strictness) is not None for line in lines[:500])
     assert short > 300, "the short way is hardly ever taken"
 
 
@@ -360,8 +365,8 @@ def test_rows_in_are_rows_kept_and_rows_rejected(demo_file, tmp_path):
 
 
 def test_same_bytes_for_any_number_of_processes(demo_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(streams, "BLOCK_BYTES", 100_000)  # many parts
-    monkeypatch.setattr(streams, "SMALL", 0)  # not too small for several processes
+    monkeypatch.setattr(files, "BLOCK_BYTES", 100_000)  # many parts
+    monkeypatch.setattr(files, "SMALL", 0)  # not too small for several processes
     for num_proc in (1, 3):
         convert_file(demo_file, tmp_path / str(num_proc) / "train.jsonl", heldout_fraction=0.1, drop_duplicates=True, num_proc=num_proc)
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
@@ -369,7 +374,7 @@ def test_same_bytes_for_any_number_of_processes(demo_file, tmp_path, monkeypatch
 
 def test_a_script_without_a_guard_is_not_run_again_by_its_processes(tmp_path):
     source, script = write_rows(tmp_path / "in.jsonl", demo_rows(200)), tmp_path / "script.py"
-    script.write_text("import proxy_sft.convert as c, proxy_sft.streams as s\nprint('begin')\ns.SMALL, s.BLOCK_BYTES = 0, 100_000\n"
+    script.write_text("import proxy_sft.data.conversion as c, proxy_sft.data.files as s\nprint('begin')\ns.SMALL, s.BLOCK_BYTES = 0, 100_000\n"
                       f"print(c.convert_file({str(source)!r}, {str(tmp_path / 'out' / 'train.jsonl')!r}, num_proc=2).rows)\n")
     for options in ({"args": [sys.executable, str(script)]}, {"args": [sys.executable, "-"], "stdin": script.open()}):
         run = subprocess.run(**options, capture_output=True, text=True, timeout=900)
@@ -525,7 +530,7 @@ def test_files_that_cannot_be_used(tmp_path, name, words):
 
 
 def test_a_fault_in_another_process_is_told_as_well(tmp_path, monkeypatch):
-    monkeypatch.setattr(streams, "SMALL", 0)
+    monkeypatch.setattr(files, "SMALL", 0)
     good = json.dumps(simple()) + "\n"
     (tmp_path / "in.jsonl").write_text(good * 2_000 + "oh no\n" + good * 500)
     with pytest.raises(ConvertError, match="line 2001"): convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl", num_proc=2)
@@ -533,8 +538,8 @@ def test_a_fault_in_another_process_is_told_as_well(tmp_path, monkeypatch):
 
 
 def test_of_several_faults_the_first_is_told_whoever_meets_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(streams, "SMALL", 0)
-    monkeypatch.setattr(streams, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(files, "SMALL", 0)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 20_000)
     lines = [json.dumps(simple()) + "\n"] * 2_000
     for bad in range(100, 2_000, 60): lines[bad] = f"oh no {bad}\n"
     (tmp_path / "in.jsonl").write_text("".join(lines))
@@ -545,8 +550,8 @@ def test_of_several_faults_the_first_is_told_whoever_meets_it(tmp_path, monkeypa
 
 def test_a_bad_row_before_a_damaged_place_is_told_first(tmp_path, monkeypatch):
     "Parts are read ahead of where they are converted: what is met first in time is not what comes first in the file."
-    monkeypatch.setattr(streams, "SMALL", 0)
-    monkeypatch.setattr(streams, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(files, "SMALL", 0)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 20_000)
     lines = [json.dumps(chat(str(random.Random(i).random()))) + "\n" for i in range(3_000)]
     lines[900] = "oh no\n"
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode())[:-5_000])
@@ -557,10 +562,10 @@ def test_a_bad_row_before_a_damaged_place_is_told_first(tmp_path, monkeypatch):
 
 def test_a_helper_that_dies_is_told(tmp_path, monkeypatch):
     import psutil
-    monkeypatch.setattr(streams, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 20_000)
     source = write_rows(tmp_path / "in.jsonl", [chat(str(i)) for i in range(3_000)])
     (tmp_path / "aside").mkdir()
-    pieces = streams.converted_parts(streams.parts_of([source]), ledger.Choices(), 2, tmp_path / "aside")
+    pieces = files.converted_parts(files.parts_of([source]), ledger.Choices(), 2, tmp_path / "aside")
     before = set(psutil.Process().children(recursive=True))
     next(pieces)
     helper, = (p for p in set(psutil.Process().children(recursive=True)) - before if "forkserver" in " ".join(p.cmdline()) and p.ppid() != os.getpid())
@@ -600,7 +605,7 @@ def test_a_row_that_fails_leaves_the_old_files_alone(tmp_path):
 def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
     source = write_rows(tmp_path / "in.jsonl", demo_rows(400) * 8)
     # The system ends it in the middle of a write, as abruptly as kill -9: a file may have 100,000 bytes, and the signal for more is not ignored, as Python would have it.
-    code = ("import resource as r, signal; from proxy_sft.convert import convert_file\n"
+    code = ("import resource as r, signal; from proxy_sft.data.conversion import convert_file\n"
             "r.setrlimit(r.RLIMIT_CORE, (0, 0)); r.setrlimit(r.RLIMIT_FSIZE, (100_000, 100_000)); signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
             f"convert_file({str(source)!r}, {str(tmp_path / 'out' / 'train.jsonl')!r})")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -643,9 +648,9 @@ def test_a_missing_download_is_named(tmp_path):
 
 def test_the_bar_is_off_in_tests_and_on_other_ranks(monkeypatch):
     monkeypatch.setenv("IN_TEST", "1")
-    assert streams.bars_are_hidden()
+    assert files.bars_are_hidden()
     monkeypatch.delenv("IN_TEST")
     monkeypatch.setenv("RANK", "1")
-    assert streams.bars_are_hidden()
+    assert files.bars_are_hidden()
     monkeypatch.setenv("RANK", "0")
-    assert not streams.bars_are_hidden()
+    assert not files.bars_are_hidden()

@@ -6,11 +6,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from proxy_sft.demo import cases, conversations, model, rows, tokenizer, tools
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from proxy_sft import demo
+
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "qwen3-8b"
 N, SEED = 400, 3
@@ -23,7 +24,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    return demo.write_demo_model(tmp_path_factory.mktemp("demo") / "model", seed=SEED, n=N)
+    return model.write_demo_model(tmp_path_factory.mktemp("demo") / "model", seed=SEED, n=N)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def tokenizer(model_folder):
 
 
 def test_rows_have_dolci_columns_and_the_plan_their_order():
-    rows, plan = demo.demo_rows(N, SEED), demo.demo_plan(N, SEED)
+    rows, plan = rows.demo_rows(N, SEED), rows.demo_plan(N, SEED)
     assert len(rows) == len(plan) == N and [r["id"] for r in rows] == [p["id"] for p in plan]
     assert len({r["id"] for r in rows}) == N
     for row in rows:
@@ -44,58 +45,58 @@ def test_rows_have_dolci_columns_and_the_plan_their_order():
     assert {(r["source_dataset"] == "Dolci Instruct Tool Use") == (r["domain"] == "Tool Use") for r in rows} == {True}
 
 
-@pytest.mark.parametrize("n, seed", [(N, SEED), (demo.DEMO_ROWS, demo.DEMO_SEED)])
+@pytest.mark.parametrize("n, seed", [(N, SEED), (rows.DEMO_ROWS, rows.DEMO_SEED)])
 def test_everything_is_planted_in_its_number(n, seed):
-    planted = Counter(p["planted"] for p in demo.demo_plan(n, seed))
-    for name, case in demo.CASES.items(): assert planted.pop(name) == case.copies, name
-    assert planted.pop("duplicate_row") == demo.DUPLICATES
-    assert set(planted) == {*demo.KINDS, "chat"} and sum(planted.values()) > n // 3
+    planted = Counter(p["planted"] for p in rows.demo_plan(n, seed))
+    for name, case in cases.CASES.items(): assert planted.pop(name) == case.copies, name
+    assert planted.pop("duplicate_row") == rows.DUPLICATES
+    assert set(planted) == {*conversations.KINDS, "chat"} and sum(planted.values()) > n // 3
 
 
 def test_plan_speaks_the_policy_table():
-    schema = pytest.importorskip("proxy_sft.schema", reason="the policy table is not exported yet")
-    for name, case in demo.CASES.items():
+    from proxy_sft.data import schema
+    for name, case in cases.CASES.items():
         assert case.outcome in ("kept", "repaired", "rejected"), name
         if case.outcome != "kept": assert case.reason in schema.REASONS, (name, case.reason)
 
 
 def test_conversations_differ_except_for_the_planted_duplicates():
-    rows, plan = demo.build_demo(demo.DEMO_ROWS, demo.DEMO_SEED)
+    rows, plan = rows.build_demo(rows.DEMO_ROWS, rows.DEMO_SEED)
     seen = Counter(json.dumps(row["messages"]) for row in rows)
-    assert Counter(seen.values()) == {1: len(rows) - 2 * demo.DUPLICATES, 2: demo.DUPLICATES}
-    assert [p["planted"] for p in plan[-demo.DUPLICATES:]] == ["duplicate_row"] * demo.DUPLICATES
+    assert Counter(seen.values()) == {1: len(rows) - 2 * rows.DUPLICATES, 2: rows.DUPLICATES}
+    assert [p["planted"] for p in plan[-rows.DUPLICATES:]] == ["duplicate_row"] * rows.DUPLICATES
 
 
 def test_unseen_tools_are_in_their_rows_only():
-    rows, plan = demo.build_demo(demo.DEMO_ROWS, demo.DEMO_SEED)
-    unseen = tuple(f'"{tool.name}"' for tool in demo.UNSEEN_TOOLS)
+    rows, plan = rows.build_demo(rows.DEMO_ROWS, rows.DEMO_SEED)
+    unseen = tuple(f'"{tool.name}"' for tool in tools.UNSEEN_TOOLS)
     for row, planned in zip(rows, plan):
         lists = " ".join(m["functions"] or "" for m in row["messages"])
         assert any(name in lists for name in unseen) == (planned["planted"] == "unseen_tool"), row["id"]
 
 
 def test_too_few_rows_are_refused():
-    with pytest.raises(ValueError, match="at least"): demo.demo_rows(20)
+    with pytest.raises(ValueError, match="at least"): rows.demo_rows(20)
 
 
 def test_same_seed_same_bytes_in_another_process(tmp_path, model_folder):
     here = tmp_path / "here"
-    demo.write_demo_data(here, N, SEED)
+    rows.write_demo_data(here, N, SEED)
     before = digests(here)
-    demo.write_demo_data(here, N, SEED)
-    code = (f"from proxy_sft.demo import *; write_demo_data({str(tmp_path / 'there')!r}, {N}, {SEED});"
+    rows.write_demo_data(here, N, SEED)
+    code = (f"from proxy_sft.demo.rows import write_demo_data; from proxy_sft.demo.model import write_demo_model; write_demo_data({str(tmp_path / 'there')!r}, {N}, {SEED});"
             f"write_demo_model({str(tmp_path / 'model')!r}, seed={SEED}, n={N})")
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONHASHSEED": "7", "PATH": "", "OMP_NUM_THREADS": "1",
-                                                                  "PYTHONPATH": str(Path(demo.__file__).parents[1])})
+                                                                  "PYTHONPATH": str(Path(rows.__file__).parents[2])})
     assert digests(here) == before == digests(tmp_path / "there") and list(before) == ["train.jsonl"]
     assert digests(model_folder) == digests(tmp_path / "model")
-    assert demo.write_demo_data(tmp_path / "other", N, SEED + 1).read_bytes() != (here / "train.jsonl").read_bytes()
+    assert rows.write_demo_data(tmp_path / "other", N, SEED + 1).read_bytes() != (here / "train.jsonl").read_bytes()
 
 
 def test_lines_are_rows(tmp_path):
-    text = demo.write_demo_data(tmp_path, N, SEED).read_bytes()
+    text = rows.write_demo_data(tmp_path, N, SEED).read_bytes()
     assert text.endswith(b"}\n") and b"\r" not in text
-    assert [json.loads(line) for line in text.decode("utf-8").split("\n")[:-1]] == demo.demo_rows(N, SEED)
+    assert [json.loads(line) for line in text.decode("utf-8").split("\n")[:-1]] == rows.demo_rows(N, SEED)
 
 
 def test_model_folder_looks_like_the_hub(model_folder):
@@ -110,16 +111,16 @@ def test_model_folder_looks_like_the_hub(model_folder):
 def test_tokenizer_is_fast_and_round_trips(tokenizer):
     assert tokenizer.is_fast and type(tokenizer).__name__.startswith("Qwen2Tokenizer")
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == ("<|im_end|>", "<|endoftext|>", None)
-    for row in demo.demo_rows(N, SEED)[:150]:
+    for row in rows.demo_rows(N, SEED)[:150]:
         for message in row["messages"]:
             text = message["content"] or ""
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_added_tokens_are_single_ids_and_special_as_in_qwen3(tokenizer):
-    for token in (*demo.SPECIAL_TOKENS, *demo.MARKUP_TOKENS):
+    for token in (*tokenizer.SPECIAL_TOKENS, *tokenizer.MARKUP_TOKENS):
         ids = tokenizer.encode(token)
-        assert len(ids) == 1 and tokenizer.decode(ids, skip_special_tokens=True) == ("" if token in demo.SPECIAL_TOKENS else token)
+        assert len(ids) == 1 and tokenizer.decode(ids, skip_special_tokens=True) == ("" if token in tokenizer.SPECIAL_TOKENS else token)
 
 
 def test_tokenizer_behaves_as_the_real_one(tokenizer, model_folder):
@@ -159,7 +160,7 @@ def test_building_leaves_the_random_state_alone(tokenizer):
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    demo.build_demo_model(tokenizer)
+    model.build_demo_model(tokenizer)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -168,5 +169,5 @@ def test_a_folder_is_replaced_whole(tmp_path):
     for folder, name in ((target, "old"), (aside, "new")):
         folder.mkdir()
         (folder / name).touch()
-    demo.publish_folder(aside, target)
+    model.publish_folder(aside, target)
     assert [path.name for path in tmp_path.iterdir()] == ["model"] and [path.name for path in target.iterdir()] == ["new"]

@@ -10,6 +10,7 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
+from proxy_sft.data import dataset_files, local, model_files, plans, transfer
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,10 +18,13 @@ import pytest
 from hub_server import Fault, HubServer, Repo
 from safetensors.numpy import save
 
-from proxy_sft import download as room
-from proxy_sft.download import (DownloadError, check_disk, check_weights, download, download_dataset, download_model,
-                                read_manifest, write_rows)
-from proxy_sft.settings import load_settings
+from proxy_sft.data.dataset_files import download_dataset, write_rows
+from proxy_sft.data.hub import DownloadError
+from proxy_sft.data.model_files import check_weights, download_model
+from proxy_sft.data.plans import read_manifest
+from proxy_sft.data.transfer import check_disk
+from proxy_sft.download import download
+from proxy_sft.core.settings import load_settings
 
 TOKEN = "hf_ThisTokenMustNotBeSeen1234567890"
 SHARD, OTHER = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -70,8 +74,8 @@ def data_files(all_rows: list, files: int = 3) -> dict:
 def environment(monkeypatch, tmp_path):
     "No address, token or log-in of this machine reaches a test; no bars in the logs."
     for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"): monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(room, "get_token", lambda: os.environ.get("HF_TOKEN"))
-    monkeypatch.setattr(room, "MARGIN", 0)
+    monkeypatch.setattr(plans, "get_token", lambda: os.environ.get("HF_TOKEN"))
+    for module in (transfer, model_files, dataset_files, local): monkeypatch.setattr(module, "MARGIN", 0)
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
@@ -200,7 +204,7 @@ def run_python(code: str, *arguments, **env):
 
 CLIENT = """
 import sys
-from proxy_sft.download import download_model
+from proxy_sft.data.model_files import download_model
 print(download_model("ex/model", sys.argv[1], margin=0)["fetched"])
 """
 
@@ -363,7 +367,7 @@ def small_disk(tmp_path):
 def test_really_small_disk(big_hub, small_disk, monkeypatch):
     with pytest.raises(DownloadError, match="only 0.01 GB are free"): fetch(big_hub, small_disk / "m")
     assert big_hub.bodies() == []
-    monkeypatch.setattr(room, "check_disk", lambda *a, **k: None)  # another process fills the disk after the check
+    for module in (model_files, dataset_files): monkeypatch.setattr(module, "check_disk", lambda *a, **k: None)  # another process fills the disk after the check
     with pytest.raises(DownloadError, match="the disk is full"): fetch(big_hub, small_disk / "m")
     assert not (small_disk / "m" / SHARD).exists()
 
@@ -424,7 +428,7 @@ def test_wrong_columns_and_damaged_parquet(tmp_path):
 MEMORY = """
 import sys
 from pathlib import Path
-from proxy_sft.download import write_rows
+from proxy_sft.data.dataset_files import write_rows
 def peak():  # MiB; not ru_maxrss, which a child inherits from its parent
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return int(line.split()[1]) >> 10
@@ -522,7 +526,7 @@ def test_local_folders_are_used_in_place(tmp_path):
 def test_bad_local_lines(tmp_path, content, words):
     path = tmp_path / "rows.jsonl"
     if content is not None: path.write_text(content)
-    with pytest.raises(DownloadError, match=words): room.local_dataset(path)
+    with pytest.raises(DownloadError, match=words): local.local_dataset(path)
     assert not [p for p in tmp_path.iterdir() if p != path]
 
 

@@ -7,21 +7,32 @@ import shutil
 import signal
 import time
 
+from proxy_sft.evaluation import generation
 import pytest
 import torch
 from ports import free_port
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from proxy_sft import generate
-from proxy_sft.chat import Inspection, save_chat_files, server_prompts, supervise
-from proxy_sft.demo import write_demo_model
-from proxy_sft.answers import (
-    METRICS, Answer, EvaluateError, HeldoutTurn, Reply, as_it_was_meant, as_server_reads, choose_turns, expected_text, read_answer, score_turn, turns_of)
-from proxy_sft.bfcl import tool_of
-from proxy_sft.evaluate import Evaluation, browse_failures, evaluate, evaluate_leaderboard, evaluation_html, judge, model_folders, plot_svg, show_turn, table_rows, wilson
-from proxy_sft.generate import answer_limit, ask_in_time, generate_replies, load_model, questions_that_fit, token_batches
-from proxy_sft.settings import load_settings
-from proxy_sft.stops import StopRequested
+
+from proxy_sft.chat.masks import supervise
+from proxy_sft.chat.parity_turns import Inspection, server_prompts
+from proxy_sft.chat.saving import save_chat_files
+from proxy_sft.demo.model import write_demo_model
+from proxy_sft.evaluation.answers import (
+    Answer, as_it_was_meant, as_server_reads, choose_turns, EvaluateError, expected_text, HeldoutTurn, METRICS,
+    read_answer, Reply, score_turn, turns_of
+)
+from proxy_sft.evaluation.bfcl import tool_of
+from proxy_sft.evaluation.answers import wilson
+from proxy_sft.evaluate import evaluate
+from proxy_sft.evaluation.asking import evaluate_leaderboard, model_folders
+from proxy_sft.evaluation.failures import browse_failures, show_turn
+from proxy_sft.evaluation.scores import Evaluation, evaluation_html, judge, plot_svg, table_rows
+from proxy_sft.evaluation.generation import (
+    answer_limit, ask_in_time, generate_replies, load_model, questions_that_fit, token_batches
+)
+from proxy_sft.core.settings import load_settings
+from proxy_sft.core.stop_requests import StopRequested
 
 
 def tool(name, **properties):
@@ -261,12 +272,12 @@ def test_base_beside_tuned(world):
 def test_a_stop_keeps_the_answers_and_the_next_start_goes_on(world, monkeypatch):
     settings, _ = world
     whole, batches = evaluate(settings, max_turns=6, batch_size=2), []
-    usual = generate.generate_batch
+    usual = generation.generate_batch
     def then_a_signal(*args, **kwargs):
         batches.append(len(args[2]))
         if len(batches) == 2: os.kill(os.getpid(), signal.SIGTERM)
         return usual(*args, **kwargs)
-    monkeypatch.setattr(generate, "generate_batch", then_a_signal)
+    monkeypatch.setattr(generation, "generate_batch", then_a_signal)
     with pytest.raises(StopRequested, match="SIGTERM was received"): evaluate(settings, max_turns=6, batch_size=2)
     assert sum(batches) == 4
     assert evaluate(settings, max_turns=6, batch_size=2) == whole and sum(batches) == 12 and not (settings.run_dir / "answers").exists()
@@ -299,12 +310,12 @@ def on_two_ranks(does):
 def kill_when_some_are_kept(does, folder):
     "Start it, and kill -9 when two answers are on disk and the third is asked for; the lines that were there."
     def kept(): return [line for path in folder.glob("*.jsonl") for line in path.read_bytes().splitlines() if line]
-    usual = generate.generate_batch
+    usual = generation.generate_batch
     def waits_for_its_end(*args, **kwargs):
         while len(kept()) >= 2: time.sleep(0.1)
         return usual(*args, **kwargs)
     def until_two_are_kept():
-        generate.generate_batch = waits_for_its_end
+        generation.generate_batch = waits_for_its_end
         does()
     process = FORK.Process(target=until_two_are_kept)
     process.start()

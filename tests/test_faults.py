@@ -1,4 +1,4 @@
-"""Faults on whole trainings: the short form of tests/soak.py, a token in the environment, two machines in two network namespaces."""
+"""Faults on whole trainings: the short form of tools/soak.py, a token in the environment, two machines in two network namespaces."""
 import json
 import os
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy_sft.launch import read_json
+from proxy_sft.launch.files import read_json
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from proxy_sft.attention import VARLEN, block
-from proxy_sft.cost import PACKAGES
-from proxy_sft.model import LIGER, optimizer_arguments
-from proxy_sft.settings import load_settings
+from proxy_sft.training.attention import block, VARLEN
+from proxy_sft.training.cost import PACKAGES
+from proxy_sft.training.model import LIGER, optimizer_arguments
+from proxy_sft.core.settings import load_settings
 from proxy_sft.train import train
 from test_train import rows_apart, slopes_apart
 from trainings import run_training

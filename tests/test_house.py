@@ -14,14 +14,16 @@ import pytest
 from execute_notebooks import execute
 from public_names import LIST, public_names
 
-from proxy_sft.commands import COMMANDS, command_parser
-from proxy_sft.launch import read_request, split_parameters
+from proxy_sft.commands import command_parser, COMMANDS
+from proxy_sft.launch.parameters import read_request, split_parameters
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 READMES = ("README.md", "README.zh.md")
 HEAVY = ("torch", "transformers", "tokenizers", "trl", "datasets", "pandas", "pyarrow", "deepspeed", "papermill", "nbformat", "IPython")
 soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
-QUICK = ("000b_sealed", "000c_waiting", "000d_stops", "000e_tables", "00b_schema", "01e_serving", "02c_status", "02d_report", "05_tour")  # some seconds each
+QUICK = ("core/04_atomic_folders", "core/05_build_once", "core/02_stop_requests", "core/08_display", "data/03_schema", "evaluation/05_serving", "launch/07_status",
+         "launch/08_report", "tour")  # some seconds each
+NOTEBOOKS = sorted(str(n.relative_to(ROOT / "nbs").with_suffix("")) for n in ROOT.glob("nbs/**/*.ipynb"))
 
 
 def commands(readme: str) -> list[str]:
@@ -64,11 +66,11 @@ def test_links_between_files_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link and not link.startswith("#")]
     for link in links: assert ((ROOT / page).parent / link.partition("#")[0]).exists(), link
-    for name in re.findall(r"`((?:nbs|docs|tests|configs|benchmarks)/[\w./-]+\.\w+)`", text): assert (ROOT / name).exists(), name
+    for name in re.findall(r"`((?:nbs|docs|tests|tools|configs|benchmarks)/[\w./-]+\.\w+)`", text): assert (ROOT / name).exists(), name
 
 
 def test_public_names_are_those_that_are_listed():
-    assert public_names() == LIST.read_text(encoding="utf-8"), "names came or went: python tests/public_names.py, and a line in CHANGELOG.md"
+    assert public_names() == LIST.read_text(encoding="utf-8"), "names came or went: python tools/public_names.py, and a line in CHANGELOG.md"
 
 
 def test_every_command_has_examples_and_help_without_heavy_libraries():
@@ -79,9 +81,9 @@ def test_every_command_has_examples_and_help_without_heavy_libraries():
     assert done.stdout.endswith("[]\n"), done.stdout[-200:]
 
 
-@pytest.mark.parametrize("name", QUICK + tuple(pytest.param(n.stem, marks=soak) for n in sorted(ROOT.glob("nbs/*.ipynb")) if n.stem not in QUICK))
+@pytest.mark.parametrize("name", QUICK + tuple(pytest.param(n, marks=soak) for n in NOTEBOOKS if n not in QUICK))
 def test_executing_again_changes_nothing(name, tmp_path):
-    committed, again = ROOT / "nbs" / f"{name}.ipynb", tmp_path / f"{name}.ipynb"
+    committed, again = ROOT / "nbs" / f"{name}.ipynb", tmp_path / f"{Path(name).name}.ipynb"
     shutil.copyfile(committed, again)
     execute(again)
     sources_and_outputs = lambda path: {c["id"]: (c["source"], c.get("outputs")) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]}
@@ -89,7 +91,7 @@ def test_executing_again_changes_nothing(name, tmp_path):
 
 
 def test_notebooks_keep_their_size():
-    for path in sorted(ROOT.glob("nbs/*.ipynb")):
+    for path in sorted(ROOT.glob("nbs/**/*.ipynb")):
         code = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
         assert len(code) <= 60 and path.stat().st_size < 200_000, path.name
 
@@ -103,8 +105,8 @@ def test_the_wheel_holds_templates_profiles_and_demo(tmp_path):
             shutil.copyfile(ROOT / name, copy / name)
     subprocess.run([str(BIN / "python"), "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(copy)], check=True, capture_output=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    for needed in ("proxy_sft/py.typed", "proxy_sft/configs/demo.yaml", "proxy_sft/configs/ds_config_zero2.json", "proxy_sft/demo.py"): assert needed in names
+    for needed in ("proxy_sft/py.typed", "proxy_sft/configs/demo.yaml", "proxy_sft/configs/ds_config_zero2.json", "proxy_sft/demo/rows.py"): assert needed in names
 
 
 def test_the_code_is_python_3_10():
-    for path in ROOT.glob("proxy_sft/*.py"): ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+    for path in ROOT.glob("proxy_sft/**/*.py"): ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))

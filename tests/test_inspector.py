@@ -7,11 +7,13 @@ from html.parser import HTMLParser
 
 import pytest
 
-from proxy_sft.chat import TEMPLATES, ChatError, Inspection
-from proxy_sft.demo import build_demo_tokenizer, demo_rows
-from proxy_sft.inspector import (
-    SCRIPT, TABS, InspectorState, Query, RowFile, RowView, add_inspect_arguments, find_row, inspect, inspect_command, join_runs,
-    raw_row, read_row, row_facts, row_text, safe, show_row, visible)
+from proxy_sft.chat.parity_turns import Inspection
+from proxy_sft.chat.templates import ChatError, TEMPLATES
+from proxy_sft.demo.rows import demo_rows
+from proxy_sft.demo.tokenizer import build_demo_tokenizer
+from proxy_sft.chat.inspector import add_inspect_arguments, inspect, inspect_command, InspectorState, SCRIPT
+from proxy_sft.chat.row_files import find_row, Query, raw_row, row_facts, RowFile
+from proxy_sft.chat.views import join_runs, read_row, row_text, RowView, safe, show_row, TABS, visible
 
 NASTY = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</div></section><b>", "\x1b[2J\x1b]0;t\x07", "\x00\x7f\x9b",
          "\u202egnp.exe", "&lt;b&gt;", "\" onmouseover=\"x", "<|im_end|>\n<|im_start|>system\n", "`${x}`", "\ud800", "👩‍👩‍👧 e\u0301"]
@@ -135,7 +137,7 @@ def test_raw_rows_are_converted_on_the_way(tokenizer):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_runs_are_the_text_and_the_labels(tokenizer, template):
-    from proxy_sft.chat import supervise, trained_spans
+    from proxy_sft.chat.masks import supervise, trained_spans
     messages = [{"role": "user", "content": "👩‍👩‍👧 東京 <|im_end|>"}, {"role": "assistant", "content": "Ünï 👩‍👩‍👧!"}] * 2
     reading = read_row(messages, [], Inspection(tokenizer, template))
     assert "".join(run.text for run in reading.runs) == tokenizer.decode(reading.ids.tolist())
@@ -271,9 +273,10 @@ def test_visible_and_safe():
 
 def test_converted_files_are_filtered_by_their_facts(tmp_path):
     "The two columns of a converted file say neither source nor repairs; the file beside it does, and finds the same rows as reading them all."
-    from proxy_sft.convert import convert_file
-    from proxy_sft.demo import demo_rows
-    from proxy_sft.inspector import InspectorState, Query, RowFile, find_row
+    from proxy_sft.data.conversion import convert_file
+    from proxy_sft.demo.rows import demo_rows
+    from proxy_sft.chat.inspector import InspectorState
+    from proxy_sft.chat.row_files import find_row, Query, RowFile
     source, target = tmp_path / "rows.jsonl", tmp_path / "out" / "train.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in demo_rows(300)))
     convert_file(source, target, progress=False)

@@ -1,4 +1,5 @@
 """Launching: small notebooks under the real launcher, torchrun and kernels; every end of a rank, signals, and nothing left behind."""
+import argparse
 import fcntl
 import json
 import os
@@ -12,10 +13,12 @@ import time
 import uuid
 from pathlib import Path
 
+from proxy_sft.core import build_once, stop_requests
+from proxy_sft.launch import files, launcher, parameters, processes, ranks
 import pytest
 from ports import free_port
 
-from proxy_sft import commands, launch
+from proxy_sft import commands
 
 soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
 
@@ -70,7 +73,7 @@ def text_of(nb: Path) -> str:
 
 def hear_signals() -> None:
     "Whoever runs the tests may ignore some signals (`nohup`, a shell's background), and processes inherit that."
-    for number in launch.STOP_SIGNALS: signal.signal(number, signal.SIG_DFL)
+    for number in stop_requests.STOP_SIGNALS: signal.signal(number, signal.SIG_DFL)
 
 
 class Run:
@@ -89,7 +92,7 @@ class Run:
 
     def survivors(self, seconds: float = 120) -> list[int]: # guards may still be at work for a moment
         end = time.monotonic() + seconds
-        while (left := launch.marked_processes(self.mark)) and time.monotonic() < end: time.sleep(0.05)
+        while (left := processes.marked_processes(self.mark)) and time.monotonic() < end: time.sleep(0.05)
         return left
 
     def wait_for(self, *names: str, seconds: float = 900):  # a start takes 3 s; on a machine with a load of 10 it took 60
@@ -100,7 +103,7 @@ class Run:
             time.sleep(0.05)
 
     def torchrun(self) -> int:
-        return next(p for p in launch.marked_processes(self.mark) if "torch.distributed.run" in launch.read_text(Path(f"/proc/{p}/cmdline")))
+        return next(p for p in processes.marked_processes(self.mark) if "torch.distributed.run" in processes.read_text(Path(f"/proc/{p}/cmdline")))
 
 
 @pytest.fixture
@@ -113,7 +116,7 @@ def started(tmp_path):
         return runs[-1]
     yield start
     for run in runs:
-        launch.kill_marked(run.mark)
+        processes.kill_marked(run.mark)
         run.process.wait()
 
 
@@ -122,17 +125,17 @@ def started(tmp_path):
 def test_values_are_read_as_papermill_reads_them():
     from papermill.cli import _resolve_type
     for text in ("True", "False", "None", "7", "-7", "1e-5", "-.5", "inf", "1_0", " 1", "true", "null", "", "0x1", "01", "a b", "[1]"):
-        assert repr(launch.parameter_value(text)) == repr(_resolve_type(text)), text
+        assert repr(parameters.parameter_value(text)) == repr(_resolve_type(text)), text
 
 
 def test_all_spellings_of_parameters(tmp_path):
     file = tmp_path / "p.yaml"
     file.write_text("a: 1\nb: file\nday: 2024-02-30\n")
-    rest, words, values = launch.split_parameters(
+    rest, words, values = parameters.split_parameters(
         ["-f", str(file), "nb.ipynb", "-p", "a", "-2", "--p", "c", "--nproc", "--nproc", "2", "--parameters", "d", "None", "-y", "{b: yaml}", "-r", "e", "05"])
     assert rest == ["nb.ipynb", "--nproc", "2"]
     assert values == {"a": -2, "b": "yaml", "day": "2024-02-30", "c": "--nproc", "d": None, "e": "05"}
-    assert launch.split_parameters(words)[2] == values  # what is handed on to the workers means the same
+    assert parameters.split_parameters(words)[2] == values  # what is handed on to the workers means the same
 
 
 @pytest.mark.parametrize("options, words", [
@@ -140,7 +143,7 @@ def test_all_spellings_of_parameters(tmp_path):
     (["-p", "max_steps", "many"], "max_steps"), (["-p", "profile", "demmo"], "demo"), (["-p", "seed"], "needs a name and a value"),
     (["-y", "[1]"], "name: value"), (["-f", "nowhere.yaml"], "nowhere.yaml")])
 def test_bad_requests_start_nothing(tmp_path, capsys, monkeypatch, options, words):
-    monkeypatch.setattr(launch.Launcher, "start", lambda *a: pytest.fail("started"))
+    monkeypatch.setattr(launcher.Launcher, "start", lambda *a: pytest.fail("started"))
     nb = notebook(tmp_path / "a.ipynb", "1")
     before = sorted(tmp_path.rglob("*"))
     assert commands.main(["run", str(nb), "-p", "output_dir", str(tmp_path / "run"), *options]) == 2
@@ -160,19 +163,19 @@ def test_missing_or_broken_notebook_and_unwritable_folder(tmp_path, capsys):
 
 
 def test_launches_that_are_refused(tmp_path):
-    parser = launch.argparse.ArgumentParser()
-    launch.add_run_arguments(parser)
+    parser = argparse.ArgumentParser()
+    launcher.add_run_arguments(parser)
     for fixed in (["--nnodes", "2", "--master-addr", "node-0"], ["--master-port", "29511"]):
-        with pytest.raises(launch.LaunchError, match="--max-restarts needs --rdzv-endpoint"): launch.torchrun_command(parser.parse_args(["nb", "--max-restarts", "1", *fixed]), [])
-    assert "--rdzv-endpoint" in launch.torchrun_command(parser.parse_args(["nb", "--max-restarts", "1", "--nnodes", "2", "--rdzv-endpoint", "node-0:29511"]), [])
-    with pytest.raises(launch.LaunchError, match="--local-addr is used with --rdzv-endpoint only"): launch.torchrun_command(parser.parse_args(["nb", "--local-addr", "10.0.0.2"]), [])
-    with pytest.raises(launch.LaunchError, match="The parameters in -y are not valid YAML"): launch.yaml_mapping("{", "-y")
+        with pytest.raises(parameters.LaunchError, match="--max-restarts needs --rdzv-endpoint"): launcher.torchrun_command(parser.parse_args(["nb", "--max-restarts", "1", *fixed]), [])
+    assert "--rdzv-endpoint" in launcher.torchrun_command(parser.parse_args(["nb", "--max-restarts", "1", "--nnodes", "2", "--rdzv-endpoint", "node-0:29511"]), [])
+    with pytest.raises(parameters.LaunchError, match="--local-addr is used with --rdzv-endpoint only"): launcher.torchrun_command(parser.parse_args(["nb", "--local-addr", "10.0.0.2"]), [])
+    with pytest.raises(parameters.LaunchError, match="The parameters in -y are not valid YAML"): parameters.yaml_mapping("{", "-y")
     with pytest.raises(SystemExit): parser.parse_args(["nb", "--nproc", "0"])
     broken = tmp_path / "broken.ipynb"
     broken.write_text('{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "a ="}]}')
-    with pytest.raises(launch.LaunchError, match="is not valid Python"): launch.notebook_defaults(broken)
+    with pytest.raises(parameters.LaunchError, match="is not valid Python"): parameters.notebook_defaults(broken)
     (tmp_path / "status" / "launcher-0.lock").mkdir(parents=True)
-    with pytest.raises(launch.LaunchError, match="cannot be written: Is a directory"): launch.refuse_second_run(parser.parse_args(["nb"]), launch.RunFolder(tmp_path))
+    with pytest.raises(parameters.LaunchError, match="cannot be written: Is a directory"): launcher.refuse_second_run(parser.parse_args(["nb"]), parameters.RunFolder(tmp_path))
 
 
 def test_dry_run_shows_settings_and_command(tmp_path, capsys):
@@ -334,7 +337,7 @@ def test_a_failed_rank_stops_the_others_and_is_shown_last(started, tmp_path, com
 def test_killing_torchrun_or_the_launcher_leaves_no_process(started, tmp_path, victim, nproc):
     run = started(LAUNCH, notebook(tmp_path / "nb.ipynb", POOL), "--nproc", str(nproc))
     run.wait_for(*(f"kernel-{r}" for r in range(nproc)))
-    assert len(launch.marked_processes(run.mark)) >= 2 + 5 * nproc  # launcher and its guard; a worker, a guard, a kernel and a pool of 2 per rank
+    assert len(processes.marked_processes(run.mark)) >= 2 + 5 * nproc  # launcher and its guard; a worker, a guard, a kernel and a pool of 2 per rank
     os.kill(run.torchrun() if victim == "torchrun" else run.process.pid, signal.SIGKILL)
     assert run.end() == (1 if victim == "torchrun" else -signal.SIGKILL)
     if victim == "torchrun": assert "SIGKILL" in run.err.strip().splitlines()[-1]
@@ -375,7 +378,7 @@ def test_a_signal_to_anybody_is_a_request_to_stop(started, tmp_path, target, num
     assert run.end() == 75, run.err
     assert all((tmp_path / f"saved-{r}").exists() for r in ranks)  # nobody was killed while another was still saving
     assert not (run.root / "STOP").exists() and not run.survivors()
-    assert "Traceback" not in run.err and {s["state"] for s in launch.RunFolder(run.root).statuses()} == {"stopped"}
+    assert "Traceback" not in run.err and {s["state"] for s in parameters.RunFolder(run.root).statuses()} == {"stopped"}
 
 
 @pytest.mark.parametrize("how", ["hang-up", "tee", "done"])
@@ -409,31 +412,31 @@ def test_of_two_starts_at_once_one_is_refused(started, tmp_path):
 
 
 def test_a_number_that_is_used_again_and_a_host_of_the_same_name_hold_nobody_up(tmp_path):
-    folder = launch.RunFolder(tmp_path)
+    folder = parameters.RunFolder(tmp_path)
     folder.make()
-    host, machine, pid, began = launch.Process.mine()
+    host, machine, pid, began = build_once.Process.mine()
     state = dict(rank=0, state="running", host=host, pid=pid, started=time.time(), heartbeat=time.time(), process=[host, machine, pid, began])
-    parser = launch.argparse.ArgumentParser()
-    launch.add_run_arguments(parser)
-    put = lambda **more: launch.write_atomically(folder.status(0), json.dumps({**state, **more}))
+    parser = argparse.ArgumentParser()
+    launcher.add_run_arguments(parser)
+    put = lambda **more: files.write_atomically(folder.status(0), json.dumps({**state, **more}))
     put()
-    with pytest.raises(launch.LaunchError, match=f"in use by process {pid} on"): launch.refuse_second_run(parser.parse_args(["nb"]), folder)
+    with pytest.raises(parameters.LaunchError, match=f"in use by process {pid} on"): launcher.refuse_second_run(parser.parse_args(["nb"]), folder)
     put(process=[host, machine, pid, "1"])  # our number, which was a dead worker's
-    launch.refuse_second_run(parser.parse_args(["nb"]), folder).release()
+    launcher.refuse_second_run(parser.parse_args(["nb"]), folder).release()
     elsewhere = {**state, "process": [host, "another machine of this name", pid, began]}
-    assert launch.is_alive(state) and not launch.works_here(elsewhere) and launch.renewed(folder, [elsewhere], 0.5) is None
+    assert ranks.is_alive(state) and not ranks.works_here(elsewhere) and launcher.renewed(folder, [elsewhere], 0.5) is None
     put(heartbeat=5.0, process=elsewhere["process"])
-    assert launch.renewed(folder, [elsewhere], 60) == elsewhere  # it has written since
+    assert launcher.renewed(folder, [elsewhere], 60) == elsewhere  # it has written since
 
 
 def test_a_clock_that_is_put_back_hides_no_failure(tmp_path, monkeypatch):
-    folder = launch.RunFolder(tmp_path)
+    folder = parameters.RunFolder(tmp_path)
     folder.make()
     failure = dict(rank=1, attempt=0, run="this", time=time.time() - 3600, ename="ValueError", evalue="boom", traceback="")
     monkeypatch.setenv("PROXY_SFT_RUN", "this")
-    assert launch.claim_failure(folder, failure, time.time()) == failure == launch.read_failure(folder, 0, time.time())
+    assert ranks.claim_failure(folder, failure, time.time()) == failure == ranks.read_failure(folder, 0, time.time())
     monkeypatch.setenv("PROXY_SFT_RUN", "another")
-    assert launch.read_failure(folder, 0, time.time()) is None
+    assert ranks.read_failure(folder, 0, time.time()) is None
 
 
 def test_second_run_is_refused_and_second_signal_kills(started, tmp_path, capsys):

@@ -13,21 +13,26 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from proxy_sft.core import atomic_folders, build_once
+from proxy_sft.tokens import blocks, caches, encoding, preparation
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import builder
-import proxy_sft.prepare as room
-from proxy_sft.certificate import line_starts
-from proxy_sft.chat import IGNORED, ChatEncoder, supervise
-from proxy_sft.convert import convert_file
-from proxy_sft.lengths import FATES, Borders, cut_to_fit, pack
-from proxy_sft.prepare import PrepareError, Prepared, build, cache_key, encode_rows, key_parts, prepare, require_inputs
-from proxy_sft.sealed import is_complete
-from proxy_sft.settings import load_settings
-from proxy_sft.waiting import Claim
+from proxy_sft.chat.parity import line_starts
+from proxy_sft.chat.encoder import ChatEncoder
+from proxy_sft.chat.masks import IGNORED, supervise
+from proxy_sft.data.conversion import convert_file
+from proxy_sft.tokens.lengths import Borders, cut_to_fit, FATES, pack
+from proxy_sft.pipeline import ensure_inputs
+from proxy_sft.tokens.encoding import encode_rows
+from proxy_sft.tokens.keys import cache_key, key_parts, PrepareError
+from proxy_sft.tokens.preparation import build, prepare, Prepared
+from proxy_sft.core.atomic_folders import is_complete
+from proxy_sft.core.settings import load_settings
+from proxy_sft.core.build_once import Claim
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -38,7 +43,7 @@ SOAK = os.environ.get("PROXY_SFT_SOAK") == "1"
 def made(tmp_path_factory):
     "A workspace with the demo's model and conversations."
     workspace = tmp_path_factory.mktemp("prepare") / "workspace"
-    require_inputs(settings_in(workspace))
+    ensure_inputs(settings_in(workspace))
     return workspace
 
 
@@ -124,8 +129,8 @@ def test_folder_holds_the_reference_s_rows_and_counts_add_up(workspace):
 
 def test_processes_and_ranks_do_not_change_a_byte(workspace, monkeypatch):
     alone = prepare(settings_in(workspace))
-    monkeypatch.setattr(room, "PIECE_BYTES", 20_000)
-    monkeypatch.setattr(room, "WORTH_BYTES", (0, 0))
+    monkeypatch.setattr(encoding, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(encoding, "WORTH_BYTES", (0, 0))
     monkeypatch.setenv("WORLD_SIZE", "8")
     shutil.move(alone.folder, alone.folder.with_name("first"))
     [folder] = [build(settings_in(workspace, num_proc=2))]
@@ -150,7 +155,7 @@ def test_a_difference_from_the_reference_falls_back_for_the_whole_run_and_says_s
             found = super().encode(rows, parallel)
             if not self.fallback: found.ids[-1] ^= 1
             return found
-    monkeypatch.setattr(room, "ChatEncoder", Wrong)
+    monkeypatch.setattr(encoding, "ChatEncoder", Wrong)
     heard = []
     folder = build(settings, heard.append)
     assert any("reference path, because the fast path differs" in text for text in heard)
@@ -168,7 +173,7 @@ def test_a_damaged_line_and_a_row_that_no_template_renders(workspace):
     found = encode_rows(rows, np.arange(3), encoder, Borders.of(encoder.tokenizer), settings)
     assert [FATES[fate] for fate in found.facts["fate"].to_pylist()] == ["whole", "dropped: not renderable", "whole"] and len(found.rows) == 2
     source.write_bytes(b"".join([*lines[:5], lines[5][:40] + b"\n", *lines[6:]]))
-    with pytest.raises(PrepareError, match=r"line 6 is no JSON"): room.read_rows(source, starts := line_starts(source), np.arange(len(starts) - 1))
+    with pytest.raises(PrepareError, match=r"line 6 is no JSON"): encoding.read_rows(source, starts := line_starts(source), np.arange(len(starts) - 1))
 
 
 def test_packing_of_dolci_s_lengths_is_over_99_percent_full():
@@ -195,9 +200,9 @@ def test_any_flipped_bit_is_found(workspace):
         broken = bytearray(whole)
         broken[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         victim.write_bytes(broken)
-        with pytest.raises((PrepareError, room.SealError)): room.check_folder(folder)
+        with pytest.raises((PrepareError, atomic_folders.SealError)): preparation.check_folder(folder)
         victim.write_bytes(whole)
-    room.check_folder(folder)
+    preparation.check_folder(folder)
 
 
 @pytest.mark.parametrize("harm", ["cut", "removed", "added", "row missing"])
@@ -209,8 +214,8 @@ def test_a_harmed_folder_is_not_trained_on(workspace, harm):
     if harm == "removed": victim.unlink()
     if harm == "added": (prepared.folder / "other").touch()
     if harm == "row missing":
-        blocks = room.read_stream(victim).slice(1)
-        room.write_stream(victim.with_name("new"), room.BLOCKS, iter(blocks.to_batches()))
+        blocks = encoding.read_stream(victim).slice(1)
+        encoding.write_stream(victim.with_name("new"), blocks.BLOCKS, iter(blocks.to_batches()))
         victim.with_name("new").replace(victim)
     with pytest.raises(PrepareError, match="delete"): prepare(settings)
 
@@ -271,11 +276,11 @@ def test_a_builder_that_is_killed_leaves_nothing_that_counts_and_the_next_one_cl
         victim.kill()
         killed += victim.wait() == -signal.SIGKILL
         victim.communicate()
-        if is_complete(workspace / "prepared" / expected): room.check_folder(workspace / "prepared" / expected)
+        if is_complete(workspace / "prepared" / expected): preparation.check_folder(workspace / "prepared" / expected)
         elif moment % 4 == 0: assert result(start(workspace)) == whole and not leftovers(workspace)
         else:
             assert build(settings, lambda text: None).name == expected and not leftovers(workspace)
-            room.check_folder(workspace / "prepared" / expected)
+            preparation.check_folder(workspace / "prepared" / expected)
     assert killed
 
 
@@ -320,14 +325,14 @@ def test_a_machine_that_sees_another_disk_prepares_for_itself(workspace, tmp_pat
 
 def test_a_stale_claim_of_a_dead_host_does_not_hold_anybody_up(workspace, monkeypatch):
     settings = settings_in(workspace)
-    claim = Claim(room.claim_of(settings.prepared_dir / cache_key(key_parts(settings))))
+    claim = Claim(preparation.claim_of(settings.prepared_dir / cache_key(key_parts(settings))))
     settings.prepared_dir.mkdir()
     record = json.loads(claim._record())
     record["process"][0] = record["process"][1] = "a host that is no more"
     claim.path.write_text(json.dumps(record))
     (settings.prepared_dir / f".building-{claim.path.name.removeprefix('.claim-')}-{claim.word}").mkdir()
-    real = room.claim_or_wait
-    monkeypatch.setattr(room, "claim_or_wait", lambda *args: real(*args, silence=2))
+    real = preparation.claim_or_wait
+    monkeypatch.setattr(preparation, "claim_or_wait", lambda *args: real(*args, silence=2))
     heard = []
     assert is_complete(build(settings, heard.append)) and any("died while building" in text for text in heard) and not leftovers(workspace)
 
@@ -369,10 +374,10 @@ def test_old_caches_are_pruned_and_those_of_runs_stay(workspace):
     checkpoint = workspace / "runs" / "mine" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text(json.dumps({"data_key": needed.name}))
-    assert room.prune_caches(settings_in(workspace)) == [old] and not old.exists()
-    assert [(c.folder, c.runs) for c in room.list_caches(settings_in(workspace))] == [(new, ()), (needed, ("mine",))]
+    assert caches.prune_caches(settings_in(workspace)) == [old] and not old.exists()
+    assert [(c.folder, c.runs) for c in caches.list_caches(settings_in(workspace))] == [(new, ()), (needed, ("mine",))]
     prepare(settings_in(workspace, max_length=512))  # used again
-    assert room.list_caches(settings_in(workspace))[0].folder == needed
+    assert caches.list_caches(settings_in(workspace))[0].folder == needed
 
 
 # Rows in a block do not see each other
@@ -406,7 +411,8 @@ def loss_of(model, batch):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_without_packing_padded_and_padding_free_batches_have_the_loss_of_their_rows_alone(workspace, attention):
-    from proxy_sft.train import trainer_columns, training_arguments
+    from proxy_sft.training.arguments import training_arguments
+    from proxy_sft.training.trainer import trainer_columns
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
     losses, alone, tokens = {}, 0.0, 0
     for free in (False, True):

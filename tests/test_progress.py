@@ -9,7 +9,7 @@ DRAWING = """
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from proxy_sft.progress import LivePlot
+from proxy_sft.training.progress import LivePlot
 plot, state = LivePlot(every=0), SimpleNamespace(is_world_process_zero=True, global_step=0)
 while not Path(folder, "seen").exists():
     state.global_step += 1

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from proxy_sft import commands
-from proxy_sft.settings import load_settings, profile_names, yaml_scalar
+from proxy_sft.core.settings import load_settings, profile_names, yaml_scalar
 from trainings import run_training
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,8 +49,8 @@ def test_every_profile_is_told_by_a_dry_run(profile, outside, capsys, monkeypatc
 
 
 def test_big_profiles_fit_their_cards_by_the_doctors_count():
-    from proxy_sft.cost import published_config
-    from proxy_sft.doctor import look_at_memory
+    from proxy_sft.training.cost import published_config
+    from proxy_sft.training.doctor import look_at_memory
     shape = published_config("Qwen/Qwen3-8B")
     for profile, ranks, card in (("qwen3_8b", 1, 139.8), ("qwen3_8b_80gb", 1, 79.1), ("qwen3_8b_8gpu", 8, 79.1), ("upstream", 8, 79.1)):
         found = look_at_memory(load_settings(profile, workspace="nowhere"), ranks, shape, int(card * 2**30))
@@ -70,11 +70,13 @@ def test_tokens_per_step_are_those_of_the_public_recipe():
 def measured(settings):
     "Train with every tensor counted; what was said and what was seen, by rank, in the run's folder."
     from transformers import AutoConfig, TrainerCallback
-    from proxy_sft.checkpoint import checkpoint_facts
-    from proxy_sft.cost import AllocationMeter, memory_parts
-    from proxy_sft.doctor import zero_of
-    from proxy_sft.prepare import World, prepare
-    from proxy_sft.train import build_trainer, start_processes
+    from proxy_sft.training.checkpoints import checkpoint_facts
+    from proxy_sft.training.cost import AllocationMeter, memory_parts
+    from proxy_sft.training.doctor import zero_of
+    from proxy_sft.core.build_once import World
+    from proxy_sft.tokens.preparation import prepare
+    from proxy_sft.training.run import start_processes
+    from proxy_sft.training.trainer import build_trainer
     prepared, world = prepare(settings), World.from_environment()
     parts = memory_parts(AutoConfig.from_pretrained(settings.model_dir), settings, world.size, zero_of(settings, world.size))  # as the doctor: before DeepSpeed knows
     start_processes(settings)

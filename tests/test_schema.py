@@ -5,13 +5,16 @@ import sys
 import time
 
 import jsonschema
+from proxy_sft.data import schema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from proxy_sft import schema
-from proxy_sft.schema import (POLICY, REASONS, DefectError, action, check_call, checking_schema, functions_by_name, pair_results, parse_tools,
-                              plainly_fits, read_json, type_name, violation, without_copies, write_json)
+
+from proxy_sft.data.schema import (
+    action, check_call, checking_schema, DefectError, functions_by_name, pair_results, parse_tools, plainly_fits,
+    POLICY, read_json, REASONS, type_name, violation, without_copies, write_json
+)
 
 QUICK = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from ports import free_port
 
-from proxy_sft.answers import read_reply, turns_of
+from proxy_sft.evaluation.answers import read_reply, turns_of
 from proxy_sft.evaluate import evaluate
-from proxy_sft.servers import Server
-from proxy_sft.serving import serving_notes
+from proxy_sft.evaluation.servers import Server
+from proxy_sft.evaluation.serving import serving_notes
 from test_evaluate import ASKED, WEATHER, row, world  # noqa: F401 (a fixture)
 
 

@@ -2,13 +2,15 @@
 import pytest
 from readme_settings import READMES, with_table
 
-from proxy_sft.settings import Settings, SettingsError, configs_dir, load_settings, notebook_parameters, profile_names, save_settings
+from proxy_sft.core.settings import (
+    configs_dir, load_settings, notebook_parameters, profile_names, save_settings, Settings, SettingsError
+)
 
 
 @pytest.mark.parametrize("readme", READMES)
 def test_readme_shows_the_settings_of_the_code(readme):
     text = readme.read_text(encoding="utf-8")
-    assert with_table(text) == text, "run python tests/readme_settings.py"
+    assert with_table(text) == text, "run python tools/readme_settings.py"
 
 
 @pytest.mark.parametrize("name", profile_names())

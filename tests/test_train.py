@@ -2,6 +2,7 @@
 import json
 import shutil
 
+from proxy_sft.training import attention
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
-from proxy_sft.attention import VARLEN, AttentionError, block, log_probabilities, settle_attention
-from proxy_sft.cost import keep_attention
-from proxy_sft.progress import FIELDS
-from proxy_sft.settings import load_settings
-from proxy_sft.train import TrainError, train
+from proxy_sft.training.attention import AttentionError, block, log_probabilities, settle_attention, VARLEN
+from proxy_sft.training.cost import keep_attention
+from proxy_sft.training.progress import FIELDS
+from proxy_sft.core.settings import load_settings
+from proxy_sft.train import train
+from proxy_sft.training.arguments import TrainError
 from trainings import run_training
 
 SMALL = dict(profile="demo", demo_rows=400, max_train_samples=200, max_eval_samples=4, max_length=640, logging_steps=1, save_steps=3, eval_steps=3, max_steps=3, num_proc=1, eval_tool_calls_seconds=3600.0)
@@ -249,11 +251,10 @@ def test_pytorchs_kernel_for_packed_rows_leaves_the_rest_to_sdpa(model, kernel):
 
 def test_auto_passes_over_what_leaks_and_says_so(model, monkeypatch):
     "A kernel that is installed and wrong: the list is ours, the check finds it, the next is taken."
-    import proxy_sft.attention as room
-    AttentionInterface.register("blind", lambda *args, cu_seq_lens_q=None, position_ids=None, **more: room.sdpa_attention_forward(*args, **more))
-    monkeypatch.setattr(room, "ORDER", ("blind", "flash_attention_2", "eager"))
-    monkeypatch.setattr(room, "why_not", lambda *args: "")
+    AttentionInterface.register("blind", lambda *args, cu_seq_lens_q=None, position_ids=None, **more: attention.sdpa_attention_forward(*args, **more))
+    monkeypatch.setattr(attention, "ORDER", ("blind", "flash_attention_2", "eager"))
+    monkeypatch.setattr(attention, "why_not", lambda *args: "")
     found = settle_attention(model, "auto", True, COLLATE, ROWS)
     assert found.name == "eager" and found.check.passed
-    monkeypatch.setattr(room, "ORDER", ("blind",))
+    monkeypatch.setattr(attention, "ORDER", ("blind",))
     with pytest.raises(AttentionError, match="blind lets packed conversations see each other"): settle_attention(model, "auto", True, COLLATE, ROWS)

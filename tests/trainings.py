@@ -23,14 +23,14 @@ def be_a_rank(given: dict, environment: dict, said: str, act: Optional[Callable]
     os.environ.update(environment)
     os.chdir(ROOT)
     for number, name in ((1, "out"), (2, "err")): os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    from proxy_sft.settings import load_settings
+    from proxy_sft.core.settings import load_settings
     from proxy_sft.train import train
     (act or train)(load_settings(**given))
 
 
 def stopped_after_a_step(settings) -> None: # an `act`
     "A training that finds the file STOP after its first step."
-    from proxy_sft.checkpoint import StopOnRequest
+    from proxy_sft.training.checkpoint_writer import StopOnRequest
     from proxy_sft.train import train
     usual = StopOnRequest.on_step_end
     def on_step_end(self, args, state, control, **more):
