@@ -12,7 +12,7 @@ thread each; seconds are those of the processor. The sides are
 - TRL: `SFTTrainer`'s own preparation with `assistant_only_loss`, some of the same conversations, after a first few that are not counted; it neither cuts nor packs here;
 - gigatoken alone (other rows: its cache of words must not know them), and Hugging Face's tokenizers alone, on the rendered text: the two limits.
 
-The certificate, which is measured before a folder is built, has a line of its own. Rows per second depend on the machine; the ratios are what counts.
+The parity check, which is measured before a folder is built, has a line of its own. Rows per second depend on the machine; the ratios are what counts.
 """
 import os
 
@@ -121,7 +121,7 @@ def trl_side(rows, tokenizer, folder):
     return seconds[1], sum(map(len, trainer.train_dataset["input_ids"]))
 
 
-PARTS = {"certify_train": "certificate", "start_worker": "load", "guard": "compare", "encode_piece": "encode", "blocks_of": "pack"}
+PARTS = {"check_train_parity": "parity", "start_worker": "load", "guard": "compare", "encode_piece": "encode", "blocks_of": "pack"}
 
 
 def our_side(rows, folder, model):
@@ -143,7 +143,7 @@ def our_side(rows, folder, model):
     preparation.prepare(settings, lambda settings: None)
     hit, size = time.perf_counter() - begun, sum(file.stat().st_size for file in prepared.folder.iterdir())
     for name in real: setattr(preparation, name, real[name])
-    return {**spent, "whole": whole - spent["certificate"]}, prepared, size, hit
+    return {**spent, "whole": whole - spent["parity"]}, prepared, size, hit
 
 
 def main(count=40_000, slow=1000):
@@ -199,10 +199,10 @@ def tell(sides, spent, once, train, size, hit):
     print(f"of a row's {1e6 * steady / rows:.0f} us, {1e6 * spent['encode'] / rows:.0f} are read, rendered, tokenised, masked and counted, by all processes; "
           f"{1e6 * alone / rows:.0f} are packed, gathered, written and hashed, by one ({1e6 * spent['pack'] / rows:.0f} packed)")
     print(f"once a run, whatever its size: {once:.1f} s, of which {spent['load']:.1f} s load the tokenizers and {spent['compare']:.1f} s compare a sample and the longest rows with the reference")
-    print(f"certificate: {spent['certificate']:.1f} s for {rows:,} rows ({rows / spent['certificate']:,.0f} rows/s/core)")
+    print(f"parity: {spent['parity']:.1f} s for {rows:,} rows ({rows / spent['parity']:,.0f} rows/s/core)")
     scale = ROWS / rows
     print(f"{ROWS:,} rows on {CORES} cores, if the disk keeps up: {(scale * spent['encode'] / CORES + scale * alone + once) / 60:.1f} min to prepare, "
-          f"{scale * spent['certificate'] / CORES / 60:.1f} min to certify")
+          f"{scale * spent['parity'] / CORES / 60:.1f} min to check")
     print(f"fill {train['fill']:.2%} of {train['blocks']:,} blocks; a hit (data hashed, {size / 1e9:.2f} GB of tokens compared with their hashes) took {hit:.2f} s")
 
 

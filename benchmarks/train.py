@@ -219,7 +219,7 @@ def run_side(folder):
     result = {**counted, "speed": speed, "device": device, "peak_flops": peak_flops(device), "mfu": utilisation(speed, flops, peak_flops(device)), "flops": flops, "split": clock.spent,
               "settings": {n: getattr(settings, n) for n in ("max_length", "batch_size", "gradient_accumulation", "optimizer", "weights", "activation_checkpointing", "packing")},
               "attention": trainer.model.config._attn_implementation, "dtype": str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
-              "certificate": prepared.certificate["passed"], "loss": [r["loss"] for r in trainer.state.log_history if "loss" in r]}
+              "parity": prepared.parity["passed"], "loss": [r["loss"] for r in trainer.state.log_history if "loss" in r]}
     (folder / "result.json").write_text(json.dumps(result))
 
 

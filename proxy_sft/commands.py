@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Optional
 
 from .launch.parameters import add_parameter_arguments, split_parameters
-from .launch.worker import in_plain_words
+from .launch.worker import run_with_plain_errors
 from .core.settings import load_settings
 
 # %% ../nbs/05_commands.ipynb #command
@@ -149,7 +149,7 @@ def command_parser(*chosen: str) -> argparse.ArgumentParser: # the arguments of 
 def main(argv: Optional[list[str]] = None) -> int: # exit code; argparse itself leaves with 0 or 2
     "The command `proxy-sft`."
     argv = list(sys.argv[1:] if argv is None else argv)
-    return in_plain_words(lambda: run_main(argv))
+    return run_with_plain_errors(lambda: run_main(argv))
 
 def run_main(argv: list[str]) -> int: # exit code
     "Parse, then call the room."

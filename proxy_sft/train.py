@@ -17,7 +17,7 @@ from .pipeline import ensure_prepared
 from .tokens.preparation import Prepared
 from .training.doctor import require_health
 from proxy_sft.training.run import (
-    agree, begin_run, is_finished, keep_memory_whole, publish_model, require_certificate, start_processes, telling_memory, train_from, TrainResult
+    agree, begin_run, is_finished, keep_memory_whole, publish_model, require_parity, start_processes, out_of_memory_explained, train_from, TrainResult
 )
 
 # %% ../nbs/02_train.ipynb #train
@@ -25,15 +25,15 @@ def train(
     settings: Settings,
     prepared: Optional[Prepared] = None, # what `prepare(settings)` gave; made here when not given
 ) -> TrainResult: # the same on every rank
-    "Prepare, certify, train, checkpoint, publish. `StopRequested` after a stop that was asked for."
+    "Prepare, check_parity, train, checkpoint, publish. `StopRequested` after a stop that was asked for."
     with listening(), RunLock(settings.run_dir / ".lock") as lock:
         keep_memory_whole()
         if World.from_environment().rank == 0: require_health(settings, World.from_environment().size)
         prepared = prepared or ensure_prepared(settings)
-        require_certificate(prepared, settings)
+        require_parity(prepared, settings)
         start_processes(settings)
         facts, checkpoint, separate = begin_run(settings, prepared, lock)
-        with telling_memory(settings):
+        with out_of_memory_explained(settings):
             if not (finished := checkpoint is not None and is_finished(checkpoint)): train_from(checkpoint, settings, prepared, facts, separate)
         publishes = World.from_environment().rank == 0 or (separate and World.from_environment().local_rank == 0)
         agree((lambda: publish_model(settings, checkpoint if finished else complete_checkpoints(settings.run_dir)[-1])) if publishes else None)

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings as hypothesis_settings, stra
 
 from proxy_sft.chat.encoder import ChatEncoder, find_bodies, supervise_batch
 from proxy_sft.chat.masks import IGNORED, supervise, TRAIN_ON, trained_spans
-from proxy_sft.chat.parity import certify, certify_batches
+from proxy_sft.chat.parity import check_parity, check_batch_parity
 from proxy_sft.chat.saving import save_chat_files, stop_token_ids
 from proxy_sft.chat.templates import (
     chat_template, ChatError, control_tokens, encode_text, render_chat, served_template, serving_options, STOP_TOKEN,
@@ -158,8 +158,8 @@ def test_an_earlier_turn_is_left_out_when_a_later_prompt_reads_it_otherwise(toke
     assert trained_spans(out, tokenizer) == ["\nHo" + STOP_TOKEN]
     prompt = server_ids(chat[:3], None, tokenizer, "nothink")
     assert out["input_ids"][:len(prompt)] == prompt
-    certificate = certify([{"messages": chat, "tools": []}], tokenizer)
-    assert certificate.passed and certificate["left out"] == 1 and certificate["turns"] == 2
+    parity = check_parity([{"messages": chat, "tools": []}], tokenizer)
+    assert parity.passed and parity["left out"] == 1 and parity["turns"] == 2
 
 
 def test_train_on(tokenizer):
@@ -215,17 +215,17 @@ def test_random_chats_are_certified(tokenizer):
     rnd = random.Random(7)
     rows = [random_chat(rnd, literals) for literals in (False, True) for _ in range(40)]
     for template in PARITY:
-        certificate = certify(rows, tokenizer, template)
-        assert certificate.passed, certificate
-        assert 0 < certificate["literal"] < len(rows)
-    assert not certify(rows, tokenizer, "stock").passed
+        parity = check_parity(rows, tokenizer, template)
+        assert parity.passed, parity
+        assert 0 < parity["literal"] < len(rows)
+    assert not check_parity(rows, tokenizer, "stock").passed
 
 
 def test_a_normal_form_that_breaks_an_escape_is_seen(tokenizer):
     "The tokenizer's NFC joins the n of a JSON line break with a following accent: no server can show this call either."
     row = {"messages": [user("x"), answer("", call("f", a="\n\u0301"))]}
-    certificate = certify([row], tokenizer)
-    assert not certificate.passed and "1 of 1 turns with calls are not in the text" in certificate.verdict
+    parity = check_parity([row], tokenizer)
+    assert not parity.passed and "1 of 1 turns with calls are not in the text" in parity.verdict
 
 
 def test_escapes_in_json_columns_hide_nothing(tokenizer):
@@ -262,14 +262,14 @@ def test_supervise_batch(tokenizer):
 def test_the_parity_table(tokenizer):
     "Two calls and two answers: what each template keeps."
     chat = [user("a"), answer("", call("f")), result("1"), answer("x")] * 2
-    exact = {name: certify([{"messages": chat}], tokenizer, name)["exact"] for name in TEMPLATES}
+    exact = {name: check_parity([{"messages": chat}], tokenizer, name)["exact"] for name in TEMPLATES}
     assert exact == {"nothink": 4, "stock": 1, "empty_think": 4, "trl_training": 1}
-    assert certify([{"messages": chat}], tokenizer, "trl_training")["outside"] == 20  # 4 think tokens and a line break, 4 times
-    assert "trained tokens" in certify([{"messages": chat}], tokenizer, "trl_training").verdict
+    assert check_parity([{"messages": chat}], tokenizer, "trl_training")["outside"] == 20  # 4 think tokens and a line break, 4 times
+    assert "trained tokens" in check_parity([{"messages": chat}], tokenizer, "trl_training").verdict
 
 
 def broken(change, tokenizer, monkeypatch, fast, template="nothink"):
-    "The certificate of a data set whose supervision is broken by `change(ids, labels)`."
+    "The parity check of a data set whose supervision is broken by `change(ids, labels)`."
     whole = ChatEncoder.encode
     def encode(self, rows, parallel=None):
         out = whole(self, rows, parallel)
@@ -280,7 +280,7 @@ def broken(change, tokenizer, monkeypatch, fast, template="nothink"):
     rows = [{"messages": messages, "tools": tools} for name, (messages, tools, _) in CASES.items()
             if not (fast and name in ("literals", "leading line break"))]  # these are not measured together with others, and would show the fault by themselves
     monkeypatch.setattr(parity, "check_fast", lambda *args: "")  # no sample guards it here
-    return certify(rows, tokenizer, template, fast=fast)
+    return check_parity(rows, tokenizer, template, fast=fast)
 
 
 FAULTS = {
@@ -297,11 +297,11 @@ FAULTS = {
 
 @pytest.mark.parametrize("fast", (False, True))
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_certificate_sees(tokenizer, fault, fast, monkeypatch):
+def test_the_parity_sees(tokenizer, fault, fast, monkeypatch):
     change, words = FAULTS[fault]
-    certificate = broken(change, tokenizer, monkeypatch, fast)
-    assert not certificate.passed and words in certificate.verdict, certificate
-    assert json.loads(certificate.to_json())["passed"] is False and "failed" in certificate._repr_html_()
+    parity = broken(change, tokenizer, monkeypatch, fast)
+    assert not parity.passed and words in parity.verdict, parity
+    assert json.loads(parity.to_json())["passed"] is False and "failed" in parity._repr_html_()
 
 
 def test_rows_measured_together_are_counted_as_one_by_one(tokenizer, monkeypatch):
@@ -325,15 +325,15 @@ def test_rows_measured_together_are_counted_as_one_by_one(tokenizer, monkeypatch
 
 
 def test_a_row_that_begins_with_an_answer_is_counted_not_fatal(tokenizer):
-    certificate = certify([{"messages": [answer("A"), user("x"), answer("B")]}, {"messages": [user("x"), answer("B")]}], tokenizer)
-    assert certificate["rows"] == 2 and certificate["unrendered"] == 1 and certificate["exact"] == 1
+    parity = check_parity([{"messages": [answer("A"), user("x"), answer("B")]}, {"messages": [user("x"), answer("B")]}], tokenizer)
+    assert parity["rows"] == 2 and parity["unrendered"] == 1 and parity["exact"] == 1
 
 
 def test_tools_that_never_reach_the_prompt_are_seen(tokenizer, tmp_path):
     (tmp_path / "toolless.jinja").write_text(chat_template("nothink").replace("{%- if tools %}", "{%- if false %}", 1))
     messages, tools, _ = CASES["single call"]
-    certificate = certify([{"messages": messages, "tools": tools}], tokenizer, str(tmp_path / "toolless.jinja"))
-    assert not certificate.passed and "1 of 1 tools are not in the text" in certificate.verdict
+    parity = check_parity([{"messages": messages, "tools": tools}], tokenizer, str(tmp_path / "toolless.jinja"))
+    assert not parity.passed and "1 of 1 tools are not in the text" in parity.verdict
 
 
 def test_templates_by_path_and_by_wrong_name(tokenizer, tmp_path):
@@ -351,9 +351,9 @@ def test_templates_by_path_and_by_wrong_name(tokenizer, tmp_path):
 
 def test_bad_rows_are_counted_and_do_not_hide_the_others(tokenizer):
     good = {"messages": CASES["no tools"][0]}
-    certificate = certify([good, {"messages": []}, good, {"messages": [user("x")]}], tokenizer)
-    assert (certificate["rows"], certificate["unrendered"], certificate["nothing"], certificate["exact"]) == (4, 1, 1, 2)
-    assert [example["row"] for example in certificate.examples] == [1, 3]
+    parity = check_parity([good, {"messages": []}, good, {"messages": [user("x")]}], tokenizer)
+    assert (parity["rows"], parity["unrendered"], parity["nothing"], parity["exact"]) == (4, 1, 1, 2)
+    assert [example["row"] for example in parity.examples] == [1, 3]
 
 
 def test_certify_a_file_in_processes(tokenizer, tmp_path, monkeypatch):
@@ -362,12 +362,12 @@ def test_certify_a_file_in_processes(tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(on_disk(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     monkeypatch.setattr(parity, "PART", path.stat().st_size // 7)
-    one, two, memory = (certify(path, tokenizer), certify(str(path), tokenizer, num_proc=2), certify(rows, tokenizer))
+    one, two, memory = (check_parity(path, tokenizer), check_parity(str(path), tokenizer, num_proc=2), check_parity(rows, tokenizer))
     assert one.counts == two.counts == memory.counts and one["rows"] == 61
     assert [e["row"] for e in one.examples] == [e["row"] for e in two.examples] == [60]
 
 
-def test_a_slip_in_the_short_way_turns_the_certificate_red(tokenizer, monkeypatch):
+def test_a_slip_in_the_short_way_turns_the_parity_red(tokenizer, monkeypatch):
     "The server's side is rendered by the template itself, so a wrong `chatml_text` cannot agree with itself."
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}}]
@@ -377,10 +377,10 @@ def test_a_slip_in_the_short_way_turns_the_certificate_red(tokenizer, monkeypatc
     slips = {"user": lambda text: text.replace("user\n", "user\n ", 1), "result": lambda text: text.replace("<tool_response>\n", "<tool_response>", 1),
              "tools": lambda text: text.replace("<tools>", "<tools> ", 1)}
     monkeypatch.setattr(parity, "check_fast", lambda *args: "")  # no sample guards it here
-    assert certify(rows, tokenizer).passed
+    assert check_parity(rows, tokenizer).passed
     for name, slip in slips.items():
         monkeypatch.setattr(encoder, "chatml_text", lambda *args: slip(right(*args)))
-        assert not certify(rows, tokenizer).passed, name
+        assert not check_parity(rows, tokenizer).passed, name
         monkeypatch.setattr(encoder, "chatml_text", right)
 
 
@@ -390,11 +390,11 @@ def test_certify_chosen_lines(tokenizer, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = [i for i in range(3000) if i % 2]
-    one, two = (certify(path, tokenizer, lines=lines, num_proc=n) for n in (1, 2))
-    assert one.to_json() == two.to_json() == certify(rows, tokenizer, lines=lines).to_json()
+    one, two = (check_parity(path, tokenizer, lines=lines, num_proc=n) for n in (1, 2))
+    assert one.to_json() == two.to_json() == check_parity(rows, tokenizer, lines=lines).to_json()
     assert one["rows"] == 1500 and [e["row"] for e in one.examples] == [7]
-    with pytest.raises(ChatError, match="rows 0 to 2999"): certify(path, tokenizer, lines=[3000])
-    assert not certify(path, tokenizer, lines=[]).passed  # nothing is supervised
+    with pytest.raises(ChatError, match="rows 0 to 2999"): check_parity(path, tokenizer, lines=[3000])
+    assert not check_parity(path, tokenizer, lines=[]).passed  # nothing is supervised
 
 
 def collate(supervised, pad):
@@ -413,17 +413,17 @@ def packed(supervised):
 def test_collated_batches(tokenizer):
     out = [supervise(messages, tools, tokenizer) for messages, tools, _ in CASES.values()]
     for batch in (collate(out, 0), packed(out)):
-        certificate = certify_batches([batch], tokenizer)
-        assert certificate.passed and certificate["rows"] == len(CASES), certificate
-        assert certificate["supervised"] == sum(len(spans) for *_, spans in CASES.values())
+        parity = check_batch_parity([batch], tokenizer)
+        assert parity.passed and parity["rows"] == len(CASES), parity
+        assert parity["supervised"] == sum(len(spans) for *_, spans in CASES.values())
     batch = packed(out)
     for key, change, words in (
             ("labels", lambda t: t.roll(1, 1), "not the token they stand on"),
             ("labels", lambda t: torch.full_like(t, IGNORED), "nothing is supervised"),
             ("position_ids", lambda t: t.clamp(min=0).where(t != 5, 7), "positions"),
             ("input_ids", lambda t: t.where(t != control_tokens(tokenizer)[STOP_TOKEN], 40), "their stop token")):
-        certificate = certify_batches([{**batch, key: change(batch[key])}], tokenizer)
-        assert not certificate.passed and words in certificate.verdict, (key, words, certificate)
+        parity = check_batch_parity([{**batch, key: change(batch[key])}], tokenizer)
+        assert not parity.passed and words in parity.verdict, (key, words, parity)
 
 
 def test_saved_files_serve_what_was_trained(tokenizer, tmp_path):
@@ -452,10 +452,10 @@ def test_every_converted_demo_row_is_certified():
     for row in demo_rows():
         try: rows.append(convert_row(row))
         except ConvertError: pass  # planted
-    certificate = certify(rows, tokenizer)
-    assert certificate.passed and certificate["rows"] > 1500 and certificate["literal"] > 0, certificate
+    parity = check_parity(rows, tokenizer)
+    assert parity.passed and parity["rows"] > 1500 and parity["literal"] > 0, parity
     for name in ("stock", "trl_training"):
-        lost = certify(rows[::10], tokenizer, name)
+        lost = check_parity(rows[::10], tokenizer, name)
         assert not lost.passed and lost["exact"] < lost["supervised"] / 2, lost
 
 
@@ -468,10 +468,10 @@ def test_dolci_rows_agree_with_apply_chat_template():
         for line in (SHARED / "dolci" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             try: rows.append(convert_row(json.loads(line)))
             except ConvertError: pass  # the converter's own tests say which and why
-    certificate = certify(rows, tokenizer)
-    assert certificate.passed and certificate["rows"] > 395 and not certificate["left out"], certificate
-    assert certify(rows, tokenizer, "empty_think").passed
-    for name in ("stock", "trl_training"): assert certify(rows, tokenizer, name)["exact"] < certificate["supervised"]
+    parity = check_parity(rows, tokenizer)
+    assert parity.passed and parity["rows"] > 395 and not parity["left out"], parity
+    assert check_parity(rows, tokenizer, "empty_think").passed
+    for name in ("stock", "trl_training"): assert check_parity(rows, tokenizer, name)["exact"] < parity["supervised"]
     for row, out in zip(rows[:60], supervise_batch(rows[:60], tokenizer)):
         messages, tools = (json.loads(row[key]) for key in ("messages_json", "tools_json"))
         assert out["input_ids"] == tokenizer.apply_chat_template(messages, tools=tools or None, return_dict=False,

@@ -21,7 +21,7 @@ TINY = dict(profile="demo", demo_rows=200, max_train_samples=64, max_eval_sample
 @pytest.mark.skipif("PROXY_SFT_SOAK" in os.environ, reason="make soak runs the long form itself")
 def test_faults_in_short():  # one process: the libraries are imported, and the runs to compare with are made, once
     parts = ["broken", "odd", "full", "flips=24", "kills=4", "terms=3"]
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "soak.py"), *parts], cwd=ROOT, capture_output=True, text=True, timeout=3600)
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "soak.py"), *parts], cwd=ROOT, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0 and done.stdout.count("passed ") == len(parts), done.stdout + done.stderr[-3000:]
 
 

@@ -170,5 +170,5 @@ for f in ("tokenizer_config.json", "generation_config.json"): shutil.copyfile(so
         *parameters(**{**SMALL, "run_name": "real", "max_length": 1536, "max_steps": 2, "max_train_samples": 24, "max_eval_samples": 1}))
     run_dir = tmp_path / "ws" / "runs" / "real"
     assert (run_dir / "COMPLETE").is_file() and len(losses(run_dir)) == 2
-    certificate = json.loads(next((tmp_path / "ws" / "prepared").glob("*/certificate.json")).read_text())
-    assert certificate["passed"], certificate["verdict"]
+    parity = json.loads(next((tmp_path / "ws" / "prepared").glob("*/parity.json")).read_text())
+    assert parity["passed"], parity["verdict"]

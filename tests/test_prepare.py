@@ -200,7 +200,7 @@ def test_any_flipped_bit_is_found(workspace):
         broken = bytearray(whole)
         broken[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         victim.write_bytes(broken)
-        with pytest.raises((PrepareError, atomic_folders.SealError)): preparation.check_folder(folder)
+        with pytest.raises((PrepareError, atomic_folders.AtomicFolderError)): preparation.check_folder(folder)
         victim.write_bytes(whole)
     preparation.check_folder(folder)
 

@@ -50,12 +50,12 @@ def test_every_profile_is_told_by_a_dry_run(profile, outside, capsys, monkeypatc
 
 def test_big_profiles_fit_their_cards_by_the_doctors_count():
     from proxy_sft.training.cost import published_config
-    from proxy_sft.training.doctor import look_at_memory
+    from proxy_sft.training.doctor import check_gpu_memory
     shape = published_config("Qwen/Qwen3-8B")
     for profile, ranks, card in (("qwen3_8b", 1, 139.8), ("qwen3_8b_80gb", 1, 79.1), ("qwen3_8b_8gpu", 8, 79.1), ("upstream", 8, 79.1)):
-        found = look_at_memory(load_settings(profile, workspace="nowhere"), ranks, shape, int(card * 2**30))
+        found = check_gpu_memory(load_settings(profile, workspace="nowhere"), ranks, shape, int(card * 2**30))
         assert found.level == "ok", (profile, found)
-    small = look_at_memory(load_settings("qwen3_8b", workspace="nowhere"), 1, shape, int(79.1 * 2**30))
+    small = check_gpu_memory(load_settings("qwen3_8b", workspace="nowhere"), 1, shape, int(79.1 * 2**30))
     assert small.level == "fail" and "ds_zero2_offload.json" in small.advice and "-p weights bfloat16" in small.advice
 
 

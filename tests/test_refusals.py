@@ -26,10 +26,10 @@ def make(folder: Path, files=("model.safetensors",), **facts) -> Path:
 def test_sealed_folders(tmp_path):
     whole = make(tmp_path / "whole", step=1)
     (tmp_path / "again").mkdir()
-    with pytest.raises(atomic_folders.SealError, match="complete already"): atomic_folders.publish(tmp_path / "again", whole, {})
-    with pytest.raises(atomic_folders.SealError, match="is not complete: its marker COMPLETE"): atomic_folders.verify(tmp_path / "again")
+    with pytest.raises(atomic_folders.AtomicFolderError, match="complete already"): atomic_folders.publish(tmp_path / "again", whole, {})
+    with pytest.raises(atomic_folders.AtomicFolderError, match="is not complete: its marker COMPLETE"): atomic_folders.verify(tmp_path / "again")
     (whole / "link").symlink_to(whole / "model.safetensors")
-    with pytest.raises(atomic_folders.SealError, match="link is a link"): atomic_folders.verify(whole)
+    with pytest.raises(atomic_folders.AtomicFolderError, match="link is a link"): atomic_folders.verify(whole)
 
 
 def test_checkpoints_that_are_not_gone_on_from(tmp_path):
@@ -50,10 +50,10 @@ def test_checkpoints_that_are_not_gone_on_from(tmp_path):
 def test_saves_that_lack_something(tmp_path):
     trainer = checkpoint_writer.CompleteCheckpoints()
     trainer.args = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to=[])
-    with pytest.raises(atomic_folders.SealError, match="the weights were not written"): trainer._completed(tmp_path, "weights")
+    with pytest.raises(atomic_folders.AtomicFolderError, match="the weights were not written"): trainer._completed(tmp_path, "weights")
     (tmp_path / "model.safetensors").touch()
     assert trainer._completed(tmp_path, "weights") == tmp_path
-    with pytest.raises(atomic_folders.SealError, match="rng_state.pth was not written"): trainer._completed(tmp_path, "checkpoint")
+    with pytest.raises(atomic_folders.AtomicFolderError, match="rng_state.pth was not written"): trainer._completed(tmp_path, "checkpoint")
 
 
 def test_a_final_model_that_cannot_be_written(tmp_path):

@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
-from proxy_sft.training.attention import AttentionError, block, log_probabilities, settle_attention, VARLEN
+from proxy_sft.training.attention import AttentionError, block, log_probabilities, choose_attention, VARLEN
 from proxy_sft.training.cost import keep_attention
 from proxy_sft.training.progress import FIELDS
 from proxy_sft.core.settings import load_settings
@@ -215,7 +215,7 @@ def test_pytorchs_kernel_for_packed_rows_gets_what_it_needs(model, kernel):
     def slopes(name):
         model.set_attn_implementation(name)
         return torch.autograd.grad(log_probabilities(model, block(ROWS, COLLATE)).sum(), list(model.parameters()))
-    found = settle_attention(model, VARLEN, True, COLLATE, ROWS)
+    found = choose_attention(model, VARLEN, True, COLLATE, ROWS)
     assert found.name == VARLEN and found.check.difference < 1e-5 < 0.1 < found.check.leak
     for ours, theirs in zip(slopes(VARLEN), slopes("sdpa")): torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
@@ -253,8 +253,8 @@ def test_auto_passes_over_what_leaks_and_says_so(model, monkeypatch):
     "A kernel that is installed and wrong: the list is ours, the check finds it, the next is taken."
     AttentionInterface.register("blind", lambda *args, cu_seq_lens_q=None, position_ids=None, **more: attention.sdpa_attention_forward(*args, **more))
     monkeypatch.setattr(attention, "ORDER", ("blind", "flash_attention_2", "eager"))
-    monkeypatch.setattr(attention, "why_not", lambda *args: "")
-    found = settle_attention(model, "auto", True, COLLATE, ROWS)
+    monkeypatch.setattr(attention, "unavailable_reason", lambda *args: "")
+    found = choose_attention(model, "auto", True, COLLATE, ROWS)
     assert found.name == "eager" and found.check.passed
     monkeypatch.setattr(attention, "ORDER", ("blind",))
-    with pytest.raises(AttentionError, match="blind lets packed conversations see each other"): settle_attention(model, "auto", True, COLLATE, ROWS)
+    with pytest.raises(AttentionError, match="blind lets packed conversations see each other"): choose_attention(model, "auto", True, COLLATE, ROWS)

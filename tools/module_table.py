@@ -1,4 +1,4 @@
-"""Write the table of rooms into docs/architecture.md, from each notebook's own title line."""
+"""Write the table of modules into docs/architecture.md, from each notebook's own title line."""
 import json
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 
 
-def rooms() -> str:
+def modules() -> str:
     "Notebook, module, and the quote below its title."
     lines = ["| notebook | module | what lives there |", "|---|---|---|"]
     for path in sorted(ROOT.glob("nbs/**/*.ipynb")):
@@ -18,9 +18,9 @@ def rooms() -> str:
     return "\n".join(lines)
 
 
-def with_rooms(text: str) -> str:
+def with_modules(text: str) -> str:
     "The page's text with the table that the notebooks give."
-    return re.sub(r"(?s)(<!-- rooms[^>]*-->\n).*?(\n<!-- /rooms -->)", lambda m: m[1] + rooms() + m[2], text)
+    return re.sub(r"(?s)(<!-- modules[^>]*-->\n).*?(\n<!-- /modules -->)", lambda m: m[1] + modules() + m[2], text)
 
 
-if __name__ == "__main__": PAGE.write_text(with_rooms(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+if __name__ == "__main__": PAGE.write_text(with_modules(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -18,7 +18,7 @@ import orjson
 # %% ../../nbs/chat/06_parity_counts.ipynb #imports-own
 from .encoder import _follows, _json_text, row_parts, TokenRows
 from proxy_sft.chat.parity_turns import (
-    _call_text, _normal, Inspection, parse_back, ROLES, server_prompts, turn_parity, what_is_lost
+    _call_text, _normal, Inspection, parse_back, ROLES, server_prompts, turn_parity, lost_parts
 )
 from .templates import ChatError, ROW_ERRORS
 
@@ -31,7 +31,7 @@ def measure(
     rows: list[dict], # converted rows
     first: int = 0, # number of the first row, for messages
 ) -> tuple[Counter, list]: # counts, and examples of what is wrong: {"row", "message", "what", "text"}
-    "Everything that the certificate says, as counts over rows."
+    "Everything that the parity check says, as counts over rows."
     counts, wrong = Counter(rows=len(rows)), []
     try:
         tokens = inspection.encoder.encode(rows)
@@ -82,7 +82,7 @@ def _measure_row(inspection: Inspection, messages: list, tools: list, ids: np.nd
     counts.update({"literal": bool(inspection.server.pattern.search(_json_text([messages, tools]))),
                    "content": sum(isinstance(m.get("content"), str) for m in messages), "tool": len(tools or []),
                    "calls": sum(bool(m.get("tool_calls")) for m in messages)})
-    for kind, index, text in what_is_lost(inspection, messages, tools, ids, turns):
+    for kind, index, text in lost_parts(inspection, messages, tools, ids, turns):
         counts[f"lost {kind}"] += 1
         wrong.append((index, f"its {kind} is not in the text", text))
     return counts, wrong

@@ -67,7 +67,7 @@ class Rendering(Group):
     max_eval_samples: Optional[int] = Field(512, ge=1, description="held-out conversations whose loss is measured; all when null")
     num_proc: Optional[int] = Field(None, ge=1, description="processes that convert and prepare; all cores when not set")
     shared_file_system: Literal["auto", "true", "false"] = Field("auto", description="whether all machines see one workspace; auto probes")
-    certificate: Literal["require", "warn"] = Field("require", description="what a failed parity certificate does to the run")
+    parity: Literal["require", "warn"] = Field("require", description="what a failed parity check does to the run")
 
 # %% ../../nbs/core/01_settings.ipynb #training
 class Training(Group):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'CLOSE', 'BEFORE_JSON', 'THOUGHT', 'METRICS', 'SCRIPTS', 'LITTLE_WORDS', 'EvaluateError', 'split_blocks',
-           'as_server_reads', 'loose_calls', 'as_it_was_meant', 'Answer', 'read_answer', 'Reply', 'read_reply',
+           'as_server_reads', 'unfenced_calls', 'as_it_was_meant', 'Answer', 'read_answer', 'Reply', 'read_reply',
            'unanswered', 'canonical', 'in_plain_form', 'plain_call', 'arguments_are_exact', 'fits_schema', 'score_turn',
            'wilson', 'HeldoutTurn', 'language_of', 'turns_of', 'read_rows', 'what_is_known', 'smallest', 'choose_turns',
            'ChatRow', 'choose_chat_rows', 'expected_text', 'has_model']
@@ -55,11 +55,11 @@ def as_server_reads(
     return [{"name": c["name"], "arguments": c["arguments"]} for c in calls] if right else None
 
 # %% ../../nbs/evaluation/01_answers.ipynb #loose-export
-def loose_calls(
+def unfenced_calls(
     value: Any, # decoded JSON that stood behind an opening tag
 ) -> list[dict]: # `{"name", "arguments"}`; empty when it is no call
     "Calls in a decoded value, in the spellings that models are known to use."
-    if isinstance(value, list): return [call for part in value for call in loose_calls(part)]
+    if isinstance(value, list): return [call for part in value for call in unfenced_calls(part)]
     if not isinstance(value, dict): return []
     value = value["function"] if isinstance(value.get("function"), dict) else value
     arguments = value.get("arguments", value.get("parameters", {}))
@@ -84,7 +84,7 @@ def as_it_was_meant(
         if text[start:start + 1] in ("{", "["):
             try: value, at = decoder.raw_decode(text, start)
             except (ValueError, RecursionError): value = None
-            calls += loose_calls(value)
+            calls += unfenced_calls(value)
         at = text.find(OPEN, at)
     return calls
 
@@ -130,7 +130,7 @@ def read_reply(
     "An answer, whoever read its calls. A server that read some leaves only what it could not read in the text."
     found = read_answer(reply.text, reply.stopped)
     if reply.calls is None: return found
-    made = [call for raw in reply.calls for call in loose_calls(raw)]
+    made = [call for raw in reply.calls for call in unfenced_calls(raw)]
     try: strict = [isinstance(json.loads(raw["arguments"]), dict) for raw in reply.calls]
     except (ValueError, KeyError, TypeError, RecursionError): strict = [False]
     attempted = bool(reply.calls) or found.attempted

@@ -22,7 +22,7 @@ from ..chat.templates import served_template
 from ..core.atomic_folders import write_flushed
 from ..core.display import bar_pace
 from ..core.settings import Settings
-from ..core.stop_requests import listening, stop_if_asked, stop_reason
+from ..core.stop_requests import listening, raise_if_stop_requested, stop_reason
 from proxy_sft.evaluation.answers import (
     ChatRow, choose_chat_rows, choose_turns, EvaluateError, has_model, HeldoutTurn, METRICS, Reply
 )
@@ -180,7 +180,7 @@ def ask_server(
     with progress(name, len(questions.turns), " turns") as bar:
         def told(count):
             bar.update(count)
-            stop_if_asked(questions.settings.run_dir, questions.settings.max_hours, "evaluating")
+            raise_if_stop_requested(questions.settings.run_dir, questions.settings.max_hours, "evaluating")
         mine = server.replies(questions.turns, questions.limit, questions.store(server.url, server.model), told) if place()[0] == 0 else []
     return gathered({"replies": mine} if place()[0] == 0 else {})["replies"], [], []
 

@@ -32,7 +32,7 @@ from proxy_sft.evaluation.answers import (
 from ..chat.encoder import supervise_batch
 from ..chat.parity_turns import Inspection, server_prompts
 from ..chat.saving import stop_token_ids
-from ..core.distributed import from_everybody
+from ..core.distributed import all_gather
 from ..core.atomic_folders import MANIFEST
 from ..core.settings import Settings
 from ..core.stop_requests import StopRequested
@@ -154,13 +154,13 @@ def join_ranks() -> bool: # whether a group was started here
 
 def stop_together(reason: str) -> None: # `StopRequested` on every rank when one has a reason
     "None waits for answers of a rank that was asked to stop."
-    if reason := next((r for r in from_everybody(reason) if r), ""):
+    if reason := next((r for r in all_gather(reason) if r), ""):
         raise StopRequested(f"Stopped while answering, because {reason}. The answers so far are kept; the same command goes on from there.")
 
 
 def gathered(mine: dict) -> dict: # the union over all ranks
     "What all ranks know together."
-    return {name: value for box in from_everybody(mine) for name, value in box.items()}
+    return {name: value for box in all_gather(mine) for name, value in box.items()}
 
 
 def digest(value: Any) -> str: # 32 hex digits
@@ -277,7 +277,7 @@ TOLD = ("decision", "names", "exact", "stops")  # metrics that are logged during
 
 def add_up(counts: dict[str, list[int]]) -> dict[str, list[int]]: # the sums, on every rank
     "Right and asked, over all ranks."
-    boxes = from_everybody(counts)
+    boxes = all_gather(counts)
     return {name: [sum(box[name][k] for box in boxes) for k in range(len(counts[name]))] for name in counts}
 
 # %% ../../nbs/evaluation/02_generation.ipynb #measure-export

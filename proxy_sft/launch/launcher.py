@@ -20,7 +20,7 @@ from typing import Any, Optional
 # %% ../../nbs/launch/06_launcher.ipynb #imports-own
 from ..core.locks import InUseError, RunLock
 from ..core.settings import offloads, Settings, settings_table
-from ..core.stop_requests import how_to_go_on, request_stop, STOP_SIGNALS, STOPPED, tell
+from ..core.stop_requests import resume_advice, request_stop, STOP_SIGNALS, STOPPED, tell
 from .files import read_json
 from proxy_sft.launch.parameters import (
     add_notebook_arguments, LaunchError, process_count, read_request, Request, RunFolder
@@ -118,7 +118,7 @@ def outcome(
         return 0
     if launcher.told_twice: return 128 + launcher.signalled[-1][1]
     if states and all(s["state"] in ("stopped", "done") for s in states):
-        tell(f"proxy-sft: stopped on request after {took}. {how_to_go_on(launcher.request.settings.resume)}")
+        tell(f"proxy-sft: stopped on request after {took}. {resume_advice(launcher.request.settings.resume)}")
         return STOPPED
     failure = read_json(launcher.folder.failure_file)
     if failure and failure["time"] < launcher.began - 2 and failure.get("run") != launcher.run: failure = None

@@ -25,7 +25,7 @@ from typing import Callable, Optional, TextIO
 
 # %% ../../nbs/launch/04_ranks.ipynb #imports-own
 from ..core.build_once import Process, this_machine
-from ..core.stop_requests import request_stop, stop_requested, STOPPED
+from ..core.stop_requests import request_stop, should_stop, STOPPED
 from proxy_sft.launch.files import (
     AtomicNotebooks, join_stream, LiveLog, read_json, redact, secrets_of, write_atomically
 )
@@ -110,7 +110,7 @@ class SessionHooks:
         return dict(on_cell_start=self.cell_start, on_cell_error=self.cell_error, on_cell_executed=self.cell_executed)
 
     def cell_start(self, cell, cell_index) -> None:
-        if stop_requested(self.folder.stop_file, self.since): raise StoppedBetweenCells(f"before cell {cell_index + 1}")
+        if should_stop(self.folder.stop_file, self.since): raise StoppedBetweenCells(f"before cell {cell_index + 1}")
         self.cell = cell_index + 1
         self.status.update(state="running", cell=self.cell)
 

@@ -18,7 +18,7 @@ from typing import Any, Optional
 import yaml
 
 from ..evaluation.answers import METRICS
-from ..chat.parity import Certificate, certificate_table
+from ..chat.parity import ParityReport, parity_table
 from .files import read_json
 from ..core.atomic_folders import write_flushed
 from ..core.settings import Settings
@@ -65,13 +65,13 @@ def data_html(settings: Settings) -> str: # empty when the data was not converte
             + f"<details><summary>by source</summary>{html_table(sources, ('source', 'rows', 'kept', 'not kept'))}</details>")
 
 def parity_html(settings: Settings, folder: Path) -> str: # empty when no prepared folder is found
-    "The certificate of the tokens that this run was trained on."
+    "The parity check of the tokens that this run was trained on."
     key = (read_json(folder / "manifest.json") or {}).get("data_key", "")
-    found = read_json(settings.prepared_dir / key / "certificate.json") if key else None
+    found = read_json(settings.prepared_dir / key / "parity.json") if key else None
     if not found: return ""
-    certificate = Certificate(found["template"], found["train_on"], found["counts"], found["examples"], found.get("fallback", ""))
+    parity = ParityReport(found["template"], found["train_on"], found["counts"], found["examples"], found.get("fallback", ""))
     return (f"<p><strong>{'passed' if found['passed'] else 'FAILED'}</strong>: {html.escape(found['verdict'])}</p>"
-            + html_table(certificate_table(certificate), ("counted", "")))
+            + html_table(parity_table(parity), ("counted", "")))
 
 # %% ../../nbs/launch/08_report.ipynb #evaluation
 def rates_html(metrics: dict[str, dict[str, dict]]) -> str: # model -> metric -> right, of, rate, interval

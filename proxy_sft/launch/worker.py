@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['watch', 'vanished', 'handle_signals', 'kill_now', 'wait_for_others', 'report_to_torchrun', 'failure_words',
-           'run_worker', 'in_plain_words', 'worker_main']
+           'run_worker', 'run_with_plain_errors', 'worker_main']
 
 # %% ../../nbs/launch/05_worker.ipynb #imports
 import argparse
@@ -20,7 +20,7 @@ from typing import Any, Callable, Optional
 
 # %% ../../nbs/launch/05_worker.ipynb #imports-own
 from ..core.settings import SettingsError
-from ..core.stop_requests import request_stop, stop_requested, STOP_SIGNALS, STOPPED, StopRequested
+from ..core.stop_requests import request_stop, should_stop, STOP_SIGNALS, STOPPED, StopRequested
 from .files import read_json, write_atomically
 from .parameters import add_notebook_arguments, LaunchError, read_request, Request, split_parameters
 from proxy_sft.launch.processes import (
@@ -111,14 +111,14 @@ def run_worker(request: Request) -> int: # exit code of this rank
     if place.under_torchrun: os.environ.setdefault("PROXY_SFT_BEGAN", str(process_began(os.getppid())))
     request.folder.make()
     session = RankSession(request, place, terminal=sys.stdout if place.rank == 0 else None)
-    if not stop_requested(session.folder.stop_file, session.since):  # an old one
+    if not should_stop(session.folder.stop_file, session.since):  # an old one
         session.folder.stop_file.unlink(missing_ok=True)
     finish = start_guard(session.mark, session.private)
     if place.rank != 0: quiet(request.folder.log(place.rank))
     handle_signals(session)
     ended = threading.Event()
     threading.Thread(target=watch, args=(session, ended), daemon=True).start()
-    restarted_to_stop = place.attempt > 0 and stop_requested(session.folder.stop_file, session.since)
+    restarted_to_stop = place.attempt > 0 and should_stop(session.folder.stop_file, session.since)
     code = STOPPED if restarted_to_stop else run_rank(session)
     ended.set()
     if code == STOPPED:
@@ -133,7 +133,7 @@ def run_worker(request: Request) -> int: # exit code of this rank
     return code
 
 # %% ../../nbs/launch/05_worker.ipynb #worker-main
-def in_plain_words(command: Callable[[], int]) -> int: # the command's exit code; 2: refused; 1: another error of ours
+def run_with_plain_errors(command: Callable[[], int]) -> int: # the command's exit code; 2: refused; 1: another error of ours
     "Show errors that were written for people without a traceback."
     try: return command()
     except (LaunchError, SettingsError) as error: code, words = 2, error
@@ -154,6 +154,6 @@ def worker_main(argv: list[str]) -> int: # exit code of this rank
         rest, _, parameters = split_parameters(argv)
         args = parser.parse_args(rest)
         return run_worker(read_request(args.notebook, parameters, args.output, args.log_dir, args.kernel))
-    return in_plain_words(work)
+    return run_with_plain_errors(work)
 
 if __name__ == "__main__" and __package__ == "proxy_sft": sys.exit(worker_main(sys.argv[1:]))

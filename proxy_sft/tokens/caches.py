@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # %% ../../nbs/tokens/06_caches.ipynb #imports-own
-from ..core.atomic_folders import COMPLETE, read_manifest, sealed_bytes, unmake
+from ..core.atomic_folders import COMPLETE, read_manifest, folder_bytes, delete_folder
 from ..core.settings import Settings
 from .keys import prepared_folders
 from .preparation import remove_abandoned
@@ -33,14 +33,14 @@ def list_caches(settings: Settings) -> list[Cache]: # the most recently used fir
     for manifest in (settings.workspace_dir / "runs").glob("*/**/manifest.json"):
         key = json.loads(manifest.read_text(encoding="utf-8")).get("data_key")
         keys.setdefault(key, set()).add(manifest.relative_to(settings.workspace_dir / "runs").parts[0])
-    found = [Cache(f, sealed_bytes(f), (time.time() - (f / COMPLETE).stat().st_mtime) / 86400,
+    found = [Cache(f, folder_bytes(f), (time.time() - (f / COMPLETE).stat().st_mtime) / 86400,
                    tuple(sorted(keys.get(f.name, ())))) for f in prepared_folders(settings.prepared_dir)]
     return sorted(found, key=lambda cache: cache.unused)
 
 def prune_caches(settings: Settings, days: float = 30) -> list[Path]: # what was removed
     "Delete folders that nobody used for so long and no run stands on, and what killed builders left."
     old = [cache.folder for cache in list_caches(settings) if cache.unused >= days and not cache.runs]
-    for folder in old: unmake(folder)
+    for folder in old: delete_folder(folder)
     return old + remove_abandoned(settings.prepared_dir)
 
 # %% ../../nbs/tokens/06_caches.ipynb #caches-command

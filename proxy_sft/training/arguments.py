@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 # %% ../../nbs/training/10_arguments.ipynb #imports-own
 from ..core.settings import deepspeed_file, Settings
-from .attention import settle_attention
+from .attention import choose_attention
 from .cost import weights_dtype
 from .model import kernel_arguments, kernels_for, optimizer_arguments, training_device
 
@@ -34,7 +34,7 @@ def speed_record(trainer: SFTTrainer, settings: Settings) -> dict[str, Any]: # f
     "Set the attention and prove it on the trainer's own model, collator and data; say what was chosen."
     model = trainer.accelerator.unwrap_model(trainer.model)
     with whole_weights(model):
-        chosen = settle_attention(getattr(model, "get_base_model", lambda: model)(), settings.attention, settings.end_to_end, trainer.data_collator, short_rows(trainer.train_dataset),
+        chosen = choose_attention(getattr(model, "get_base_model", lambda: model)(), settings.attention, settings.end_to_end, trainer.data_collator, short_rows(trainer.train_dataset),
                                   trainer.accelerator.autocast, half=settings.bf16)
     kernels = "liger" if trainer.args.use_liger_kernel else "none"
     if trainer.is_world_process_zero(): print(f"{chosen}{'' if kernels == 'none' else f' Kernels: {kernels}.'}", flush=True)

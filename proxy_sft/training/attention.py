@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARLEN', 'KERNELS', 'ORDER', 'TOLERANCE', 'AttentionError', 'varlen_attention', 'restarts', 'varlen_mask',
-           'is_installed', 'why_not', 'PackedCheck', 'log_probabilities', 'block', 'compare_packed', 'Attention',
-           'prove', 'refusal', 'settle_attention', 'reason', 'tried']
+           'is_installed', 'unavailable_reason', 'PackedCheck', 'log_probabilities', 'block', 'compare_packed',
+           'Attention', 'prove', 'refusal', 'choose_attention', 'reason', 'tried']
 
 # %% ../../nbs/training/05_attention.ipynb #imports
 import os
@@ -27,7 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 
-from ..core.distributed import from_everybody
+from ..core.distributed import all_gather
 from ..core.settings import did_you_mean
 
 # %% ../../nbs/training/05_attention.ipynb #error
@@ -74,7 +74,7 @@ def is_installed(name: str) -> bool: # a name of ORDER
              "flex_attention": lambda: find_spec("triton") is not None}
     return known[name]() if name in known else True
 
-def why_not(
+def unavailable_reason(
     name: str, # of ORDER
     capability: Optional[tuple[int, int]], # of the GPU; None: no GPU
     half: bool, # 16-bit arithmetic
@@ -168,7 +168,7 @@ def refusal(found: PackedCheck) -> str:
             "Set attention to auto, sdpa or eager, or packing and padding_free to false")
 
 # %% ../../nbs/training/05_attention.ipynb #choose
-def settle_attention(
+def choose_attention(
     model: PreTrainedModel, # the base model, on its device; its attention is set
     wanted: str, # auto, or a name that transformers knows
     packed: bool, # whether rows are packed
@@ -186,9 +186,9 @@ def settle_attention(
     model.train(not getattr(model.config, "attention_dropout", 0))  # as it will be trained; dropout would hide what is compared
     try:
         for name in ORDER if wanted == "auto" else (wanted,):
-            problem, found = why_not(name, capability, half, packed) if wanted == "auto" else "", None
+            problem, found = unavailable_reason(name, capability, half, packed) if wanted == "auto" else "", None
             if not problem: problem, found = tried(lambda: prove(model, name, collate, rows, tolerance, arithmetic) if packed else model.set_attn_implementation(name), name)
-            if problem := next((p for p in from_everybody(problem) if p), ""): passed_over.append(f"{name} {problem}")
+            if problem := next((p for p in all_gather(problem) if p), ""): passed_over.append(f"{name} {problem}")
             else: return Attention(name, reason(wanted, capability, passed_over), found)
     finally: model.train(training)
     raise AttentionError(f"attention cannot be set to what is wanted ({wanted}): {'; '.join(passed_over)}")

@@ -17,10 +17,10 @@ from transformers import TrainerCallback
 
 # %% ../../nbs/training/07_checkpoint_writer.ipynb #imports-own
 from proxy_sft.core.atomic_folders import (
-    COMPLETE, complete_checkpoints, flush, is_complete, MANIFEST, mark_complete, publish, read_manifest, sealed_bytes,
-    SealError, write_flushed
+    COMPLETE, complete_checkpoints, flush, is_complete, MANIFEST, mark_complete, publish, read_manifest, folder_bytes,
+    AtomicFolderError, write_flushed
 )
-from ..core.distributed import anybody, from_everybody
+from ..core.distributed import any_rank, all_gather
 from ..core.stop_requests import stop_reason
 from .checkpoints import CheckpointError, lack_of_room, prune, random_state_files
 
@@ -44,7 +44,7 @@ class CompleteCheckpoints:
     def _save_checkpoint(self, model, trial):
         "Save aside, publish, prune; `CheckpointError` on every rank when it could not be published."
         target = self.run_dir / f"checkpoint-{self.state.global_step}"
-        if anybody(is_complete(target)) or not self._room_for(target): return
+        if any_rank(is_complete(target)) or not self._room_for(target): return
         self.accelerator.wait_for_everyone()
         self._written(target, lambda: super(CompleteCheckpoints, self)._save_checkpoint(model, trial))
         self._publish(target, "checkpoint")
@@ -53,7 +53,7 @@ class CompleteCheckpoints:
         "As transformers does, and the weights alone in between."
         super()._maybe_log_save_evaluate(*args, **kwargs)
         step, target = self.state.global_step, self.run_dir / f"weights-{self.state.global_step}"
-        if not self.weights_every or step % self.weights_every or anybody(is_complete(target) or is_complete(self.run_dir / f"checkpoint-{step}")): return
+        if not self.weights_every or step % self.weights_every or any_rank(is_complete(target) or is_complete(self.run_dir / f"checkpoint-{step}")): return
         self._written(target, lambda: self.save_model(str(self.run_dir / ".saving" / target.name), _internal_call=True))
         self._publish(target, "weights")
 
@@ -74,8 +74,8 @@ def _written(self: CompleteCheckpoints, target: Path, write: Callable[[], None])
 def _room_for(self: CompleteCheckpoints, target: Path) -> bool: # False: go on without this one
     "Whether there is room for one more; `CheckpointError` where going on would be pointless or was not asked for."
     found = complete_checkpoints(self.run_dir)
-    size = sealed_bytes(found[-1]) if found else 0
-    problem = next((p for p in from_everybody(lack_of_room(self.run_dir, size, target.name) if self.publishes else "") if p), "")
+    size = folder_bytes(found[-1]) if found else 0
+    problem = next((p for p in all_gather(lack_of_room(self.run_dir, size, target.name) if self.publishes else "") if p), "")
     if not problem: return True
     kept = f"The complete checkpoints stay: {', '.join(f.name for f in found)}."
     if self.on_full_disk == "stop" or self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
@@ -90,28 +90,28 @@ def _publish(self: CompleteCheckpoints, target: Path, kind: str) -> None:
     "Seal every part, then mark every part, then prune; all ranks learn what went wrong on one."
     seal = lambda: publish(self._completed(self.run_dir / ".saving" / target.name, kind), target, {**self.facts, "step": self.state.global_step}, mark=False)
     for act in (seal, lambda: mark_complete(target)):
-        if problem := next((p for p in from_everybody(in_words(act) if self.publishes else "") if p), ""):
+        if problem := next((p for p in all_gather(in_words(act) if self.publishes else "") if p), ""):
             raise CheckpointError(f"{target.name} could not be completed: {problem}. The earlier checkpoints are untouched; free space and start the run again.")
     if self.publishes:
         for name in (".saving", ".converted"): shutil.rmtree(self.run_dir / name, ignore_errors=True)
         prune(self.run_dir, self.keep, kind)
 
 @patch
-def _completed(self: CompleteCheckpoints, aside: Path, kind: str) -> Path: # raises SealError when a file is missing
+def _completed(self: CompleteCheckpoints, aside: Path, kind: str) -> Path: # raises AtomicFolderError when a file is missing
     "What is left to do before sealing: no pickle that nobody reads, weights and every random state there, DeepSpeed's pointer on every disk."
     (aside / "training_args.bin").unlink(missing_ok=True) # settings.yaml tells what was set
-    if not [*aside.glob("*.safetensors")]: raise SealError("the weights were not written")
+    if not [*aside.glob("*.safetensors")]: raise AtomicFolderError("the weights were not written")
     if kind == "weights": return aside
     first, here = self.args.process_index - self.args.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", self.args.world_size))
     for name in random_state_files(self.args.world_size, range(first, first + here) if self.separate else None):
-        if not (aside / name).is_file(): raise SealError(f"{name} was not written")
+        if not (aside / name).is_file(): raise AtomicFolderError(f"{name} was not written")
     if (steps := list(aside.glob("global_step*"))) and not (aside / "latest").exists(): (aside / "latest").write_text(steps[0].name)
     return aside
 
 def in_words(act: Callable[[], Any]) -> str: # empty when it went well
     "Do something; what went wrong, for all ranks to hear."
     try: act()
-    except (OSError, SealError) as error: return str(error) or type(error).__name__
+    except (OSError, AtomicFolderError) as error: return str(error) or type(error).__name__
     return ""
 
 # %% ../../nbs/training/07_checkpoint_writer.ipynb #final
@@ -153,7 +153,7 @@ class StopOnRequest(TrainerCallback):
     @property
     def asked(self) -> bool: # agreed between all ranks
         self.reason = stop_reason(self.run_dir, self.max_hours) or self.reason
-        return anybody(bool(self.reason))
+        return any_rank(bool(self.reason))
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked and state.global_step < state.max_steps:

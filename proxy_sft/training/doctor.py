@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'LOOKED_AT', 'ASSUMED', 'DoctorError', 'Finding', 'Report', 'model_config', 'zero_of', 'device_memory',
-           'device_name', 'needed', 'ways_to_fit', 'look_at_memory', 'host_memory', 'look_at_host', 'disk_needed',
-           'existing', 'look_at_disk', 'look_at_folder', 'look_at_system', 'look_at_terminal', 'look_at_compiler',
-           'installed', 'look_at_versions', 'look_at_devices', 'asked', 'look_at_links', 'look_at_neighbours',
-           'matching', 'look_at_data', 'amounts', 'look_at_time', 'look_at_model', 'diagnose', 'require_health',
-           'doctor_command']
+           'device_name', 'needed', 'ways_to_fit', 'check_gpu_memory', 'host_memory', 'check_host_memory',
+           'disk_needed', 'existing', 'check_disk_space', 'check_run_folder', 'check_system', 'check_terminal',
+           'check_compiler', 'installed', 'check_versions', 'check_devices', 'asked', 'check_interconnect',
+           'check_other_processes', 'matching', 'check_data', 'amounts', 'check_duration', 'check_model', 'diagnose',
+           'require_health', 'doctor_command']
 
 # %% ../../nbs/training/09_doctor.ipynb #imports
 import argparse
@@ -117,7 +117,7 @@ def ways_to_fit(settings: Settings, ranks: int, config: PreTrainedConfig, card: 
         yield f"`{said}` ({total / 2**30:.1f} GiB{f', and {host * ranks / 2**30:.0f} of host memory' if host else ''}{', but pure bfloat16 weights lose small updates' if 'weights' in way else ''})"
 
 # %% ../../nbs/training/09_doctor.ipynb #look-memory
-def look_at_memory(settings: Settings, ranks: int, config: PreTrainedConfig, card: Optional[int]) -> Finding: # card: bytes of one device
+def check_gpu_memory(settings: Settings, ranks: int, config: PreTrainedConfig, card: Optional[int]) -> Finding: # card: bytes of one device
     "Whether a step fits."
     parts, total, _ = needed(settings, ranks, config)
     told = f"{total / 2**30:.1f} GiB on each device: " + ", ".join(f"{n} {b / 2**30:.1f}" for n, b in parts.items() if b and not n.startswith("host"))
@@ -135,7 +135,7 @@ def host_memory() -> Optional[int]: # bytes that a program can still get; None: 
     except OSError: return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
-def look_at_host(settings: Settings, ranks: int, config: PreTrainedConfig, free: Optional[int]) -> Iterator[Finding]: # free: bytes
+def check_host_memory(settings: Settings, ranks: int, config: PreTrainedConfig, free: Optional[int]) -> Iterator[Finding]: # free: bytes
     "Whether what is offloaded fits; nothing is said when nothing is."
     host = needed(settings, ranks, config)[2] * min(ranks, max(1, torch.cuda.device_count()))
     if not host: return
@@ -156,14 +156,14 @@ def existing(folder: Path) -> Path: # the nearest folder upwards that is there
     "Where a folder would be made."
     return next(f for f in (folder, *folder.parents) if f.exists())
 
-def look_at_disk(settings: Settings, needed: int, free: int) -> Finding: # bytes
+def check_disk_space(settings: Settings, needed: int, free: int) -> Finding: # bytes
     "Whether the window and the one more fit."
     told = f"What is missing of {settings.save_total_limit} checkpoints, and one more while saving, takes {needed / 1e9:,.1f} GB; {free / 1e9:,.1f} GB are free."
     advice = f"Set save_total_limit lower (now {settings.save_total_limit}), or output_dir to another disk."
     if needed > free: return Finding("disk", "warn" if settings.on_full_disk == "go_on" else "fail", told, advice)
     return Finding("disk", "warn" if needed > 0.8 * free else "ok", told)
 
-def look_at_folder(folder: Path, setting: str = "workspace or output_dir") -> Finding:
+def check_run_folder(folder: Path, setting: str = "workspace or output_dir") -> Finding:
     "Whether a folder can be written."
     try:
         with tempfile.TemporaryFile(dir=existing(folder)): return Finding("folder", "ok", f"The folder {folder.name} can be written.")
@@ -172,7 +172,7 @@ def look_at_folder(folder: Path, setting: str = "workspace or output_dir") -> Fi
 # %% ../../nbs/training/09_doctor.ipynb #system
 LOOKED_AT = ("torch", "transformers", "trl", "accelerate", "deepspeed", *sorted(set(PACKAGES.values())), "liger-kernel")
 
-def look_at_system(settings: Settings, ranks: int, local: int) -> Iterator[Finding]: # local: processes on this machine
+def check_system(settings: Settings, ranks: int, local: int) -> Iterator[Finding]: # local: processes on this machine
     "Shared memory, open files, terminal, versions, devices, links."
     import resource
     if Path("/dev/shm").is_dir():
@@ -182,24 +182,24 @@ def look_at_system(settings: Settings, ranks: int, local: int) -> Iterator[Findi
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = 0 < soft < 4096
     yield Finding("open files", "warn" if few else "ok", f"One process may have {soft:,} open." if soft > 0 else "Without a limit.", "Run `ulimit -n 65536` first." if few else "")
-    yield look_at_terminal(dict(os.environ), sys.stdin.isatty() if sys.stdin else False, signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
-    yield from look_at_versions(settings, {p: found for p in LOOKED_AT if (found := installed(p))})
+    yield check_terminal(dict(os.environ), sys.stdin.isatty() if sys.stdin else False, signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
+    yield from check_versions(settings, {p: found for p in LOOKED_AT if (found := installed(p))})
     cards = torch.cuda.device_count() if settings.device == "auto" else 0
-    yield look_at_devices(settings, local, [torch.cuda.get_device_name(i) for i in range(cards)])
+    yield check_devices(settings, local, [torch.cuda.get_device_name(i) for i in range(cards)])
     if not cards: return
-    yield look_at_compiler(next((found for c in (os.environ.get("CC"), "gcc", "clang") if c and (found := shutil.which(c))), None), Path(sysconfig.get_paths()["include"], "Python.h").is_file())
-    yield look_at_neighbours(asked("--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits"), [str(torch.cuda.get_device_properties(i).uuid) for i in range(cards)])
-    if cards > 1: yield look_at_links(asked("topo", "-m"))
+    yield check_compiler(next((found for c in (os.environ.get("CC"), "gcc", "clang") if c and (found := shutil.which(c))), None), Path(sysconfig.get_paths()["include"], "Python.h").is_file())
+    yield check_other_processes(asked("--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits"), [str(torch.cuda.get_device_properties(i).uuid) for i in range(cards)])
+    if cards > 1: yield check_interconnect(asked("topo", "-m"))
 
 
 # %% ../../nbs/training/09_doctor.ipynb #terminal
-def look_at_terminal(environment: dict[str, str], is_terminal: bool, ignores_hangup: bool) -> Finding:
+def check_terminal(environment: dict[str, str], is_terminal: bool, ignores_hangup: bool) -> Finding:
     "Whether a lost connection would end the run."
     if not is_terminal or ignores_hangup or {"TMUX", "STY"} & set(environment): return Finding("terminal", "ok", "A lost connection does not end this run.")
     level = "warn" if "SSH_CONNECTION" in environment else "ok"
     return Finding("terminal", level, "This terminal hangs up when it is closed.", "Start `tmux new -s sft` first." if level == "warn" else "")
 
-def look_at_compiler(compiler: Optional[str], headers: bool) -> Finding: # its path; whether Python.h is there
+def check_compiler(compiler: Optional[str], headers: bool) -> Finding: # its path; whether Python.h is there
     "Whether Triton can build what starts its kernels: the fused loss needs it on a GPU."
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
     if not find_spec("triton"): return Finding("compiler", "warn", "Triton is not installed: the loss runs without its kernels.", "Install PyTorch's CUDA build, which brings it.")
@@ -214,7 +214,7 @@ def installed(package: str) -> Optional[str]: # version
     try: return version(package)
     except PackageNotFoundError: return None
 
-def look_at_versions(settings: Settings, found: dict[str, str]) -> Iterator[Finding]: # package -> version
+def check_versions(settings: Settings, found: dict[str, str]) -> Iterator[Finding]: # package -> version
     "What is installed, beside what was tested; and what an optimizer needs."
     lock = settings.root / "requirements.lock"
     wanted = [Requirement(line) for line in lock.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")] if lock.is_file() else []
@@ -226,7 +226,7 @@ def look_at_versions(settings: Settings, found: dict[str, str]) -> Iterator[Find
     if needs and needs not in found:
         yield Finding("optimizer", "fail", f"{settings.optimizer} needs {needs}, which is not installed.", f"`pip install {needs}`, or set optimizer to adamw_torch_fused.")
 
-def look_at_devices(settings: Settings, local: int, names: list[str]) -> Finding: # processes, and GPUs, of this machine
+def check_devices(settings: Settings, local: int, names: list[str]) -> Finding: # processes, and GPUs, of this machine
     "Whether there is a GPU for each process, and whether it can do what is asked."
     told = f"{len(names)} GPU(s) {', '.join(sorted(set(names)))}." if names else "No GPU."
     if not names: return Finding("devices", "warn" if settings.device == "auto" else "ok", told, "Training would run on the CPU." if settings.device == "auto" else "")
@@ -245,7 +245,7 @@ def asked(*question: str) -> Optional[str]: # None: nobody can tell
     except subprocess.TimeoutExpired: return None  # a driver that takes so long is no reason to hold up the run
     return done.stdout if done.returncode == 0 else None
 
-def look_at_links(text: Optional[str]) -> Finding: # `nvidia-smi topo -m`
+def check_interconnect(text: Optional[str]) -> Finding: # `nvidia-smi topo -m`
     "NVLink or PCIe between each pair of GPUs."
     if text is None: return Finding("links", "ok", "nvidia-smi does not tell how the GPUs are connected.")
     rows = [line.split() for line in text.splitlines() if line.startswith("GPU")]
@@ -254,7 +254,7 @@ def look_at_links(text: Optional[str]) -> Finding: # `nvidia-smi topo -m`
     return Finding("links", "warn", f"Some pairs of GPUs have no NVLink ({', '.join(between) or 'no pair was found'}).",
                    "ZeRO-2 exchanges gradients at every micro-batch: set batch_size higher and gradient_accumulation lower, or deepspeed to ds_zero1.json, which exchanges once per step.")
 
-def look_at_neighbours(text: Optional[str], mine: list[str]) -> Finding: # a line per card: index, uuid, MiB in use; uuids of the cards of this run
+def check_other_processes(text: Optional[str], mine: list[str]) -> Finding: # a line per card: index, uuid, MiB in use; uuids of the cards of this run
     "Whether other programs hold memory of the cards."
     if text is None: return Finding("cards", "ok", "nvidia-smi does not tell what other programs hold.")
     lines = [[word.strip() for word in line.split(",")] for line in text.splitlines() if line.count(",") == 2]
@@ -273,7 +273,7 @@ def matching(settings: Settings) -> tuple[Optional[Prepared], str]: # the newest
     best = min(folders, key=lambda f: len(differing[f]))
     return (None, f"changed since the nearest prepared data: {', '.join(differing[best])}") if differing[best] else (Prepared(best), "")
 
-def look_at_data(settings: Settings, prepared: Optional[Prepared], why: str) -> Finding:
+def check_data(settings: Settings, prepared: Optional[Prepared], why: str) -> Finding:
     "Whether the data is there, and prepared."
     if prepared: return Finding("data", "ok", f"Prepared: {prepared.splits['train']['rows']:,} rows, {prepared.splits['train']['tokens']:,} tokens in {prepared.splits['train']['blocks']:,} blocks.")
     if settings.is_demo: return Finding("data", "ok", f"The demo makes and prepares its data when the run starts ({why}).")
@@ -296,7 +296,7 @@ def amounts(settings: Settings, ranks: int, prepared: Optional[Prepared]) -> Opt
     else: return None
     return tokens * settings.epochs if settings.max_steps is None else settings.max_steps * per_step * tokens / max(1, blocks), context, told
 
-def look_at_time(settings: Settings, ranks: int, config: PreTrainedConfig, device_name: str, prepared: Optional[Prepared]) -> Finding:
+def check_duration(settings: Settings, ranks: int, config: PreTrainedConfig, device_name: str, prepared: Optional[Prepared]) -> Finding:
     "How long, and what it costs."
     if not (found := amounts(settings, ranks, prepared)): return Finding("time", "ok", "The number of tokens is not known before the data is prepared.", "`proxy-sft prepare` counts them.")
     tokens, context, told = found
@@ -309,7 +309,7 @@ def look_at_time(settings: Settings, ranks: int, config: PreTrainedConfig, devic
     return Finding("time", "ok", f"{told}: about {hours:,.1f} hours{money}, if {ASSUMED:.0%} of the peak of {ranks} x {device_name} is reached.")
 
 # %% ../../nbs/training/09_doctor.ipynb #diagnose
-def look_at_model(settings: Settings) -> Finding:
+def check_model(settings: Settings) -> Finding:
     "Whether the model is on the disk."
     if (settings.model_dir / "config.json").is_file(): return Finding("model", "ok", f"{settings.model} is there.")
     if settings.is_demo and settings.model == "demo": return Finding("model", "ok", "The demo makes its model when the run starts; memory, disk and time are told then.")
@@ -325,13 +325,13 @@ def diagnose(
     "Look at everything."
     config, card = model_config(settings), device_memory(settings)
     prepared, why = matching(settings)
-    found = [look_at_model(settings), look_at_data(settings, prepared, why)]
+    found = [check_model(settings), check_data(settings, prepared, why)]
     if config is not None:
-        if rehearsal: found += [look_at_memory(settings, ranks, config, card), *look_at_host(settings, ranks, config, host_memory())]
-        found += [look_at_disk(settings, disk_needed(config, settings, ranks), shutil.disk_usage(existing(settings.run_dir)).free),
-                  look_at_time(settings, ranks, config, device_name(settings), prepared)]
-    folders = [look_at_folder(settings.run_dir), look_at_folder(settings.prepared_dir, "workspace")]
-    return Report([*found, *folders, *look_at_system(settings, ranks, local or int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))])
+        if rehearsal: found += [check_gpu_memory(settings, ranks, config, card), *check_host_memory(settings, ranks, config, host_memory())]
+        found += [check_disk_space(settings, disk_needed(config, settings, ranks), shutil.disk_usage(existing(settings.run_dir)).free),
+                  check_duration(settings, ranks, config, device_name(settings), prepared)]
+    folders = [check_run_folder(settings.run_dir), check_run_folder(settings.prepared_dir, "workspace")]
+    return Report([*found, *folders, *check_system(settings, ranks, local or int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))])
 
 def require_health(settings: Settings, ranks: int = 1) -> Report: # raises DoctorError
     "`diagnose`, and an end when something failed and `preflight` does not say warn; memory is counted where there is a card to compare with."

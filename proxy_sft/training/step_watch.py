@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 
 # %% ../../nbs/training/11_step_watch.ipynb #imports-own
-from ..core.distributed import anybody, from_everybody
+from ..core.distributed import any_rank, all_gather
 from ..core.settings import Settings
 from ..tokens.blocks import blocks_of
 from ..tokens.preparation import Prepared
@@ -32,7 +32,7 @@ class StepWatch:
         "Note a micro-batch; at the last one of a step, decide whether the step counts."
         self.seen.append((loss.detach().float(), ids.detach()))
         if self.spike is None or not trainer.accelerator.sync_gradients: return
-        mean = sum(m for m in from_everybody(float(sum(loss for loss, _ in self.seen)))) / trainer.args.world_size
+        mean = sum(m for m in all_gather(float(sum(loss for loss, _ in self.seen)))) / trainer.args.world_size
         self.skipping = len(self.usual) >= 10 and math.isfinite(mean) and mean > self.spike * sorted(self.usual)[len(self.usual) // 2]
         if not self.skipping: self.usual = [*self.usual, mean][-50:]
         elif trainer.is_deepspeed_enabled: skip_deepspeed_step(trainer.deepspeed.optimizer)
@@ -45,10 +45,10 @@ class StepWatch:
             self.skipping, self.skipped = False, self.skipped + 1
             if not trainer.is_deepspeed_enabled: trainer.model.zero_grad(set_to_none=True)
             return
-        if not anybody(not (math.isfinite(norm) and all(map(math.isfinite, losses)))): return
+        if not any_rank(not (math.isfinite(norm) and all(map(math.isfinite, losses)))): return
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         mine = [which_blocks(trainer.train_dataset, seen[i][1]) for i in bad or range(len(seen))]
-        found = from_everybody((losses, bool(bad), mine))
+        found = all_gather((losses, bool(bad), mine))
         raise TrainError(broken_step(trainer.state.global_step + 1, norm, found, trainer.lines))
 
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PrinterCallback
 from trl import SFTTrainer
 
 # %% ../../nbs/training/12_trainer.ipynb #imports-own
-from ..chat.parity import certify_batches
+from ..chat.parity import check_batch_parity
 from ..chat.saving import save_chat_files
 from ..chat.templates import served_template
 from ..core.settings import save_settings, Settings
@@ -99,7 +99,7 @@ def model_card(settings: Settings, prepared: Prepared) -> str: # Markdown with t
     def origin(folder):
         record = folder / "download.json"
         return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    model, data, found = origin(settings.model_dir), origin(settings.data_dir), prepared.certificate
+    model, data, found = origin(settings.model_dir), origin(settings.data_dir), prepared.parity
     train = prepared.splits["train"]
     return f"""---
 base_model: {settings.model}
@@ -115,7 +115,7 @@ whoever passes this model on keeps that attribution.
 
 - conversations: {train['rows']:,} read, {train['whole'] + train['cut']:,} trained, {train['tokens']:,} tokens, {train['supervised_tokens']:,} of them supervised
 - chat template: `{settings.template}`, saved with this model; every trained turn ends with `<|im_end|>`, which is its stop token
-- parity certificate: {"passed" if found["passed"] else "FAILED, and training was ordered all the same"}. {found['verdict']}
+- parity check: {"passed" if found["passed"] else "FAILED, and training was ordered all the same"}. {found['verdict']}
 - settings: `settings.yaml` in this folder; data key `{prepared.key}`
 """
 
@@ -151,10 +151,10 @@ def trainer_columns(data: Dataset, settings: Settings) -> Dataset: # as numpy ar
 
 # %% ../../nbs/training/12_trainer.ipynb #check-batch
 def check_batch(trainer: ToolTrainer) -> None: # raises TrainError
-    "The certificate again, on the first blocks as the collator hands them over."
+    "The parity check again, on the first blocks as the collator hands them over."
     settings = trainer.settings
-    if settings.full_sequence_loss or settings.certificate != "require": return
+    if settings.full_sequence_loss or settings.parity != "require": return
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(min(4, len(trainer.train_dataset)))])
     tensors = {n: v for n, v in batch.items() if torch.is_tensor(v)}
-    found = certify_batches([tensors], trainer.processing_class, settings.template, settings.train_on)
+    found = check_batch_parity([tensors], trainer.processing_class, settings.template, settings.train_on)
     if not found.passed: raise TrainError(f"The collated batch is not what was certified: {found.verdict}")
