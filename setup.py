@@ -32,11 +32,19 @@ def requirements():
 
 
 setup(
-    name=about["lib_name"], version=about["version"], description=about["description"], author=about["author"],
-    author_email=about["author_email"], url=about["git_url"], license="Apache-2.0",
+    name=about["lib_name"],
+    version=about["version"],
+    description=about["description"],
+    author=about["author"],
+    author_email=about["author_email"],
+    url=about["git_url"],
+    license="Apache-2.0",
     long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
     long_description_content_type="text/markdown",
-    python_requires=f">={about['min_python']},<3.13", packages=find_packages(include=["proxy_sft", "proxy_sft.*"]), package_data={"proxy_sft": ["py.typed", "templates/*"]},
-    install_requires=requirements(), cmdclass={"build_py": BuildWithConfigs},
+    python_requires=f">={about['min_python']},<3.13",
+    packages=find_packages(include=["proxy_sft", "proxy_sft.*"]),
+    package_data={"proxy_sft": ["py.typed", "templates/*"]},
+    install_requires=requirements(),
+    cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": [about["console_scripts"]]},
 )

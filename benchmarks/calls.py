@@ -15,8 +15,20 @@ from proxy_sft.data.calls import format_calls, parse_calls
 
 def draw_texts(count, seed=5):
     "Calls with Dolci's mix: one to three a text, mostly short strings and numbers, now and then a nested value."
-    chance, words = random.Random(seed), "alpha beta gamma Zürich it's \"quoted\" line\nbreak 2024-01-01 a,b(c)".split(" ")
-    def scalar(): return chance.choice([" ".join(chance.choices(words, k=chance.randrange(1, 5))), chance.randrange(10**6), chance.random(), True, None])
+    chance, words = (
+        random.Random(seed),
+        'alpha beta gamma Zürich it\'s "quoted" line\nbreak 2024-01-01 a,b(c)'.split(" "),
+    )
+    def scalar():
+        return chance.choice(
+            [
+                " ".join(chance.choices(words, k=chance.randrange(1, 5))),
+                chance.randrange(10**6),
+                chance.random(),
+                True,
+                None,
+            ]
+        )
     def value():
         kind = chance.random()
         if kind < 0.8: return scalar()
@@ -29,8 +41,13 @@ def draw_texts(count, seed=5):
 
 def read_with_ast(text):
     "What CPython's parser makes of the text."
-    return [{"name": ast.unparse(node.value.func), "arguments": {word.arg: ast.literal_eval(word.value) for word in node.value.keywords}}
-            for node in ast.parse(text).body]
+    return [
+        {
+            "name": ast.unparse(node.value.func),
+            "arguments": {word.arg: ast.literal_eval(word.value) for word in node.value.keywords},
+        }
+        for node in ast.parse(text).body
+    ]
 
 
 def main():

@@ -26,7 +26,10 @@ def timed(act) -> float:
 
 
 def main() -> None:
-    gib, root = float(sys.argv[1]) if len(sys.argv) > 1 else 2.0, Path(sys.argv[2] if len(sys.argv) > 2 else "workspace") / "benchmark"
+    gib, root = (
+        float(sys.argv[1]) if len(sys.argv) > 1 else 2.0,
+        Path(sys.argv[2] if len(sys.argv) > 2 else "workspace") / "benchmark",
+    )
     shutil.rmtree(root, ignore_errors=True)
     rows = []
     for turn in range(3):
@@ -40,8 +43,12 @@ def main() -> None:
         rows.append((written, flushed, hashed, whole))
     shutil.rmtree(root)
     written, flushed, hashed, whole = (min(c) for c in zip(*rows))
-    print(f"{gib:g} GiB: written {written:.2f} s; then on the disk {flushed:.2f} s; hashed alone {hashed:.2f} s; written, hashed, flushed and published {whole:.2f} s")
-    print(f"beside a plain save into memory: {100 * (whole / written - 1):.0f} % more; beside a save that is on the disk: {100 * (whole / (written + flushed) - 1):.0f} % more")
+    print(
+        f"{gib:g} GiB: written {written:.2f} s; then on the disk {flushed:.2f} s; hashed alone {hashed:.2f} s; written, hashed, flushed and published {whole:.2f} s"
+    )
+    print(
+        f"beside a plain save into memory: {100 * (whole / written - 1):.0f} % more; beside a save that is on the disk: {100 * (whole / (written + flushed) - 1):.0f} % more"
+    )
 
 
 if __name__ == "__main__":

@@ -25,9 +25,11 @@ import psutil
 
 from proxy_sft.data.conversion import convert_file
 
-SYSTEM = ("You are a helpful function-calling AI assistant. You are provided with function signatures within <functions></functions> XML tags. You may call "
-          "one or more functions to assist with the user query. Output any function calls within <function_calls></function_calls> XML tags. "
-          "Don't make assumptions about what values to plug into functions.")
+SYSTEM = (
+    "You are a helpful function-calling AI assistant. You are provided with function signatures within <functions></functions> XML tags. You may call "
+    "one or more functions to assist with the user query. Output any function calls within <function_calls></function_calls> XML tags. "
+    "Don't make assumptions about what values to plug into functions."
+)
 WORDS = "market data for the given city and date Zürich returns search results price list of items with an optional filter 2024-01-01 it's".split()
 NAMES = "city date query limit currency symbol user_id language sort".split()
 
@@ -44,30 +46,65 @@ def draw_row(number, chance):
         return {"content": content, "function_calls": calls, "functions": functions, "role": role}
     tools = []
     for i in range(chance.choice((1, 2, 3, 3, 4, 6))):
-        kinds = {f"{chance.choice(NAMES)}_{j}": chance.choice(("string", "string", "string", "integer", "number", "boolean")) for j in range(chance.randrange(1, 6))}
+        kinds = {
+            f"{chance.choice(NAMES)}_{j}": chance.choice(("string", "string", "string", "integer", "number", "boolean"))
+            for j in range(chance.randrange(1, 6))
+        }
         properties = {name: {"type": kind, "description": text(6, 18), "default": ""} for name, kind in kinds.items()}
-        tools.append({"type": "function", "function": {"name": f"api_{number % 997}.get_{i}", "description": text(8, 25),
-                      "parameters": {"type": "object", "properties": properties, "required": list(kinds)[:1]}}})
+        tools.append(
+            {
+                "type": "function",
+                "function": {
+                    "name": f"api_{number % 997}.get_{i}",
+                    "description": text(8, 25),
+                    "parameters": {"type": "object", "properties": properties, "required": list(kinds)[:1]},
+                },
+            }
+        )
     def value(kind):
         if kind == "string": return text(1, 6)
-        return {"integer": chance.randrange(10**6), "number": chance.random() * 100, "boolean": chance.random() < 0.5}[kind]
+        return {"integer": chance.randrange(10**6), "number": chance.random() * 100, "boolean": chance.random() < 0.5}[
+            kind
+        ]
     def call():
         function = chance.choice(tools)["function"]
-        return {"name": function["name"], "arguments": {name: value(p["type"]) for name, p in function["parameters"]["properties"].items()}}
+        return {
+            "name": function["name"],
+            "arguments": {name: value(p["type"]) for name, p in function["parameters"]["properties"].items()},
+        }
     messages = [message("system", SYSTEM, None, json.dumps(tools))]
     for _ in range(chance.choice((1, 1, 2, 4))):
         calls = [call() for _ in range(chance.choice((1, 1, 2, 3)))]
-        results = [json.dumps({"results": [{"name": text(2, 6), "value": chance.random()} for _ in range(chance.randrange(1, 6))]}) for _ in calls]
-        messages += [message("user", text(10, 60)), message("assistant", None, "\n".join(map(spell, calls))), message("environment", "\n".join(results)),
-                     message("assistant", text(30, 150))]
-    return {"id": f"row_{number}", "messages": messages, "source_dataset": "Dolci Instruct Tool Use", "domain": "Tool Use"}
+        results = [
+            json.dumps(
+                {"results": [{"name": text(2, 6), "value": chance.random()} for _ in range(chance.randrange(1, 6))]}
+            )
+            for _ in calls
+        ]
+        messages += [
+            message("user", text(10, 60)),
+            message("assistant", None, "\n".join(map(spell, calls))),
+            message("environment", "\n".join(results)),
+            message("assistant", text(30, 150)),
+        ]
+    return {
+        "id": f"row_{number}",
+        "messages": messages,
+        "source_dataset": "Dolci Instruct Tool Use",
+        "domain": "Tool Use",
+    }
 
 
 def draw_chat(number, chance):
     "One plain chat, as nine of ten rows are."
-    def text(low, high): return " ".join(chance.choices(WORDS, k=chance.randrange(low, high))) + "\n\n- " * chance.randrange(3)
+    def text(low, high):
+        return " ".join(chance.choices(WORDS, k=chance.randrange(low, high))) + "\n\n- " * chance.randrange(3)
     def message(role, content): return {"content": content, "function_calls": None, "functions": None, "role": role}
-    turns = [message(role, text(*size)) for _ in range(chance.choice((1, 1, 1, 1, 2, 3))) for role, size in (("user", (10, 120)), ("assistant", (60, 400)))]
+    turns = [
+        message(role, text(*size))
+        for _ in range(chance.choice((1, 1, 1, 1, 2, 3)))
+        for role, size in (("user", (10, 120)), ("assistant", (60, 400)))
+    ]
     return {"id": f"chat_{number}", "messages": turns, "source_dataset": "Wildchat", "domain": "Chat"}
 
 
@@ -83,9 +120,16 @@ def calls_by_pattern(text):
 
 def calls_by_ast(text):
     "Calls read by CPython's own parser; JSON's words are put into Python's."
-    text = re.sub(r"=(true|false|null)\b", lambda m: "=" + {"true": "True", "false": "False", "null": "None"}[m[1]], text)
-    return [{"name": ast.unparse(node.value.func), "arguments": {word.arg: ast.literal_eval(word.value) for word in node.value.keywords}}
-            for node in ast.parse(text).body]
+    text = re.sub(
+        r"=(true|false|null)\b", lambda m: "=" + {"true": "True", "false": "False", "null": "None"}[m[1]], text
+    )
+    return [
+        {
+            "name": ast.unparse(node.value.func),
+            "arguments": {word.arg: ast.literal_eval(word.value) for word in node.value.keywords},
+        }
+        for node in ast.parse(text).body
+    ]
 
 
 def plain_pass(source, target, read_calls):
@@ -99,15 +143,22 @@ def plain_pass(source, target, read_calls):
                     messages += [{"role": "tool", "content": part} for part in message["content"].split("\n")]
                     continue
                 turned = {"role": message["role"], "content": message["content"] or ""}
-                if message["function_calls"]: turned["tool_calls"] = [{"type": "function", "function": c} for c in read_calls(message["function_calls"])]
+                if message["function_calls"]:
+                    turned["tool_calls"] = [
+                        {"type": "function", "function": c} for c in read_calls(message["function_calls"])
+                    ]
                 messages.append(turned)
-            texts = {"messages_json": json.dumps(messages, ensure_ascii=False), "tools_json": json.dumps(tools, ensure_ascii=False)}
+            texts = {
+                "messages_json": json.dumps(messages, ensure_ascii=False),
+                "tools_json": json.dumps(tools, ensure_ascii=False),
+            }
             new.write(json.dumps(texts, ensure_ascii=False) + "\n")
 
 
 def main():
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
-    for name, share in (("Dolci's mix", 227_579 / 2_152_112), ("tool rows alone", 1.0)): compare_sides(name, count, share)
+    for name, share in (("Dolci's mix", 227_579 / 2_152_112), ("tool rows alone", 1.0)):
+        compare_sides(name, count, share)
 
 
 def compare_sides(name, count, share):
@@ -123,17 +174,27 @@ def compare_sides(name, count, share):
         sides = {
             "json + pattern, unchecked": lambda: plain_pass(source, Path(folder) / "plain.jsonl", calls_by_pattern),
             "json + ast, unchecked": lambda: plain_pass(source, Path(folder) / "ast.jsonl", calls_by_ast),
-            "convert_file, 1 process": lambda: convert_file(source, Path(folder) / "one" / "train.jsonl", num_proc=1, heldout_fraction=0.01, progress=False),
-            "convert_file, 2 processes": lambda: convert_file(source, Path(folder) / "two" / "train.jsonl", num_proc=2, heldout_fraction=0.01, progress=False),
+            "convert_file, 1 process": lambda: convert_file(
+                source, Path(folder) / "one" / "train.jsonl", num_proc=1, heldout_fraction=0.01, progress=False
+            ),
+            "convert_file, 2 processes": lambda: convert_file(
+                source, Path(folder) / "two" / "train.jsonl", num_proc=2, heldout_fraction=0.01, progress=False
+            ),
         }
         wall, core = measure(sides, count)
         compare(folder)
     base = core["json + pattern, unchecked"]
     for name, rate in wall.items():
-        own = f"{core[name]:>7,.0f} rows/s and core, {core[name] / base:.2f} of the plain pass" if "2 proc" not in name else ""
+        own = (
+            f"{core[name]:>7,.0f} rows/s and core, {core[name] / base:.2f} of the plain pass"
+            if "2 proc" not in name
+            else ""
+        )
         print(f"  {name:28} {own:46} {rate:>7,.0f} rows/s by the clock")
     one, two = "convert_file, 1 process", "convert_file, 2 processes"
-    print(f"  two processes over one: {wall[two] / wall[one]:.2f} by the clock, {2 * core[two] / core[one]:.2f} by processor time if two idle cores share it evenly")
+    print(
+        f"  two processes over one: {wall[two] / wall[one]:.2f} by the clock, {2 * core[two] / core[one]:.2f} by processor time if two idle cores share it evenly"
+    )
 
 
 def processor_time():
@@ -158,8 +219,18 @@ def compare(folder):
     "All sides must have made the same conversations, but for the system text that only this converter mends."
     def read(*names):
         rows = (json.loads(line) for name in names for line in open(Path(folder) / name, encoding="utf-8"))
-        return sorted(json.dumps([[m for m in json.loads(row["messages_json"]) if m["role"] != "system"], json.loads(row["tools_json"])]) for row in rows)
-    sides = [read("plain.jsonl"), read("ast.jsonl"), read("one/train.jsonl", "one/heldout.jsonl"), read("two/train.jsonl", "two/heldout.jsonl")]
+        return sorted(
+            json.dumps(
+                [[m for m in json.loads(row["messages_json"]) if m["role"] != "system"], json.loads(row["tools_json"])]
+            )
+            for row in rows
+        )
+    sides = [
+        read("plain.jsonl"),
+        read("ast.jsonl"),
+        read("one/train.jsonl", "one/heldout.jsonl"),
+        read("two/train.jsonl", "two/heldout.jsonl"),
+    ]
     assert all(side == sides[0] for side in sides), "the sides differ"
 
 

@@ -67,10 +67,15 @@ def draw_converted(number, chance, text):
     if chance.random() < TOOL_SHARE:
         row = draw_row(number, chance)
         for message in row["messages"]:
-            if message["content"] and message["role"] in ("user", "assistant"): message["content"] = text.take(len(message["content"]))
+            if message["content"] and message["role"] in ("user", "assistant"):
+                message["content"] = text.take(len(message["content"]))
         return convert_row(row)
     turns, size = chance.choice((1, 1, 1, 1, 2, 3)), min(100_000, int(chance.lognormvariate(7.6, 0.9)))
-    messages = [{"role": role, "content": text.take(max(10, int(size * share / turns)))} for _ in range(turns) for role, share in (("user", 0.25), ("assistant", 0.75))]
+    messages = [
+        {"role": role, "content": text.take(max(10, int(size * share / turns)))}
+        for _ in range(turns)
+        for role, share in (("user", 0.25), ("assistant", 0.75))
+    ]
     return {"messages_json": json.dumps(messages, ensure_ascii=False), "tools_json": "[]"}
 
 
@@ -104,9 +109,18 @@ def trl_side(rows, tokenizer, folder):
     def plain(row):
         messages = json.loads(row["messages_json"])
         for m in messages:
-            for call in m.get("tool_calls") or []: call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+            for call in m.get("tool_calls") or []:
+                call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         return {"messages": messages, "tools": row["tools_json"]}
-    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
     rest()
     seconds, real = [], SFTTrainer._prepare_dataset
     def measured(*args, **kw):
@@ -116,18 +130,35 @@ def trl_side(rows, tokenizer, folder):
     SFTTrainer._prepare_dataset = measured
     tokenizer.chat_template = chat_template("stock")
     for some in (rows[:16], rows):
-        trainer = SFTTrainer(AutoModelForCausalLM.from_config(config), SFTConfig(str(folder / "trl"), assistant_only_loss=True, max_length=None, use_cpu=True, report_to="none"),
-                             train_dataset=Dataset.from_list([plain(row) for row in some]), processing_class=tokenizer)
+        trainer = SFTTrainer(
+            AutoModelForCausalLM.from_config(config),
+            SFTConfig(str(folder / "trl"), assistant_only_loss=True, max_length=None, use_cpu=True, report_to="none"),
+            train_dataset=Dataset.from_list([plain(row) for row in some]),
+            processing_class=tokenizer,
+        )
     return seconds[1], sum(map(len, trainer.train_dataset["input_ids"]))
 
 
-PARTS = {"check_train_parity": "parity", "start_worker": "load", "guard": "compare", "encode_piece": "encode", "blocks_of": "pack"}
+PARTS = {
+    "check_train_parity": "parity",
+    "start_worker": "load",
+    "guard": "compare",
+    "encode_piece": "encode",
+    "blocks_of": "pack",
+}
 
 
 def our_side(rows, folder, model):
     "Seconds of a build, in all and by part; what was prepared; its bytes; seconds of a hit."
     rest()
-    settings = load_settings("demo", workspace=str(folder), model=str(model), dataset=str(folder / "rows.jsonl"), num_proc=1, max_length=32768)
+    settings = load_settings(
+        "demo",
+        workspace=str(folder),
+        model=str(model),
+        dataset=str(folder / "rows.jsonl"),
+        num_proc=1,
+        max_length=32768,
+    )
     settings.converted_dir.mkdir(parents=True)
     (settings.converted_dir / "train.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     spent, real = dict.fromkeys(PARTS.values(), 0.0), {name: getattr(preparation, name) for name in PARTS}
@@ -164,12 +195,21 @@ def main(count=40_000, slow=1000):
         spent, prepared, size, hit = our_side(own, folder / "own", model)
         once = once["whole"] - once["compare"] + spent["compare"]  # the longest of many rows are longer
         tokens = sum(prepared.facts("train")["tokens"].to_pylist())
-        sides = [("prepare, steady state", count, tokens, spent["whole"] - once), ("prepare, whole run", count, tokens, spent["whole"])]
+        sides = [
+            ("prepare, steady state", count, tokens, spent["whole"] - once),
+            ("prepare, whole run", count, tokens, spent["whole"]),
+        ]
         encoder = ChatEncoder(tokenizer)
-        seconds, (ids, _) = timed_batches(lambda batch: encoder.renderer.ids(batch, False), texts_of(limit, tokenizer), 2000)
+        seconds, (ids, _) = timed_batches(
+            lambda batch: encoder.renderer.ids(batch, False), texts_of(limit, tokenizer), 2000
+        )
         sides.append(("gigatoken alone", count, ids, seconds))
         backend = tokenizer.backend_tokenizer
-        seconds, (ids, _) = timed_batches(lambda batch: ([i for e in backend.encode_batch(batch, add_special_tokens=False) for i in e.ids],), texts_of(some, tokenizer), 200)
+        seconds, (ids, _) = timed_batches(
+            lambda batch: ([i for e in backend.encode_batch(batch, add_special_tokens=False) for i in e.ids],),
+            texts_of(some, tokenizer),
+            200,
+        )
         sides.append(("Hugging Face tokenizers alone", len(some), ids, seconds))
         seconds, ids = trl_side(some, tokenizer, folder)
         sides.append(("TRL, assistant_only_loss", len(some), ids, seconds))
@@ -189,21 +229,33 @@ def tell(sides, spent, once, train, size, hit):
     speed = {}
     for name, rows, tokens, seconds in sides:
         speed[name] = tokens / seconds
-        print(f"{name:32}{rows:8,}{rows / seconds:13,.0f}{tokens / seconds:15,.0f}{tokens / rows:12,.0f}{1e6 * seconds / rows:9,.1f}")
+        print(
+            f"{name:32}{rows:8,}{rows / seconds:13,.0f}{tokens / seconds:15,.0f}{tokens / rows:12,.0f}{1e6 * seconds / rows:9,.1f}"
+        )
     rows, steady = sides[0][1], sides[0][3]
     for name in ("prepare, steady state", "prepare, whole run"):
         own = speed[name]
-        print(f"{name}: {own / speed['TRL, assistant_only_loss']:.0f} times TRL's preparation by tokens, {own / speed['gigatoken alone']:.0%} of gigatoken alone, "
-              f"{own / speed['Hugging Face tokenizers alone']:.1f} times Hugging Face's tokenizers alone")
+        print(
+            f"{name}: {own / speed['TRL, assistant_only_loss']:.0f} times TRL's preparation by tokens, {own / speed['gigatoken alone']:.0%} of gigatoken alone, "
+            f"{own / speed['Hugging Face tokenizers alone']:.1f} times Hugging Face's tokenizers alone"
+        )
     alone = steady - spent["encode"]
-    print(f"of a row's {1e6 * steady / rows:.0f} us, {1e6 * spent['encode'] / rows:.0f} are read, rendered, tokenised, masked and counted, by all processes; "
-          f"{1e6 * alone / rows:.0f} are packed, gathered, written and hashed, by one ({1e6 * spent['pack'] / rows:.0f} packed)")
-    print(f"once a run, whatever its size: {once:.1f} s, of which {spent['load']:.1f} s load the tokenizers and {spent['compare']:.1f} s compare a sample and the longest rows with the reference")
+    print(
+        f"of a row's {1e6 * steady / rows:.0f} us, {1e6 * spent['encode'] / rows:.0f} are read, rendered, tokenised, masked and counted, by all processes; "
+        f"{1e6 * alone / rows:.0f} are packed, gathered, written and hashed, by one ({1e6 * spent['pack'] / rows:.0f} packed)"
+    )
+    print(
+        f"once a run, whatever its size: {once:.1f} s, of which {spent['load']:.1f} s load the tokenizers and {spent['compare']:.1f} s compare a sample and the longest rows with the reference"
+    )
     print(f"parity: {spent['parity']:.1f} s for {rows:,} rows ({rows / spent['parity']:,.0f} rows/s/core)")
     scale = ROWS / rows
-    print(f"{ROWS:,} rows on {CORES} cores, if the disk keeps up: {(scale * spent['encode'] / CORES + scale * alone + once) / 60:.1f} min to prepare, "
-          f"{scale * spent['parity'] / CORES / 60:.1f} min to check")
-    print(f"fill {train['fill']:.2%} of {train['blocks']:,} blocks; a hit (data hashed, {size / 1e9:.2f} GB of tokens compared with their hashes) took {hit:.2f} s")
+    print(
+        f"{ROWS:,} rows on {CORES} cores, if the disk keeps up: {(scale * spent['encode'] / CORES + scale * alone + once) / 60:.1f} min to prepare, "
+        f"{scale * spent['parity'] / CORES / 60:.1f} min to check"
+    )
+    print(
+        f"fill {train['fill']:.2%} of {train['blocks']:,} blocks; a hit (data hashed, {size / 1e9:.2f} GB of tokens compared with their hashes) took {hit:.2f} s"
+    )
 
 
 if __name__ == "__main__": main(*map(int, sys.argv[1:]))

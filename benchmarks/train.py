@@ -43,11 +43,30 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--record", action="store_true", help="append to benchmarks/RESULTS.md")
     parser.add_argument("--rows", type=int, default=20_000, help="conversations")
-    parser.add_argument("--steps", type=int, default=3, help="measured optimizer steps of our side; the other side makes five times as many, its steps are smaller")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=3,
+        help="measured optimizer steps of our side; the other side makes five times as many, its steps are smaller",
+    )
     parser.add_argument("--layers", type=int, help="layers of the model; when not given, as many as fit")
-    parser.add_argument("--minutes", type=float, default=60, help="limit for each side, its preparation included (default: 60)")
-    parser.add_argument("--accumulation", type=int, help="micro-batches per step on our side (default: 8 on a GPU, 2 without; the profile has 32, which makes the optimizer's share smaller)")
-    for name in ("-p", "--upstream"): parser.add_argument(name, nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting: both sides, the other side")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="limit for each side, its preparation included (default: 60)"
+    )
+    parser.add_argument(
+        "--accumulation",
+        type=int,
+        help="micro-batches per step on our side (default: 8 on a GPU, 2 without; the profile has 32, which makes the optimizer's share smaller)",
+    )
+    for name in ("-p", "--upstream"):
+        parser.add_argument(
+            name,
+            nargs=2,
+            action="append",
+            default=[],
+            metavar=("NAME", "VALUE"),
+            help="a setting: both sides, the other side",
+        )
     parser.add_argument("--side", help=argparse.SUPPRESS)  # in a process of its own: a folder with side.json
     return parser.parse_args()
 
@@ -73,17 +92,31 @@ def write_inputs(folder, args, gpu):
     counting = AutoTokenizer.from_pretrained(SHARED) if real else small
     tokenizer = counting if gpu else small  # a vocabulary of 151,936 would be all that a CPU does
     config = published_config("Qwen/Qwen3-8B")
-    smaller = {} if gpu else dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16, vocab_size=len(tokenizer))
+    smaller = (
+        {}
+        if gpu
+        else dict(
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            vocab_size=len(tokenizer),
+        )
+    )
     layers = args.layers or (layers_that_fit(args) if gpu else 2)
     config = AutoConfig.for_model(**{**config.to_dict(), **smaller, "num_hidden_layers": layers, "layer_types": None})
     torch.manual_seed(0)
-    with torch.device("cuda" if gpu else "cpu"): model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if gpu else torch.float32)
+    with torch.device("cuda" if gpu else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if gpu else torch.float32)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     shape = f"Qwen3-8B's shape, {layers} of 36 layers" if gpu else f"a tiny shape ({layers} layers of width 32)"
     counting.save_pretrained(folder / "counting")
-    return (f"{args.rows:,} generated conversations in Dolci's length mix, lengths in tokens of {'Qwen3-8B' if real else 'the demo'}'s tokenizer; "
-            f"{shape}, random weights, {sum(p.numel() for p in model.parameters()):,} of them{'' if gpu else ', trained on 500 of the conversations with a small tokenizer'}")
+    return (
+        f"{args.rows:,} generated conversations in Dolci's length mix, lengths in tokens of {'Qwen3-8B' if real else 'the demo'}'s tokenizer; "
+        f"{shape}, random weights, {sum(p.numel() for p in model.parameters()):,} of them{'' if gpu else ', trained on 500 of the conversations with a small tokenizer'}"
+    )
 
 
 def layers_that_fit(args):
@@ -91,7 +124,10 @@ def layers_that_fit(args):
     import torch
     from proxy_sft.training.cost import memory_parts, published_config
     from proxy_sft.core.settings import load_settings
-    settings, card = load_settings("qwen3_8b", deepspeed="null", **{name: parsed(value) for name, value in args.p}), torch.cuda.get_device_properties(0).total_memory
+    settings, card = (
+        load_settings("qwen3_8b", deepspeed="null", **{name: parsed(value) for name, value in args.p}),
+        torch.cuda.get_device_properties(0).total_memory,
+    )
     for layers in (36, 32, 28, 24, 20, 16, 12, 8, 4):
         config = published_config("Qwen/Qwen3-8B")
         config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
@@ -106,7 +142,8 @@ def lengths_of(folder):
     from transformers import AutoTokenizer
     from proxy_sft.chat.encoder import ChatEncoder
     encoder, found = ChatEncoder(AutoTokenizer.from_pretrained(folder / "counting")), []
-    with (folder / "converted" / "rows" / "train.jsonl").open("rb") as file: rows = [orjson.loads(line) for line in file]
+    with (folder / "converted" / "rows" / "train.jsonl").open("rb") as file:
+        rows = [orjson.loads(line) for line in file]
     for at in range(0, len(rows), 1000): found.append(np.diff(encoder.encode(rows[at:at + 1000]).offsets))
     return np.concatenate(found)
 
@@ -114,14 +151,47 @@ def lengths_of(folder):
 def sides(folder, args, gpu):
     "Settings of both sides by name, as load_settings takes them."
     accumulation = args.accumulation or (8 if gpu else 2)
-    both = dict(workspace=str(folder), model=str(folder / "model"), dataset=str(folder / "rows.jsonl"), deepspeed="null", max_eval_samples=1, eval_steps="null",
-                report_to=[], save_steps=10**9, dataloader_workers=2 if gpu else 0, preflight="warn", learning_rate=1e-6)
-    if not gpu: both |= dict(device="cpu", bf16=False, max_length=1024, num_proc=1, max_train_samples=500, activation_checkpointing="none", attention="sdpa", optimizer="adamw_torch_fused")
+    both = dict(
+        workspace=str(folder),
+        model=str(folder / "model"),
+        dataset=str(folder / "rows.jsonl"),
+        deepspeed="null",
+        max_eval_samples=1,
+        eval_steps="null",
+        report_to=[],
+        save_steps=10**9,
+        dataloader_workers=2 if gpu else 0,
+        preflight="warn",
+        learning_rate=1e-6,
+    )
+    if not gpu:
+        both |= dict(
+            device="cpu",
+            bf16=False,
+            max_length=1024,
+            num_proc=1,
+            max_train_samples=500,
+            activation_checkpointing="none",
+            attention="sdpa",
+            optimizer="adamw_torch_fused",
+        )
     else: both |= dict(optimizer=load("qwen3_8b").optimizer, weights=load("qwen3_8b").weights)
     both |= {name: parsed(value) for name, value in args.p}
-    ours = {**both, "profile": "qwen3_8b", "run_name": "ours", "gradient_accumulation": accumulation, "max_steps": args.steps + 2}
+    ours = {
+        **both,
+        "profile": "qwen3_8b",
+        "run_name": "ours",
+        "gradient_accumulation": accumulation,
+        "max_steps": args.steps + 2,
+    }
     ours |= {name: parsed(value) for name, value in args.p}
-    other = {**both, "profile": "upstream", "run_name": "upstream", "max_steps": 5 * args.steps + 2, **{name: parsed(value) for name, value in args.upstream}}
+    other = {
+        **both,
+        "profile": "upstream",
+        "run_name": "upstream",
+        "max_steps": 5 * args.steps + 2,
+        **{name: parsed(value) for name, value in args.upstream},
+    }
     return {"this project": ours, "upstream": other}
 
 
@@ -177,7 +247,10 @@ def run_side(folder):
     before = resident("VmRSS")
     trainer = build_trainer(settings, prepared, checkpoint_facts(settings, prepared.key, 1), resumed=True)
     trainer.args.save_strategy = trainer.args.eval_strategy = "no"
-    cuda, counted = trainer.args.device.type == "cuda", dict(tokens=0, squares=0, computed=0, began=0.0, seconds=0.0, steps=0)
+    cuda, counted = (
+        trainer.args.device.type == "cuda",
+        dict(tokens=0, squares=0, computed=0, began=0.0, seconds=0.0, steps=0),
+    )
     clock = Clock(cuda)
 
     class Measure(TrainerCallback):
@@ -193,7 +266,8 @@ def run_side(folder):
                 counted["seconds"], counted["steps"] = time.perf_counter() - counted["began"], state.global_step - 1
                 counted["peak"] = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM") - before
                 clock.on, counted["began"] = True, time.perf_counter()
-            if state.global_step == state.max_steps: clock.on, clock.spent["step"] = False, time.perf_counter() - counted["began"]
+            if state.global_step == state.max_steps:
+                clock.on, clock.spent["step"] = False, time.perf_counter() - counted["began"]
 
     def count(model, inputs, *args, **kwargs):
         if 1 <= trainer.state.global_step and not clock.on:
@@ -216,10 +290,31 @@ def run_side(folder):
     shape, device = Shape.of(trainer.model.config), device_name(settings)
     speed = counted["tokens"] / counted["seconds"]
     flops = flops_per_token(shape, counted["squares"] / counted["tokens"])
-    result = {**counted, "speed": speed, "device": device, "peak_flops": peak_flops(device), "mfu": utilisation(speed, flops, peak_flops(device)), "flops": flops, "split": clock.spent,
-              "settings": {n: getattr(settings, n) for n in ("max_length", "batch_size", "gradient_accumulation", "optimizer", "weights", "activation_checkpointing", "packing")},
-              "attention": trainer.model.config._attn_implementation, "dtype": str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
-              "parity": prepared.parity["passed"], "loss": [r["loss"] for r in trainer.state.log_history if "loss" in r]}
+    result = {
+        **counted,
+        "speed": speed,
+        "device": device,
+        "peak_flops": peak_flops(device),
+        "mfu": utilisation(speed, flops, peak_flops(device)),
+        "flops": flops,
+        "split": clock.spent,
+        "settings": {
+            n: getattr(settings, n)
+            for n in (
+                "max_length",
+                "batch_size",
+                "gradient_accumulation",
+                "optimizer",
+                "weights",
+                "activation_checkpointing",
+                "packing",
+            )
+        },
+        "attention": trainer.model.config._attn_implementation,
+        "dtype": str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
+        "parity": prepared.parity["passed"],
+        "loss": [r["loss"] for r in trainer.state.log_history if "loss" in r],
+    }
     (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -239,7 +334,9 @@ def padding_figures(lengths, seed=0):
     cut, packed = np.minimum(lengths, 4096), np.minimum(lengths, 32_768)
     shuffled = np.random.default_rng(seed).permutation(cut)[:len(cut) // 4 * 4].reshape(-1, 4)
     ordered = np.sort(cut)[:len(cut) // 4 * 4].reshape(-1, 4)
-    padded = lambda batches, width: 1 - batches.sum() / (4 * (width if np.isscalar(width) else width.sum() / len(batches)) * len(batches))
+    padded = lambda batches, width: (
+        1 - batches.sum() / (4 * (width if np.isscalar(width) else width.sum() / len(batches)) * len(batches))
+    )
     blocks = pack(packed, 32_768)
     yield f"{len(lengths):,} conversations: {lengths.mean():,.0f} tokens on average, median {np.median(lengths):,.0f}, longest {lengths.max():,}; mean context {(lengths.astype(float) ** 2).sum() / lengths.sum():,.0f} tokens"
     yield f"{'way of making batches':58}{'padding':>10}{'computed per real token':>26}"
@@ -271,7 +368,9 @@ def compare(args):
                 yield f"{side}: no figures ({problem})"
                 continue
             found = results[side] = json.loads((place / "result.json").read_text())
-            yield f"{side}: {found['speed']:,.0f} real tokens per second" + ("" if found["mfu"] is None else f", MFU {found['mfu']:.1%}")
+            yield f"{side}: {found['speed']:,.0f} real tokens per second" + (
+                "" if found["mfu"] is None else f", MFU {found['mfu']:.1%}"
+            )
         yield ""
         if results: yield from table(results, gpu)
 
@@ -279,46 +378,80 @@ def compare(args):
 def run_apart(place, minutes):
     "One side in a process of its own, with a limit; what went wrong, in a line."
     with (place / "said.txt").open("w") as said:
-        try: done = subprocess.run([sys.executable, __file__, "--side", str(place)], stdout=said, stderr=subprocess.STDOUT, timeout=60 * minutes)
+        try:
+            done = subprocess.run(
+                [sys.executable, __file__, "--side", str(place)],
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                timeout=60 * minutes,
+            )
         except subprocess.TimeoutExpired: return f"it took longer than {minutes:g} minutes"
     words = [line for line in (place / "said.txt").read_text(errors="replace").splitlines() if line.strip()]
-    return "" if done.returncode == 0 else f"exit code {done.returncode}: {words[-1][:400] if words else 'it said nothing'}"
+    return (
+        ""
+        if done.returncode == 0
+        else f"exit code {done.returncode}: {words[-1][:400] if words else 'it said nothing'}"
+    )
 
 
 def table(results, gpu):
     "Both sides in columns."
     line = lambda name, say: f"{name:42}" + "".join(f"{say(r):>30}" for r in results.values())
     yield f"{'':42}" + "".join(f"{side:>30}" for side in results)
-    yield line("tokens per block, blocks, micro-batches", lambda r: "{max_length:,} x {batch_size} x {gradient_accumulation}".format(**r["settings"]))
+    yield line(
+        "tokens per block, blocks, micro-batches",
+        lambda r: "{max_length:,} x {batch_size} x {gradient_accumulation}".format(**r["settings"]),
+    )
     yield line("weights, optimizer", lambda r: f"{r['dtype']}, {r['settings']['optimizer']}")
     yield line("attention, checkpointing", lambda r: f"{r['attention']}, {r['settings']['activation_checkpointing']}")
     yield line("measured: steps, real tokens", lambda r: f"{r['steps']}, {r['tokens']:,.0f}")
     yield line("padding computed", lambda r: f"{1 - r['tokens'] / r['computed']:.1%}")
     yield line("real tokens per second", lambda r: f"{r['speed']:,.0f}")
     yield line("GFLOP per real token", lambda r: f"{r['flops'] / 1e9:,.3f}")
-    yield line("MFU", lambda r: "no peak is known" if r["mfu"] is None else f"{r['mfu']:.1%} of {r['peak_flops'] / 1e12:.1f} TFLOP/s")
+    yield line(
+        "MFU",
+        lambda r: "no peak is known" if r["mfu"] is None else f"{r['mfu']:.1%} of {r['peak_flops'] / 1e12:.1f} TFLOP/s",
+    )
     yield line("peak memory, GiB" if gpu else "most memory of the process, GiB", lambda r: f"{r['peak'] / 2**30:.2f}")
-    for part in ("data", "forward", "backward", "optimizer"): yield line(f"share of a step: {part}", lambda r: f"{r['split'].get(part, 0) / r['split']['step']:.1%}")
-    yield line("share of a step: the rest", lambda r: f"{1 - sum(v for n, v in r['split'].items() if n != 'step') / r['split']['step']:.1%}")
+    for part in ("data", "forward", "backward", "optimizer"):
+        yield line(f"share of a step: {part}", lambda r: f"{r['split'].get(part, 0) / r['split']['step']:.1%}")
+    yield line(
+        "share of a step: the rest",
+        lambda r: f"{1 - sum(v for n, v in r['split'].items() if n != 'step') / r['split']['step']:.1%}",
+    )
     if len(results) < 2: return
     ours, other = results.values()
-    yield f"real tokens per second, this project / upstream: {ours['speed'] / other['speed']:.2f}" + ("" if gpu else " (a tiny model on a CPU: no claim about a GPU)")
+    yield f"real tokens per second, this project / upstream: {ours['speed'] / other['speed']:.2f}" + (
+        "" if gpu else " (a tiny model on a CPU: no claim about a GPU)"
+    )
 
 
 def record(text):
     "Append the output to RESULTS.md."
     import torch
     target = Path(__file__).parent / "RESULTS.md"
-    processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    processor = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
     memory = int(next(line.split()[1] for line in open("/proc/meminfo"))) / 2**20
-    cards = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if torch.cuda.is_available() else "no GPU"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+    cards = (
+        f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+        if torch.cuda.is_available()
+        else "no GPU"
+    )
+    commit = (
+        subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        or "unknown"
+    )
     versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "trl", "accelerate"))
     head = "" if target.exists() else "# Results\n\nAs measured, newest last; `--record` writes an entry.\n"
     command = " ".join(["python benchmarks/train.py", *sys.argv[1:]])
     with target.open("a", encoding="utf-8") as file:
-        file.write(f"{head}\n## {date.today()}: training, {cards}\n\n- machine: {cards}; {os.cpu_count()} cores of {processor}, {memory:.0f} GiB\n"
-                   f"- versions: Python {platform.python_version()}, {versions}; commit {commit}\n- command: `{command}`\n\n```text\n{text}\n```\n")
+        file.write(
+            f"{head}\n## {date.today()}: training, {cards}\n\n- machine: {cards}; {os.cpu_count()} cores of {processor}, {memory:.0f} GiB\n"
+            f"- versions: Python {platform.python_version()}, {versions}; commit {commit}\n- command: `{command}`\n\n```text\n{text}\n```\n"
+        )
 
 
 def main():

@@ -31,27 +31,67 @@ class Command:
     parameters: bool = False # takes papermill's `-p NAME VALUE`
 
 COMMANDS = {
-    "run": Command("execute a notebook by papermill, on one process or many", "launch.launcher", (
-        "proxy-sft run nbs/02_train.ipynb -p max_train_samples 1000",
-        "proxy-sft run nbs/02_train.ipynb --nproc 8 -p profile qwen3_8b_8gpu",
-        "proxy-sft run nbs/02_train.ipynb --nproc 8 -p profile qwen3_8b_8gpu --dry-run"), parameters=True),
-    "doctor": Command("say beforehand what would stop a run", "training.doctor", (
-        "proxy-sft doctor -p profile qwen3_8b_8gpu --nproc 8",), parameters=True),
-    "prepare": Command("tokenise and pack the training data ahead of a run", "commands", (
-        "proxy-sft prepare -p profile qwen3_8b_8gpu",), parameters=True),
-    "inspect": Command("show a conversation as the model will see it", "chat.inspector", (
-        "proxy-sft inspect --profile demo --row 3",
-        "proxy-sft inspect workspace/converted/demo/train.jsonl --search weather --view tokens")),
-    "evaluate": Command("ask base and tuned model the same held-out turns", "commands", (
-        "proxy-sft evaluate -p profile qwen3_8b", "proxy-sft evaluate --server http://localhost:8000/v1",
-        "proxy-sft evaluate -p profile qwen3_8b --bfcl ./bfcl_eval/data"), parameters=True),
-    "status": Command("show where a run stands: step, loss, speed, time left, ranks", "launch.status", (
-        "proxy-sft status qwen3_8b_8gpu", "proxy-sft status qwen3_8b_8gpu --json")),
-    "report": Command("write one HTML page about a run", "launch.report", ("proxy-sft report demo", "proxy-sft report demo --output demo.html")),
-    "caches": Command("list prepared data, or delete what nobody used", "tokens.caches", (
-        "proxy-sft caches", "proxy-sft caches --prune --days 30"), parameters=True),
-    "completion": Command("print a completion script for a shell", "commands", (
-        "proxy-sft completion bash > ~/.local/share/bash-completion/completions/proxy-sft",)),
+    "run": Command(
+        "execute a notebook by papermill, on one process or many",
+        "launch.launcher",
+        (
+            "proxy-sft run nbs/02_train.ipynb -p max_train_samples 1000",
+            "proxy-sft run nbs/02_train.ipynb --nproc 8 -p profile qwen3_8b_8gpu",
+            "proxy-sft run nbs/02_train.ipynb --nproc 8 -p profile qwen3_8b_8gpu --dry-run",
+        ),
+        parameters=True,
+    ),
+    "doctor": Command(
+        "say beforehand what would stop a run",
+        "training.doctor",
+        ("proxy-sft doctor -p profile qwen3_8b_8gpu --nproc 8",),
+        parameters=True,
+    ),
+    "prepare": Command(
+        "tokenise and pack the training data ahead of a run",
+        "commands",
+        ("proxy-sft prepare -p profile qwen3_8b_8gpu",),
+        parameters=True,
+    ),
+    "inspect": Command(
+        "show a conversation as the model will see it",
+        "chat.inspector",
+        (
+            "proxy-sft inspect --profile demo --row 3",
+            "proxy-sft inspect workspace/converted/demo/train.jsonl --search weather --view tokens",
+        ),
+    ),
+    "evaluate": Command(
+        "ask base and tuned model the same held-out turns",
+        "commands",
+        (
+            "proxy-sft evaluate -p profile qwen3_8b",
+            "proxy-sft evaluate --server http://localhost:8000/v1",
+            "proxy-sft evaluate -p profile qwen3_8b --bfcl ./bfcl_eval/data",
+        ),
+        parameters=True,
+    ),
+    "status": Command(
+        "show where a run stands: step, loss, speed, time left, ranks",
+        "launch.status",
+        ("proxy-sft status qwen3_8b_8gpu", "proxy-sft status qwen3_8b_8gpu --json"),
+    ),
+    "report": Command(
+        "write one HTML page about a run",
+        "launch.report",
+        ("proxy-sft report demo", "proxy-sft report demo --output demo.html"),
+    ),
+    "caches": Command(
+        "list prepared data, or delete what nobody used",
+        "tokens.caches",
+        ("proxy-sft caches", "proxy-sft caches --prune --days 30"),
+        parameters=True,
+    ),
+    "completion": Command(
+        "print a completion script for a shell",
+        "commands",
+        ("proxy-sft completion bash > ~/.local/share/bash-completion/completions/proxy-sft",),
+    ),
 }
 
 # %% ../nbs/05_commands.ipynb #arguments-prepare
@@ -60,12 +100,18 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_caches_arguments(parser: argparse.ArgumentParser) -> None:
     "What to delete."
-    parser.add_argument("--prune", action="store_true", help="delete what nobody used for --days and no run stands on, and what killed builders left")
+    parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="delete what nobody used for --days and no run stands on, and what killed builders left",
+    )
     parser.add_argument("--days", type=float, default=30, metavar="N", help="with --prune: days without use (30)")
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     "How many processes, and how to show it."
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes of the run, one per GPU (default: 1)")
+    parser.add_argument(
+        "--nproc", type=int, default=1, metavar="N", help="processes of the run, one per GPU (default: 1)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +121,9 @@ def add_completion_arguments(parser: argparse.ArgumentParser) -> None:
 # %% ../nbs/05_commands.ipynb #add-arguments
 def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     "A sub-command's own arguments, and the settings where it takes them."
-    own = globals().get(f"add_{name}_arguments") or getattr(import_module(f"proxy_sft.{COMMANDS[name].module}"), f"add_{name}_arguments")
+    own = globals().get(f"add_{name}_arguments") or getattr(
+        import_module(f"proxy_sft.{COMMANDS[name].module}"), f"add_{name}_arguments"
+    )
     own(parser)
     if COMMANDS[name].parameters and name != "run": add_parameter_arguments(parser)
 
@@ -96,10 +144,25 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, default=1024, help="longest answer (default: 1024)")
     add("--batch-size", type=int, default=32, help="turns that are answered together (default: 32)")
     add("--max-chat-rows", type=int, default=100, help="plain conversations of the forgetting check (default: 100)")
-    add("--bfcl", default=None, metavar="DIR", help="ask the Berkeley leaderboard's questions instead, from the files in this folder")
-    add("--bfcl-categories", default="", metavar="NAMES", help="which of its categories, parted by commas (default: all that are single-turn)")
+    add(
+        "--bfcl",
+        default=None,
+        metavar="DIR",
+        help="ask the Berkeley leaderboard's questions instead, from the files in this folder",
+    )
+    add(
+        "--bfcl-categories",
+        default="",
+        metavar="NAMES",
+        help="which of its categories, parted by commas (default: all that are single-turn)",
+    )
     add("--bfcl-most", type=int, default=0, metavar="N", help="questions per category, a seeded choice (default: all)")
-    add("--server", default=None, metavar="URL", help="OpenAI-compatible server that runs the tuned model, such as http://localhost:8000/v1")
+    add(
+        "--server",
+        default=None,
+        metavar="URL",
+        help="OpenAI-compatible server that runs the tuned model, such as http://localhost:8000/v1",
+    )
     add("--base-server", default=None, metavar="URL", help="the same for the base model")
     add("--server-model", default="", help="name of the model at the server; default: the only one it has")
     add("--concurrency", type=int, default=16, help="requests at the same time (default: 16)")
@@ -114,16 +177,49 @@ def evaluate_command(args: argparse.Namespace) -> int: # exit code
     from proxy_sft.evaluation.bfcl import leaderboard_dict
     from proxy_sft.evaluation.servers import servers_from
     settings = load_settings(args.parameters.pop("profile", "") or "", **args.parameters)
-    servers = servers_from(settings, args.server, args.base_server, model=args.server_model, concurrency=args.concurrency, timeout=args.timeout)
-    tuned, leaderboard = args.tuned and Path(args.tuned), args.bfcl or settings.bfcl and settings.root / Path(settings.bfcl).expanduser()
+    servers = servers_from(
+        settings,
+        args.server,
+        args.base_server,
+        model=args.server_model,
+        concurrency=args.concurrency,
+        timeout=args.timeout,
+    )
+    tuned, leaderboard = (
+        args.tuned and Path(args.tuned),
+        args.bfcl or settings.bfcl and settings.root / Path(settings.bfcl).expanduser(),
+    )
     def say(result, plain):
         if os.environ.get("RANK", "0") == "0": print(json.dumps(plain(result), indent=1) if args.json else result)
     if not args.bfcl:
-        say(evaluate(settings, tuned, args.base_only, args.max_turns, args.max_new_tokens, args.batch_size, max_chat_rows=args.max_chat_rows,
-                     servers=servers), evaluation_dict)
+        say(
+            evaluate(
+                settings,
+                tuned,
+                args.base_only,
+                args.max_turns,
+                args.max_new_tokens,
+                args.batch_size,
+                max_chat_rows=args.max_chat_rows,
+                servers=servers,
+            ),
+            evaluation_dict,
+        )
     if leaderboard:
-        say(evaluate_leaderboard(settings, Path(leaderboard), args.bfcl_categories, args.bfcl_most, tuned, args.base_only, args.max_new_tokens,
-                                 args.batch_size, servers=servers), leaderboard_dict)
+        say(
+            evaluate_leaderboard(
+                settings,
+                Path(leaderboard),
+                args.bfcl_categories,
+                args.bfcl_most,
+                tuned,
+                args.base_only,
+                args.max_new_tokens,
+                args.batch_size,
+                servers=servers,
+            ),
+            leaderboard_dict,
+        )
     return 0
 
 # %% ../nbs/05_commands.ipynb #completion
@@ -136,12 +232,19 @@ def completion_command(args: argparse.Namespace) -> int: # exit code
 # %% ../nbs/05_commands.ipynb #parser
 def command_parser(*chosen: str) -> argparse.ArgumentParser: # the arguments of other sub-commands are left out
     "The parser of `proxy-sft`, complete for the chosen sub-commands."
-    parser = argparse.ArgumentParser(prog="proxy-sft", description="Qwen3-8B as a tool-calling model: download, convert, inspect, train, evaluate.")
+    parser = argparse.ArgumentParser(
+        prog="proxy-sft", description="Qwen3-8B as a tool-calling model: download, convert, inspect, train, evaluate."
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
-            name, help=command.words, description=f"{command.words[0].upper()}{command.words[1:]}.", allow_abbrev=False,
-            epilog="examples:\n" + "\n".join(f"  {e}" for e in command.examples), formatter_class=argparse.RawDescriptionHelpFormatter)
+            name,
+            help=command.words,
+            description=f"{command.words[0].upper()}{command.words[1:]}.",
+            allow_abbrev=False,
+            epilog="examples:\n" + "\n".join(f"  {e}" for e in command.examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         if name in chosen: add_arguments(name, sub)
     return parser
 
@@ -155,8 +258,13 @@ def run_main(argv: list[str]) -> int: # exit code
     "Parse, then call the room."
     chosen = argv[0] if argv and argv[0] in COMMANDS else ""
     parameters, words, rest = {}, [], argv
-    if chosen and COMMANDS[chosen].parameters and not {"-h", "--help"} & set(argv): rest, words, parameters = split_parameters(argv)
+    if chosen and COMMANDS[chosen].parameters and not {"-h", "--help"} & set(argv):
+        rest, words, parameters = split_parameters(argv)
     args = command_parser(chosen).parse_args(rest)
     args.parameters, args.parameter_words = parameters, words
-    module = sys.modules[__name__] if COMMANDS[chosen].module == "commands" else import_module(f"proxy_sft.{COMMANDS[chosen].module}")
+    module = (
+        sys.modules[__name__]
+        if COMMANDS[chosen].module == "commands"
+        else import_module(f"proxy_sft.{COMMANDS[chosen].module}")
+    )
     return getattr(module, f"{chosen}_command")(args)

@@ -9,7 +9,15 @@ __all__ = ['convert']
 import json
 
 from .core.settings import Settings
-from .data.conversion import code_version, convert_file, ConvertReport, hashable, hashes, report_from, what_changed
+from proxy_sft.data.conversion import (
+    code_version,
+    convert_file,
+    ConvertReport,
+    hashable,
+    hashes,
+    report_from,
+    what_changed,
+)
 from .data.files import input_files, process_count
 from .data.ledger import Choices
 

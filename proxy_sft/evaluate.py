@@ -34,18 +34,42 @@ def evaluate(
     from transformers import AutoTokenizer
     from proxy_sft.evaluation.generation import join_ranks, place
     join_ranks()
-    choose_turns(settings.converted_dir / "heldout.jsonl", 1, settings.seed)  # says what is missing before anything is loaded
+    # says what is missing before anything is loaded
+    choose_turns(settings.converted_dir / "heldout.jsonl", 1, settings.seed)
     folders, servers = model_folders(settings, tuned, base_only), servers or {}
     questions, found, too_long = prepare_questions(
-        settings, AutoTokenizer.from_pretrained(folders["base"], local_files_only=True), max_turns, max_chat_rows, max_new_tokens,
-        batching={"batch_size": batch_size, "batch_tokens": batch_tokens}, keep=not base_only)
-    told = {name: ask_server(servers[name], questions, name) if name in servers else ask_model(folder, questions, name) for name, folder in folders.items()}
-    about = {"seed": settings.seed, "template": settings.template, "limit": questions.limit, "max_turns": max_turns,
-             "models": {name: servers[name].url if name in servers else shown(folder, settings) for name, folder in folders.items()}}
+        settings,
+        AutoTokenizer.from_pretrained(folders["base"], local_files_only=True),
+        max_turns,
+        max_chat_rows,
+        max_new_tokens,
+        batching={"batch_size": batch_size, "batch_tokens": batch_tokens},
+        keep=not base_only,
+    )
+    told = {
+        name: ask_server(servers[name], questions, name) if name in servers else ask_model(folder, questions, name)
+        for name, folder in folders.items()
+    }
+    about = {
+        "seed": settings.seed,
+        "template": settings.template,
+        "limit": questions.limit,
+        "max_turns": max_turns,
+        "models": {
+            name: servers[name].url if name in servers else shown(folder, settings) for name, folder in folders.items()
+        },
+    }
     weighed = not servers  # losses need the weights of both
-    evaluation = judge(questions.turns, {name: one[0] for name, one in told.items()}, found=found, too_long=too_long, about=about,
-                       losses={name: one[1] for name, one in told.items()} if weighed else {}, chats=questions.chats if weighed else [],
-                       chat_losses={name: one[2] for name, one in told.items()} if weighed else {})
+    evaluation = judge(
+        questions.turns,
+        {name: one[0] for name, one in told.items()},
+        found=found,
+        too_long=too_long,
+        about=about,
+        losses={name: one[1] for name, one in told.items()} if weighed else {},
+        chats=questions.chats if weighed else [],
+        chat_losses={name: one[2] for name, one in told.items()} if weighed else {},
+    )
     if not base_only and place()[0] == 0: save_evaluation(evaluation, settings.run_dir)
     if not base_only: forget_answers(questions)
     return evaluation

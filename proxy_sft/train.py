@@ -17,7 +17,16 @@ from .pipeline import ensure_prepared
 from .tokens.preparation import Prepared
 from .training.doctor import require_health
 from proxy_sft.training.run import (
-    agree, begin_run, is_finished, keep_memory_whole, publish_model, require_parity, start_processes, out_of_memory_explained, train_from, TrainResult
+    agree,
+    begin_run,
+    is_finished,
+    keep_memory_whole,
+    publish_model,
+    require_parity,
+    start_processes,
+    out_of_memory_explained,
+    train_from,
+    TrainResult,
 )
 
 # %% ../nbs/02_train.ipynb #train
@@ -34,7 +43,12 @@ def train(
         start_processes(settings)
         facts, checkpoint, separate = begin_run(settings, prepared, lock)
         with out_of_memory_explained(settings):
-            if not (finished := checkpoint is not None and is_finished(checkpoint)): train_from(checkpoint, settings, prepared, facts, separate)
+            if not (finished := checkpoint is not None and is_finished(checkpoint)):
+                train_from(checkpoint, settings, prepared, facts, separate)
         publishes = World.from_environment().rank == 0 or (separate and World.from_environment().local_rank == 0)
-        agree((lambda: publish_model(settings, checkpoint if finished else complete_checkpoints(settings.run_dir)[-1])) if publishes else None)
+        agree(
+            (lambda: publish_model(settings, checkpoint if finished else complete_checkpoints(settings.run_dir)[-1]))
+            if publishes
+            else None
+        )
         return TrainResult(settings.run_dir)

@@ -17,6 +17,11 @@ if __name__ == "__main__":
     for line in sys.stdin:
         category, functions, answers, calls = json.loads(line)
         made = [{call["name"]: call["arguments"]} for call in calls]
-        try: verdict = int(ast_checker(functions, made, answers, LANGUAGES.get(category, Language.PYTHON), category, "model")["valid"])
+        try:
+            verdict = int(
+                ast_checker(functions, made, answers, LANGUAGES.get(category, Language.PYTHON), category, "model")[
+                    "valid"
+                ]
+            )
         except Exception as error: verdict = type(error).__name__  # it fails on some answers; which ones is what the comparison wants to know
         print(json.dumps(verdict), flush=True)

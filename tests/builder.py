@@ -12,7 +12,8 @@ from proxy_sft.tokens import encoding, preparation
 from proxy_sft.core.settings import load_settings
 
 FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["proxy_sft.train"])  # the same as in trainings.py: a process has one server; a module of this folder would not be found by it (Python 3.11)
+# the same as in trainings.py: a process has one server; a module of this folder would not be found by it (Python 3.11)
+FORKS.set_forkserver_preload(["proxy_sft.train"])
 
 
 def build(workspace, seconds=0.0, run="run", shared="true", processes=1, answer=None, meet=None, hold=0):
@@ -31,9 +32,13 @@ def build(workspace, seconds=0.0, run="run", shared="true", processes=1, answer=
     preparation.build_splits, encoding.encoded_by_processes = slow, held
     usual, preparation.ANSWER = preparation.waiting_line, answer or preparation.ANSWER
     preparation.waiting_line = lambda rank, **given: usual(rank, every=0, **given)  # what is heard is seen at once
-    if meet: dist.distributed_c10d.default_pg_timeout = dist.constants.default_pg_timeout = datetime.timedelta(seconds=meet)
+    if meet:
+        dist.distributed_c10d.default_pg_timeout = dist.constants.default_pg_timeout = datetime.timedelta(seconds=meet)
     if processes > 1: encoding.PIECE_BYTES, encoding.WORTH_BYTES = 10_000, (0, 0)
-    found = preparation.prepare(load_settings("demo", workspace=workspace, run_name=run, shared_file_system=shared, num_proc=processes), lambda settings: None)
+    found = preparation.prepare(
+        load_settings("demo", workspace=workspace, run_name=run, shared_file_system=shared, num_proc=processes),
+        lambda settings: None,
+    )
     print("prepared", found.key, sum(map(len, found.dataset("train")["input_ids"])), flush=True)
     if meet: meet_others(workspace)
 
@@ -41,8 +46,13 @@ def build(workspace, seconds=0.0, run="run", shared="true", processes=1, answer=
 def meet_others(workspace):
     "A collective; it has time, because the other rank may be slow to come."
     assert not dist.is_initialized(), "a process group was there while data were prepared"
-    dist.init_process_group("gloo", init_method=f"file://{workspace}/meet", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
-                            timeout=datetime.timedelta(seconds=600))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{workspace}/meet",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=datetime.timedelta(seconds=600),
+    )
     dist.barrier()
     print("met", flush=True)
 

@@ -4,7 +4,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
-LONGEST = ("test_faults", "test_launch", "test_pipeline", "test_prepare", "test_train", "test_house", "test_browser", "test_serving", "test_evaluate", "test_download", "test_chat")
+LONGEST = (
+    "test_faults",
+    "test_launch",
+    "test_pipeline",
+    "test_prepare",
+    "test_train",
+    "test_house",
+    "test_browser",
+    "test_serving",
+    "test_evaluate",
+    "test_download",
+    "test_chat",
+)
 
 
 def pytest_collection_modifyitems(items: list) -> None:

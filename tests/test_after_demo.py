@@ -12,9 +12,16 @@ pytestmark = pytest.mark.skipif(not (RUN / "COMPLETE").is_file(), reason="make d
 
 
 def test_the_demo_kept_its_last_four_checkpoints_and_learnt():
-    assert sorted(p.name for p in RUN.glob("checkpoint-*")) == ["checkpoint-500", "checkpoint-600", "checkpoint-700", "checkpoint-800"]
+    assert sorted(p.name for p in RUN.glob("checkpoint-*")) == [
+        "checkpoint-500",
+        "checkpoint-600",
+        "checkpoint-700",
+        "checkpoint-800",
+    ]
     assert (RUN / "model.safetensors").read_bytes() == (RUN / "checkpoint-800" / "model.safetensors").read_bytes()
-    held = [r["eval_loss"] for r in json.loads((RUN / "trainer_state.json").read_text())["log_history"] if "eval_loss" in r]
+    held = [
+        r["eval_loss"] for r in json.loads((RUN / "trainer_state.json").read_text())["log_history"] if "eval_loss" in r
+    ]
     assert held[-1] < held[0] / 4
 
 
@@ -33,6 +40,8 @@ def test_two_ranks_went_on_from_nothing_and_wrote_a_notebook_each():
 
 @pytest.mark.parametrize("words", [("inspect", "--profile", "demo", "--row", "3"), ("status", "demo"), ("report", "demo", "--output", "{}/demo.html")], ids=lambda w: w[0])
 def test_the_commands_of_the_readme_show_it(words, tmp_path):
-    done = subprocess.run([str(BIN / "proxy-sft"), *(w.format(tmp_path) for w in words)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(BIN / "proxy-sft"), *(w.format(tmp_path) for w in words)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stdout, done.stderr[-2000:]
     if words[0] == "report": assert "Can it" in (page := (tmp_path / "demo.html").read_text()) or "Evaluation" in page

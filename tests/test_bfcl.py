@@ -15,13 +15,33 @@ from proxy_sft.evaluation.bfcl import (
     SUMMARIES, summaries, why_call_is_wrong, why_calls_are_wrong, why_wrong
 )
 
-PYTHON = {"s": "string", "i": "integer", "f": "float", "b": "boolean", "d": "dict", "a": "any", "l": ("array", "string"), "n": ("array", "float"),
-          "m": ("array", "dict"), "t": ("tuple", "integer"), "nn": ("array", "array")}
+PYTHON = {
+    "s": "string",
+    "i": "integer",
+    "f": "float",
+    "b": "boolean",
+    "d": "dict",
+    "a": "any",
+    "l": ("array", "string"),
+    "n": ("array", "float"),
+    "m": ("array", "dict"),
+    "t": ("tuple", "integer"),
+    "nn": ("array", "array"),
+}
 
 
 def function(types, name="f", required=()):
-    properties = {n: {"type": t, "description": "."} if isinstance(t, str) else {"type": t[0], "description": ".", "items": {"type": t[1]}} for n, t in types.items()}
-    return {"name": name, "description": "Does.", "parameters": {"type": "dict", "properties": properties, "required": list(required)}}
+    properties = {
+        n: {"type": t, "description": "."}
+        if isinstance(t, str)
+        else {"type": t[0], "description": ".", "items": {"type": t[1]}}
+        for n, t in types.items()
+    }
+    return {
+        "name": name,
+        "description": "Does.",
+        "parameters": {"type": "dict", "properties": properties, "required": list(required)},
+    }
 
 
 def is_right(parameter, value, allowed, types=PYTHON, language="Python"):
@@ -48,8 +68,20 @@ def is_right(parameter, value, allowed, types=PYTHON, language="Python"):
 def test_python_values(parameter, value, allowed, right): assert is_right(parameter, value, allowed) == right
 
 
-JAVA = {"i": "integer", "l": "long", "f": "float", "d": "double", "b": "boolean", "c": "char", "s": "String", "a": "any", "h": "HashMap",
-        "x": ("Array", "integer"), "y": ("ArrayList", "String"), "z": ("ArrayList", "long")}
+JAVA = {
+    "i": "integer",
+    "l": "long",
+    "f": "float",
+    "d": "double",
+    "b": "boolean",
+    "c": "char",
+    "s": "String",
+    "a": "any",
+    "h": "HashMap",
+    "x": ("Array", "integer"),
+    "y": ("ArrayList", "String"),
+    "z": ("ArrayList", "long"),
+}
 
 
 @pytest.mark.parametrize("parameter, text, allowed, right", [
@@ -64,7 +96,18 @@ JAVA = {"i": "integer", "l": "long", "f": "float", "d": "double", "b": "boolean"
 def test_java_values(parameter, text, allowed, right): assert is_right(parameter, text, allowed, JAVA, "Java") == right
 
 
-SCRIPT = {"i": "integer", "n": "Bigint", "f": "float", "b": "Boolean", "s": "String", "a": "any", "d": "dict", "x": ("array", "integer"), "y": ("array", "String"), "z": ("array", "array")}
+SCRIPT = {
+    "i": "integer",
+    "n": "Bigint",
+    "f": "float",
+    "b": "Boolean",
+    "s": "String",
+    "a": "any",
+    "d": "dict",
+    "x": ("array", "integer"),
+    "y": ("array", "String"),
+    "z": ("array", "array"),
+}
 
 
 @pytest.mark.parametrize("parameter, text, allowed, right", [
@@ -74,18 +117,25 @@ SCRIPT = {"i": "integer", "n": "Bigint", "f": "float", "b": "Boolean", "s": "Str
     ("y", "['a, b']", [["a, b"]], False),  # parted at every comma, as on the leaderboard
     ("d", "{method: 'GET', n: 1}", [{"method": ["get"], "n": [1]}], True), ("d", "{ids: [1, 2]}", [{"ids": [[1, 2]]}], True), ("d", "{}", [{}], True),
     ("d", "{a: {b: 1}}", [{"a": [{"b": 1}]}], False), ("d", "settings", ["settings"], True)])
-def test_javascript_values(parameter, text, allowed, right): assert is_right(parameter, text, allowed, SCRIPT, "JavaScript") == right
+def test_javascript_values(parameter, text, allowed, right):
+    assert is_right(parameter, text, allowed, SCRIPT, "JavaScript") == right
 
 
 def wrong(calls, answers, category="parallel_multiple", names=("f", "g")):
-    return why_calls_are_wrong([{"name": n, "arguments": a} for n, a in calls], [function({"x": "integer", "y": "string"}, n, ["x"]) for n in names], answers, category)
+    return why_calls_are_wrong(
+        [{"name": n, "arguments": a} for n, a in calls],
+        [function({"x": "integer", "y": "string"}, n, ["x"]) for n in names],
+        answers,
+        category,
+    )
 
 
 @pytest.mark.parametrize("calls, right", [
     ([("f", {"x": 1}), ("g", {"x": 2})], True), ([("g", {"x": 2}), ("f", {"x": 1})], True), ([("f", {"x": 1})], False), ([("f", {"x": 1}), ("f", {"x": 1})], False),
     ([("f", {"x": 2}), ("g", {"x": 1})], False), ([("f", {"x": 1, "y": "a"}), ("g", {"x": 2})], True), ([("f", {"x": 1, "y": "b"}), ("g", {"x": 2})], False),
     ([("f", {}), ("g", {"x": 2})], False), ([("f", {"x": 1, "z": 1}), ("g", {"x": 2})], False), ([("f", {"x": 1}), ("g", {"x": 2}), ("g", {"x": 2})], False), ([], False)])
-def test_several_calls(calls, right): assert (not wrong(calls, [{"f": {"x": [1], "y": ["a", ""]}}, {"g": {"x": [2]}}])) == right
+def test_several_calls(calls, right):
+    assert (not wrong(calls, [{"f": {"x": [1], "y": ["a", ""]}}, {"g": {"x": [2]}}])) == right
 
 
 def test_an_expected_call_takes_the_first_that_fits_it():
@@ -95,9 +145,12 @@ def test_an_expected_call_takes_the_first_that_fits_it():
 
 def test_optional_parameters():
     answers = [{"f": {"x": [1], "y": ["a"]}}]
-    assert "may not be left out" in wrong([("f", {"x": 1})], answers, "multiple") and not wrong([("f", {"x": 1, "y": "A"})], answers, "multiple")
+    assert "may not be left out" in wrong([("f", {"x": 1})], answers, "multiple") and not wrong(
+        [("f", {"x": 1, "y": "A"})], answers, "multiple"
+    )
     assert "x is required" in wrong([("f", {"y": "a"})], [{"f": {"x": [1, ""], "y": ["a"]}}], "multiple")
-    assert "not expected" in wrong([("f", {"x": 1, "y": "a"})], [{"f": {"x": [1]}}], "multiple")  # declared, but not in the answer
+    # declared, but not in the answer
+    assert "not expected" in wrong([("f", {"x": 1, "y": "a"})], [{"f": {"x": [1]}}], "multiple")
 
 
 def lines(path, entries): path.write_text("".join(json.dumps(e) + "\n" for e in entries), encoding="utf-8")
@@ -109,43 +162,92 @@ def files(tmp_path):
     (tmp_path / "possible_answer").mkdir()
     for name, category in CATEGORIES.items():
         kind = {"Python": "integer", "Java": "long", "JavaScript": "Bigint"}[category.language]
-        lines(tmp_path / f"BFCL_v4_{name}.json", [{"id": f"{name}_{i}", "question": [[{"role": "user", "content": f"Do {i}."}]], "function": [function({"x": kind})]} for i in range(6)])
+        lines(
+            tmp_path / f"BFCL_v4_{name}.json",
+            [
+                {
+                    "id": f"{name}_{i}",
+                    "question": [[{"role": "user", "content": f"Do {i}."}]],
+                    "function": [function({"x": kind})],
+                }
+                for i in range(6)
+            ],
+        )
         answers = [{"f": {"x": [i]}} for i in range(2 if category.asks == "several" else 1)]
-        if category.asks in ("one", "several"): lines(tmp_path / "possible_answer" / f"BFCL_v4_{name}.json", [{"id": f"{name}_{i}", "ground_truth": answers} for i in range(6)])
+        if category.asks in ("one", "several"):
+            lines(
+                tmp_path / "possible_answer" / f"BFCL_v4_{name}.json",
+                [{"id": f"{name}_{i}", "ground_truth": answers} for i in range(6)],
+            )
     return tmp_path
 
 
-def reply(*values): return Reply("\n".join(expected_text({"tool_calls": [{"function": {"name": "f", "arguments": {"x": v}}}]}) for v in values), True, 9)
+def reply(*values):
+    return Reply(
+        "\n".join(expected_text({"tool_calls": [{"function": {"name": "f", "arguments": {"x": v}}}]}) for v in values),
+        True,
+        9,
+    )
 
 
 def test_all_categories_right_and_wrong(files):
     questions, total = read_questions(files)
     assert len(questions) == 6 * len(CATEGORIES) and list(total) == list(CATEGORIES)
     source = {"Python": 0, "Java": "0L", "JavaScript": "0n"}
-    right = [Reply("No.", True, 1) if (c := CATEGORIES[q.category]).asks == "no call" else reply(0, 1) if c.asks == "several" else reply(source[c.language]) for q in questions]
-    board = judge_questions(questions, {"base": [Reply("<tool_call>\n{", True, 3)] * len(questions), "tuned": right}, total=total)
+    right = [
+        Reply("No.", True, 1)
+        if (c := CATEGORIES[q.category]).asks == "no call"
+        else reply(0, 1)
+        if c.asks == "several"
+        else reply(source[c.language])
+        for q in questions
+    ]
+    board = judge_questions(
+        questions, {"base": [Reply("<tool_call>\n{", True, 3)] * len(questions), "tuned": right}, total=total
+    )
     assert all(counts == (6, 6) for counts in board.counts("tuned").values()) and board.failures("tuned") == []
-    assert {name for name, (r, _) in board.counts("base").items() if r} == {"irrelevance", "live_irrelevance"}  # what a server cannot read is no call
+    # what a server cannot read is no call
+    assert {name for name, (r, _) in board.counts("base").items() if r} == {"irrelevance", "live_irrelevance"}
     saved = leaderboard_dict(board)
-    assert {name: share["tuned"] for name, share in saved["summaries"].items()} == dict.fromkeys(SUMMARIES, 1.0) and "100.00 %" in repr(board)
+    assert {name: share["tuned"] for name, share in saved["summaries"].items()} == dict.fromkeys(
+        SUMMARIES, 1.0
+    ) and "100.00 %" in repr(board)
     assert saved["summaries"]["30 of the 100 points of Overall Acc"]["base"] == pytest.approx(1 / 3)
 
 
 def test_verdicts_by_kind(files):
     by = {q.category: q for q in read_questions(files, most=1)[0]}
-    assert why_wrong(by["irrelevance"], reply(0)) == "f is called" and not why_wrong(by["live_relevance"], reply("anything"))
-    assert why_wrong(by["live_relevance"], Reply("No.", True, 1)) and why_wrong(by["live_irrelevance"], Reply("", False, 0, problem="timeout")) == "no answer: timeout"
+    assert why_wrong(by["irrelevance"], reply(0)) == "f is called" and not why_wrong(
+        by["live_relevance"], reply("anything")
+    )
+    assert (
+        why_wrong(by["live_relevance"], Reply("No.", True, 1))
+        and why_wrong(by["live_irrelevance"], Reply("", False, 0, problem="timeout")) == "no answer: timeout"
+    )
     served = Reply("", True, 9, [{"name": "f", "arguments": '{"x": 0}'}])
-    assert not why_wrong(by["multiple"], served) and "cannot read" in why_wrong(by["multiple"], Reply("", True, 9, [{"name": "f", "arguments": '{"x": 0'}]))
-    unclosed = Reply(reply(0).text.removesuffix("</tool_call>"), True, 9)  # what was meant can be made out, but no server reads it
-    assert not why_wrong(by["irrelevance"], unclosed) and why_wrong(by["live_relevance"], unclosed) and why_wrong(by["simple_python"], unclosed)
+    assert not why_wrong(by["multiple"], served) and "cannot read" in why_wrong(
+        by["multiple"], Reply("", True, 9, [{"name": "f", "arguments": '{"x": 0'}])
+    )
+    # what was meant can be made out, but no server reads it
+    unclosed = Reply(reply(0).text.removesuffix("</tool_call>"), True, 9)
+    assert (
+        not why_wrong(by["irrelevance"], unclosed)
+        and why_wrong(by["live_relevance"], unclosed)
+        and why_wrong(by["simple_python"], unclosed)
+    )
     assert not why_wrong(by["simple_python"], Reply("<think>\n\n</think>\n\n" + reply(0).text, True, 9))
 
 
 def test_summaries_weigh_as_the_leaderboard_does():
-    counts = dict.fromkeys(CATEGORIES, (1, 2)) | {"simple_python": (4, 4), "live_multiple": (90, 100), "live_irrelevance": (1, 1)}
+    counts = dict.fromkeys(CATEGORIES, (1, 2)) | {
+        "simple_python": (4, 4),
+        "live_multiple": (90, 100),
+        "live_irrelevance": (1, 1),
+    }
     found = summaries(counts)
-    assert found["Non-Live Simple AST"] == pytest.approx(2 / 3) and found["Non-Live AST Acc"] == pytest.approx((2 / 3 + 1.5) / 4)
+    assert found["Non-Live Simple AST"] == pytest.approx(2 / 3) and found["Non-Live AST Acc"] == pytest.approx(
+        (2 / 3 + 1.5) / 4
+    )
     assert found["Live Acc"] == pytest.approx(93 / 106) and found["Irrelevance Detection"] == 0.75
     assert summaries({**counts, "parallel": (0, 0)})["Non-Live AST Acc"] is None
 
@@ -178,35 +280,69 @@ def test_choice(files):
 
 def test_tools_are_json_schema_and_arguments_of_java_are_strings(files):
     by = {q.category: q.turn for q in read_questions(files, most=1)[0]}
-    assert {name: turn.tools[0]["function"]["parameters"]["properties"]["x"]["type"] for name, turn in by.items() if "simple_" in name[:7]} == {
-        "simple_python": "integer", "simple_java": "string", "simple_javascript": "string"}
+    assert {
+        name: turn.tools[0]["function"]["parameters"]["properties"]["x"]["type"]
+        for name, turn in by.items()
+        if "simple_" in name[:7]
+    } == {"simple_python": "integer", "simple_java": "string", "simple_javascript": "string"}
     assert "Java long" in by["simple_java"].tools[0]["function"]["parameters"]["properties"]["x"]["description"]
-    assert by["multiple"].messages[-1]["role"] == "assistant" and by["multiple"].messages[0]["content"].startswith("Do ")
+    assert by["multiple"].messages[-1]["role"] == "assistant" and by["multiple"].messages[0]["content"].startswith(
+        "Do "
+    )
 
 
 def test_verdicts_survive_any_value():
     rng = random.Random(0)
     for language, types in (("Python", PYTHON), ("Java", JAVA), ("JavaScript", SCRIPT)):
         for _ in range(1500):
-            parameter, value = rng.choice(sorted(types)), rng.choice([*ODD, "new ArrayList<>()", "{a: [", "9" * 5000, "[" * 5000, "[[1],[" * 300, "new HashMap<>() {" + " " * 5000])
+            parameter, value = (
+                rng.choice(sorted(types)),
+                rng.choice(
+                    [
+                        *ODD,
+                        "new ArrayList<>()",
+                        "{a: [",
+                        "9" * 5000,
+                        "[" * 5000,
+                        "[[1],[" * 300,
+                        "new HashMap<>() {" + " " * 5000,
+                    ]
+                ),
+            )
             allowed = rng.sample(ODD, 2)
             assert isinstance(is_right(parameter, value, allowed, types, language), bool)
-    for text in ("[[" + "1],[" * 400, "new HashMap<>() {" + " " * 1900, 'put("",' * 250): assert java_value(text, "HashMap") in (text, {}) and script_value(text, "array") is not None
+    for text in ("[[" + "1],[" * 400, "new HashMap<>() {" + " " * 1900, 'put("",' * 250):
+        assert java_value(text, "HashMap") in (text, {}) and script_value(text, "array") is not None
 
 
 @pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="long: compared with the official checker when PROXY_SFT_SOAK is set")
 def test_verdicts_are_those_of_the_official_checker(tmp_path):
     python = Path(os.environ.get("PROXY_SFT_BFCL_PYTHON", "bfcl/bin/python"))
-    if not python.is_file(): pytest.skip("PROXY_SFT_BFCL_PYTHON names no Python with bfcl-eval: python -m venv bfcl && bfcl/bin/pip install bfcl-eval")
-    where = subprocess.run([python, "-c", "import bfcl_eval; print(bfcl_eval.__path__[0])"], capture_output=True, text=True, check=True).stdout.strip()
+    if not python.is_file():
+        pytest.skip(
+            "PROXY_SFT_BFCL_PYTHON names no Python with bfcl-eval: python -m venv bfcl && bfcl/bin/pip install bfcl-eval"
+        )
+    where = subprocess.run(
+        [python, "-c", "import bfcl_eval; print(bfcl_eval.__path__[0])"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     questions, total = read_questions(Path(where) / "data")
     plain, garbled = all_cases(questions, changes=30), garbled_cases(questions, 60_000)
     for name, cases in (("plain", plain), ("garbled", garbled)):
         text = "".join(json.dumps([q.category, q.functions, q.answers, calls]) + "\n" for q, calls in cases)
-        told = subprocess.run([python, Path(__file__).parent / "bfcl_official.py"], input=text, capture_output=True, text=True, check=True).stdout
-        pairs = [(json.loads(line), int(not why_calls_are_wrong(calls, q.functions, q.answers, q.category))) for line, (q, calls) in zip(told.splitlines(), cases, strict=True)]
-        print(f"{name}: {len(pairs)} answers over {sum(total.values())} questions, (official, ours): {dict(Counter(pairs))}")
-        apart = [(q.id, official, ours, calls) for (official, ours), (q, calls) in zip(pairs, cases) if official != ours]
+        told = subprocess.run(
+            [python, Path(__file__).parent / "bfcl_official.py"], input=text, capture_output=True, text=True, check=True
+        ).stdout
+        pairs = [
+            (json.loads(line), int(not why_calls_are_wrong(calls, q.functions, q.answers, q.category)))
+            for line, (q, calls) in zip(told.splitlines(), cases, strict=True)
+        ]
+        print(
+            f"{name}: {len(pairs)} answers over {sum(total.values())} questions, (official, ours): {dict(Counter(pairs))}"
+        )
+        apart = [
+            (q.id, official, ours, calls) for (official, ours), (q, calls) in zip(pairs, cases) if official != ours
+        ]
         for one in apart: print("apart:", json.dumps(one))
-        assert len(apart) <= (0 if name == "plain" else len(cases) // 10_000), apart[:5]  # garbled: object literals that are no JavaScript, see docs/architecture.md
+        # garbled: object literals that are no JavaScript, see docs/architecture.md
+        assert len(apart) <= (0 if name == "plain" else len(cases) // 10_000), apart[:5]
         assert min(Counter(ours for _, ours in pairs).values()) > len(pairs) // 30  # both verdicts occur

@@ -17,15 +17,22 @@ from ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "test-artifacts"
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
 DRIVER = shutil.which("chromedriver")
 NOTEBOOK = "01_convert.ipynb"
 PATIENCE = 600  # seconds until something counts as stuck; nothing is awaited that long
 
 pytestmark = [
-    pytest.mark.skipif(BROWSER is None or DRIVER is None,
-                       reason="no Chromium with chromedriver here: the inspector was not tried in a browser"),
-    pytest.mark.skipif(not shutil.which("jupyter-lab", path=str(Path(sys.executable).parent)), reason="no JupyterLab here")]
+    pytest.mark.skipif(
+        BROWSER is None or DRIVER is None,
+        reason="no Chromium with chromedriver here: the inspector was not tried in a browser",
+    ),
+    pytest.mark.skipif(
+        not shutil.which("jupyter-lab", path=str(Path(sys.executable).parent)), reason="no JupyterLab here"
+    ),
+]
 
 LAST_CELL = '''
 os = __import__("os")
@@ -50,12 +57,23 @@ def lab(tmp_path_factory):
     notebook = json.loads((ROOT / "nbs" / NOTEBOOK).read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code": cell["outputs"], cell["execution_count"] = [], None
-        if "parameters" in cell["metadata"].get("tags", []):  # a workspace of its own; the profile is the demo's, by IN_TEST
+        # a workspace of its own; the profile is the demo's, by IN_TEST
+        if "parameters" in cell["metadata"].get("tags", []):
             found = "".join(cell["source"])
-            cell["source"] = re.sub(r"(?m)^workspace: (.*?) = None", f"workspace: \\1 = {str(folder / 'workspace')!r}", found)
+            cell["source"] = re.sub(
+                r"(?m)^workspace: (.*?) = None", f"workspace: \\1 = {str(folder / 'workspace')!r}", found
+            )
             assert cell["source"] != found, "01_convert has no workspace parameter any more"
-    notebook["cells"].append({"cell_type": "code", "id": "browser-test", "metadata": {}, "outputs": [], "execution_count": None,
-                              "source": LAST_CELL})
+    notebook["cells"].append(
+        {
+            "cell_type": "code",
+            "id": "browser-test",
+            "metadata": {},
+            "outputs": [],
+            "execution_count": None,
+            "source": LAST_CELL,
+        }
+    )
     (folder / "work").mkdir()
     for theme in ("light", "dark"):  # a notebook each: a second browser would find the first one's kernel and outputs
         (folder / "work" / f"{theme}_{NOTEBOOK}").write_text(json.dumps(notebook), encoding="utf-8")
@@ -66,15 +84,35 @@ def lab(tmp_path_factory):
         "language": "python", "env": {"PYTHONPATH": str(ROOT), "IN_TEST": "1"}}))
     port = free_port()
     token = secrets.token_hex(16)
-    own = {"JUPYTER_CONFIG_DIR": folder / "config", "JUPYTER_RUNTIME_DIR": folder / "runtime", "JUPYTER_PATH": folder / "share",
-           "JUPYTERLAB_SETTINGS_DIR": folder / "settings", "JUPYTERLAB_WORKSPACES_DIR": folder / "workspaces",
-           "IPYTHONDIR": folder / "ipython", "HOME": folder}
+    own = {
+        "JUPYTER_CONFIG_DIR": folder / "config",
+        "JUPYTER_RUNTIME_DIR": folder / "runtime",
+        "JUPYTER_PATH": folder / "share",
+        "JUPYTERLAB_SETTINGS_DIR": folder / "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": folder / "workspaces",
+        "IPYTHONDIR": folder / "ipython",
+        "HOME": folder,
+    }
     log = open(folder / "lab.log", "wb")
     server = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-         f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder / 'work'}", "--allow-root",
-         "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
-        env={**os.environ, **{key: str(value) for key, value in own.items()}}, stdout=log, stderr=log)
+        [
+            sys.executable,
+            "-m",
+            "jupyterlab",
+            "--no-browser",
+            "--ip=127.0.0.1",
+            f"--port={port}",
+            "--ServerApp.port_retries=0",
+            f"--IdentityProvider.token={token}",
+            f"--ServerApp.root_dir={folder / 'work'}",
+            "--allow-root",
+            "--LabApp.news_url=",
+            "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        ],
+        env={**os.environ, **{key: str(value) for key, value in own.items()}},
+        stdout=log,
+        stderr=log,
+    )
     address = f"http://127.0.0.1:{port}"
     until = time.monotonic() + PATIENCE
     while True:
@@ -98,7 +136,9 @@ def page(request, lab):
     settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True, exist_ok=True)
     (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme, "adaptive-theme": False}))
-    (settings / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+    (settings / "notification.jupyterlab-settings").write_text(
+        json.dumps({"fetchNews": "false", "checkForUpdates": False})
+    )
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     profile = folder / f"chrome-{request.param}"
@@ -133,7 +173,8 @@ class Page:
     def run_all(self):
         "Run all cells from the menu; the last one opens the inspector."
         self.wait("document.querySelectorAll('.jp-Notebook .jp-Cell').length > 3")
-        self.wait("document.body.innerText.includes('sft-qwen3 | Idle')", "the status bar shows the kernel, ready")  # before, JupyterLab would ask which kernel to take
+        # before, JupyterLab would ask which kernel to take
+        self.wait("document.body.innerText.includes('sft-qwen3 | Idle')", "the status bar shows the kernel, ready")
         self.menu("Run", "Run All Cells")
         self.wait("document.querySelector('.psft-app')", "the inspector appears")
         prompts = "Array.from(document.querySelectorAll('.jp-InputPrompt')).map(e => e.textContent)"
@@ -179,8 +220,13 @@ def test_rows_and_views(page):
     assert page.row() == 1 and len(page.text(".panel")) > 20
     page.press("button[title^='previous row']")
     assert page.row() == 0
-    for tab, seen in (("tokens", "·"), ("parity", "prompt equals a server's"), ("messages", "message 0"), ("raw", "content"),
-                      ("text", "im_start")):
+    for tab, seen in (
+        ("tokens", "·"),
+        ("parity", "prompt equals a server's"),
+        ("messages", "message 0"),
+        ("raw", "content"),
+        ("text", "im_start"),
+    ):
         page.press(f"[data-tab={tab}]")
         assert page.find(f"[data-tab={tab}]").get_attribute("aria-selected") == "true" and seen in page.text(".panel")
         page.picture(tab)
@@ -204,7 +250,9 @@ def test_search_and_markup_stays_text(page):
     page.wait("document.querySelector('.psft-app [aria-label=row]').value === '7'", "the search finds row 7")
     for tab in ("text", "tokens", "messages", "raw", "parity", "text"):
         page.press(f"[data-tab={tab}]")
-        assert not page.driver.execute_script("return document.querySelector('.psft-app .panel').querySelector('img, script, a')")
+        assert not page.driver.execute_script(
+            "return document.querySelector('.psft-app .panel').querySelector('img, script, a')"
+        )
     assert "<script>window.pwned=1</script>" in page.text(".panel") and "<b>not bold</b>" in page.text(".panel")
     assert page.driver.execute_script("return window.pwned") is None
     page.picture("search")
@@ -225,11 +273,14 @@ def test_keyboard(page):
     page.keys(".panel", "/")
     assert page.driver.switch_to.active_element.get_attribute("name") == "text"
     page.keys(".panel", "1")
-    assert len(page.driver.find_elements(By.CSS_SELECTOR, ".jp-Notebook .jp-Cell")) == cells  # no key reached the notebook
+    # no key reached the notebook
+    assert len(page.driver.find_elements(By.CSS_SELECTOR, ".jp-Notebook .jp-Cell")) == cells
 
 
 def test_copy_as_json(page):
-    page.driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
+    page.driver.execute_cdp_cmd(
+        "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    )
     page.press("button[title^='copy']")
     page.wait("document.querySelector('.psft-app .note').textContent === 'copied'")
     copied = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")

@@ -46,15 +46,65 @@ def value_of(text): return parse_calls(f"f(x={text})")[0]["arguments"]["x"]
 
 # Round trips: hypothesis looks for the awkward, a seeded generator brings the number above 10,000 calls
 
-AWKWARD = ["", "'", '"', "\\", "\\/", "\\n", "\n", "\r\n", "\x00", "\x1f\x7f", "\u2028", "\ufeff", "😀", "\ud83d", "\ude00", "\ud83d\ude00", "```",
-           "</function_calls>", "'''", '"""', "f(x=1)", "#", ", ", "null", "\\ud83d", "\\x4", "${a}", "a=b", "true)"]
+AWKWARD = [
+    "",
+    "'",
+    '"',
+    "\\",
+    "\\/",
+    "\\n",
+    "\n",
+    "\r\n",
+    "\x00",
+    "\x1f\x7f",
+    "\u2028",
+    "\ufeff",
+    "😀",
+    "\ud83d",
+    "\ude00",
+    "\ud83d\ude00",
+    "```",
+    "</function_calls>",
+    "'''",
+    '"""',
+    "f(x=1)",
+    "#",
+    ", ",
+    "null",
+    "\\ud83d",
+    "\\x4",
+    "${a}",
+    "a=b",
+    "true)",
+]
 texts = st.one_of(st.text(st.characters(), max_size=12), st.lists(st.sampled_from(AWKWARD), max_size=4).map("".join))
-scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-2**200, 2**200), st.floats(allow_nan=False, allow_infinity=False), texts)
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4), max_leaves=12)
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-(2**200), 2**200),
+    st.floats(allow_nan=False, allow_infinity=False),
+    texts,
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4), max_leaves=12
+)
 plain_names = st.from_regex(r"[A-Za-z_$][A-Za-z0-9_.$/-]{0,12}", fullmatch=True)
-names = plain_names | texts | st.sampled_from(["from", "class", "None", "null", "r", "b", "f", "filter[name]", "max-stops", "1st", "a b", "größe", "nan"])
-calls_of_all_kinds = st.lists(st.fixed_dictionaries({"name": names, "arguments": st.dictionaries(names, values, max_size=4)}), max_size=6)
-plain_calls = st.lists(st.fixed_dictionaries({"name": plain_names, "arguments": st.dictionaries(plain_names, values, max_size=3)}), min_size=1, max_size=5)
+names = (
+    plain_names
+    | texts
+    | st.sampled_from(
+        ["from", "class", "None", "null", "r", "b", "f", "filter[name]", "max-stops", "1st", "a b", "größe", "nan"]
+    )
+)
+calls_of_all_kinds = st.lists(
+    st.fixed_dictionaries({"name": names, "arguments": st.dictionaries(names, values, max_size=4)}), max_size=6
+)
+plain_calls = st.lists(
+    st.fixed_dictionaries({"name": plain_names, "arguments": st.dictionaries(plain_names, values, max_size=3)}),
+    min_size=1,
+    max_size=5,
+)
 QUICK = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 COUNTED = {"calls": 0}
 
@@ -80,7 +130,11 @@ def draw_value(chance, depth=0):
     if kind == 1: return chance.choice((1, -1)) * chance.getrandbits(chance.randrange(1, 900))
     if kind == 2: return chance.uniform(-1, 1) * 10.0 ** chance.randrange(-300, 300)
     if kind < 5: return "".join(chance.choices(AWKWARD, k=chance.randrange(5)))
-    if kind == 5: return "".join(chr(chance.choice((chance.randrange(128), chance.randrange(0x3000), chance.randrange(0x110000)))) for _ in range(6))
+    if kind == 5:
+        return "".join(
+            chr(chance.choice((chance.randrange(128), chance.randrange(0x3000), chance.randrange(0x110000))))
+            for _ in range(6)
+        )
     if kind < 8: return [draw_value(chance, depth + 1) for _ in range(chance.randrange(4))]
     return {draw_name(chance): draw_value(chance, depth + 1) for _ in range(chance.randrange(4))}
 
@@ -93,7 +147,13 @@ def draw_name(chance):
 def test_many_seeded_calls_round_trip():
     chance = random.Random(7)
     for _ in range(4000):
-        calls = [{"name": draw_name(chance), "arguments": {draw_name(chance): draw_value(chance) for _ in range(chance.randrange(4))}} for _ in range(3)]
+        calls = [
+            {
+                "name": draw_name(chance),
+                "arguments": {draw_name(chance): draw_value(chance) for _ in range(chance.randrange(4))},
+            }
+            for _ in range(3)
+        ]
         assert same(parse_calls(format_calls(calls)), calls), calls
         COUNTED["calls"] += len(calls)
 
@@ -129,8 +189,12 @@ def test_what_json_cannot_hold_is_not_written(value, reason):
 
 
 def test_an_integer_that_would_not_be_read_is_not_written():
-    assert outcome(f"f(x={'9' * MAX_DIGITS})") != "integer_too_long" and outcome(f"f(x=1{'0' * MAX_DIGITS})") == "integer_too_long"
-    with pytest.raises(CallError, match="integer_too_long"): format_calls([{"name": "f", "arguments": {"x": 10**MAX_DIGITS}}])
+    assert (
+        outcome(f"f(x={'9' * MAX_DIGITS})") != "integer_too_long"
+        and outcome(f"f(x=1{'0' * MAX_DIGITS})") == "integer_too_long"
+    )
+    with pytest.raises(CallError, match="integer_too_long"):
+        format_calls([{"name": "f", "arguments": {"x": 10**MAX_DIGITS}}])
 
 
 @pytest.mark.parametrize("calls", [[1], [{"name": "f"}], [{"name": 1, "arguments": {}}], [{"name": "f", "arguments": []}], [{"name": "f", "arguments": {1: 2}}]])
@@ -177,23 +241,116 @@ def test_argument_names(key):
 # What is refused, and why
 
 REFUSED = {
-    "f(x=1": "unclosed", "f(": "unclosed", "f(x=": "unclosed", "f(x": "bare_word", "f(x=1]": "unexpected", "f(x=[1)": "unexpected", "f(x='a": "unterminated_string", "f(x='''a'')": "unterminated_string",
-    "f": "not_a_call", "false": "not_a_call", "None": "not_a_call", "hello there": "not_a_call", "x = f(a=1)": "not_a_call", "I call f(x=1).": "not_a_call", "f(x=1).g(y=2)": "trailing_text",
-    "f(x=1) g(x=2)": "missing_separator", "f(x=1);f(x=2)": "missing_separator", "f(x=1) + 1": "trailing_text", "f(x=1) and so on": "trailing_text", "[f() g()]": "missing_separator", "[f()": "unclosed",
-    "[f()\ng()]": "missing_separator", "f(1)": "positional_argument", "f(x=1, 2)": "positional_after_keyword", "f(x=1, x=2)": "duplicate_argument", "f('x'=1, x=2)": "duplicate_argument",
-    "f(x={'a': 1, \"a\": 2})": "duplicate_key", 'f(x={"a": 1, "a": 2})': "duplicate_key", "f(x={1: 2})": "non_string_key", "f(x={None: 2})": "non_string_key", "f(x={(1, 2): 2})": "non_string_key",
-    "f(x=nan)": "non_finite", "f(x=NaN)": "non_finite", "f(x=[NaN])": "non_finite", "f(x=-inf)": "non_finite", "f(x=[-Infinity])": "non_finite", "f(x=1e999)": "non_finite", "f(x=[1e999])": "non_finite",
-    "f(x=1j)": "bad_number", "f(x=0x)": "bad_number", "f(x=1__0)": "bad_number", "f(x=1.2.3)": "bad_number", "f(x=2024-01-01)": "leading_zero", "f(x=007)": "leading_zero", "f(x=[01])": "leading_zero",
-    r"f(x='\x4')": "bad_escape", r'f(x="\u12")': "bad_escape", r"f(x='\N{NO SUCH THING}')": "bad_escape", r"f(x='\U99999999')": "bad_escape", "f(x='a' 'b')": "implicit_concatenation",
-    "f(x=['a' 'b'])": "implicit_concatenation", "f(x='It's')": "unexpected", "f(x=b'a')": "bytes", "f(x=rb'a')": "bytes", "f(x=f'{y}')": "f_string", "f(x=y)": "bare_word", "f(x=Hello)": "bare_word",
-    "f(x=TRUE)": "bare_word", "f(x={a: 1})": "bare_word", "f(x=g())": "nested_call", "f(x=a.b(1))": "nested_call", "f(x=float('nan'))": "nested_call", "f(x=[i for i in y])": "comprehension",
-    "f(x=[1 for i in y])": "comprehension", "f(x={i for i in y})": "comprehension", "f(x={1, 2})": "set", "f(x={'a'})": "set", "f(**x)": "unpacking", "f(*x)": "unpacking", "f(x=[*y])": "unpacking",
-    "f(x={**y})": "unpacking", "f(**{'a': 1})": "unpacking", "f(x=True+1)": "expression", "f(x=1/0)": "expression", "f(x=0**-1)": "expression", "f(x=1 if y else 2)": "expression", "f(x=1 == 1)": "expression",
-    "f(x=[1][0])": "expression", "f(x='a'.upper())": "expression", "f(x=1 or 2)": "expression", "f(x=not 1)": "expression", "f(x=~1)": "expression", "f(x=1 << 2)": "expression", "f(x=lambda: 1)": "expression",
-    "f(x=-'a')": "expression", "f(x='%d' % 1)": "expression", "f(x='a'+1)": "expression", "f(x=(-8)**0.5)": "expression", "f(x=10**10**10)": "too_complex", "f(x=[0]*10**9)": "too_complex",
-    "f(x='ab'*10**9)": "too_complex", "f(x=1e308*10)": "too_complex", "f(x=[[[0]*99]*99]*99)": "too_complex", "f(x=...)": "unexpected", "f(x=)": "unexpected", "f(,)": "unexpected", "f(x=[,])": "unexpected",
-    "f(x=1,,y=2)": "unexpected", "f(x={'a'})": "set", "f(x={'a':})": "unexpected", "f(x={'a':1:2})": "unexpected", "f(x:=1)": "bare_word", "f(x==1)": "bare_word", "f(city: 'SF')": "bare_word", "f(x=“a”)": "unexpected",
-    "f(x=`a`)": "unexpected", "f(x=1;y=2)": "unexpected", "f(x=1 y=2)": "unexpected", "f(x=@a)": "unexpected"}
+    "f(x=1": "unclosed",
+    "f(": "unclosed",
+    "f(x=": "unclosed",
+    "f(x": "bare_word",
+    "f(x=1]": "unexpected",
+    "f(x=[1)": "unexpected",
+    "f(x='a": "unterminated_string",
+    "f(x='''a'')": "unterminated_string",
+    "f": "not_a_call",
+    "false": "not_a_call",
+    "None": "not_a_call",
+    "hello there": "not_a_call",
+    "x = f(a=1)": "not_a_call",
+    "I call f(x=1).": "not_a_call",
+    "f(x=1).g(y=2)": "trailing_text",
+    "f(x=1) g(x=2)": "missing_separator",
+    "f(x=1);f(x=2)": "missing_separator",
+    "f(x=1) + 1": "trailing_text",
+    "f(x=1) and so on": "trailing_text",
+    "[f() g()]": "missing_separator",
+    "[f()": "unclosed",
+    "[f()\ng()]": "missing_separator",
+    "f(1)": "positional_argument",
+    "f(x=1, 2)": "positional_after_keyword",
+    "f(x=1, x=2)": "duplicate_argument",
+    "f('x'=1, x=2)": "duplicate_argument",
+    "f(x={'a': 1, \"a\": 2})": "duplicate_key",
+    'f(x={"a": 1, "a": 2})': "duplicate_key",
+    "f(x={1: 2})": "non_string_key",
+    "f(x={None: 2})": "non_string_key",
+    "f(x={(1, 2): 2})": "non_string_key",
+    "f(x=nan)": "non_finite",
+    "f(x=NaN)": "non_finite",
+    "f(x=[NaN])": "non_finite",
+    "f(x=-inf)": "non_finite",
+    "f(x=[-Infinity])": "non_finite",
+    "f(x=1e999)": "non_finite",
+    "f(x=[1e999])": "non_finite",
+    "f(x=1j)": "bad_number",
+    "f(x=0x)": "bad_number",
+    "f(x=1__0)": "bad_number",
+    "f(x=1.2.3)": "bad_number",
+    "f(x=2024-01-01)": "leading_zero",
+    "f(x=007)": "leading_zero",
+    "f(x=[01])": "leading_zero",
+    r"f(x='\x4')": "bad_escape",
+    r'f(x="\u12")': "bad_escape",
+    r"f(x='\N{NO SUCH THING}')": "bad_escape",
+    r"f(x='\U99999999')": "bad_escape",
+    "f(x='a' 'b')": "implicit_concatenation",
+    "f(x=['a' 'b'])": "implicit_concatenation",
+    "f(x='It's')": "unexpected",
+    "f(x=b'a')": "bytes",
+    "f(x=rb'a')": "bytes",
+    "f(x=f'{y}')": "f_string",
+    "f(x=y)": "bare_word",
+    "f(x=Hello)": "bare_word",
+    "f(x=TRUE)": "bare_word",
+    "f(x={a: 1})": "bare_word",
+    "f(x=g())": "nested_call",
+    "f(x=a.b(1))": "nested_call",
+    "f(x=float('nan'))": "nested_call",
+    "f(x=[i for i in y])": "comprehension",
+    "f(x=[1 for i in y])": "comprehension",
+    "f(x={i for i in y})": "comprehension",
+    "f(x={1, 2})": "set",
+    "f(x={'a'})": "set",
+    "f(**x)": "unpacking",
+    "f(*x)": "unpacking",
+    "f(x=[*y])": "unpacking",
+    "f(x={**y})": "unpacking",
+    "f(**{'a': 1})": "unpacking",
+    "f(x=True+1)": "expression",
+    "f(x=1/0)": "expression",
+    "f(x=0**-1)": "expression",
+    "f(x=1 if y else 2)": "expression",
+    "f(x=1 == 1)": "expression",
+    "f(x=[1][0])": "expression",
+    "f(x='a'.upper())": "expression",
+    "f(x=1 or 2)": "expression",
+    "f(x=not 1)": "expression",
+    "f(x=~1)": "expression",
+    "f(x=1 << 2)": "expression",
+    "f(x=lambda: 1)": "expression",
+    "f(x=-'a')": "expression",
+    "f(x='%d' % 1)": "expression",
+    "f(x='a'+1)": "expression",
+    "f(x=(-8)**0.5)": "expression",
+    "f(x=10**10**10)": "too_complex",
+    "f(x=[0]*10**9)": "too_complex",
+    "f(x='ab'*10**9)": "too_complex",
+    "f(x=1e308*10)": "too_complex",
+    "f(x=[[[0]*99]*99]*99)": "too_complex",
+    "f(x=...)": "unexpected",
+    "f(x=)": "unexpected",
+    "f(,)": "unexpected",
+    "f(x=[,])": "unexpected",
+    "f(x=1,,y=2)": "unexpected",
+    "f(x={'a'})": "set",
+    "f(x={'a':})": "unexpected",
+    "f(x={'a':1:2})": "unexpected",
+    "f(x:=1)": "bare_word",
+    "f(x==1)": "bare_word",
+    "f(city: 'SF')": "bare_word",
+    "f(x=“a”)": "unexpected",
+    "f(x=`a`)": "unexpected",
+    "f(x=1;y=2)": "unexpected",
+    "f(x=1 y=2)": "unexpected",
+    "f(x=@a)": "unexpected",
+}
 
 
 @pytest.mark.parametrize("text", REFUSED)
@@ -202,7 +359,9 @@ def test_refused(text):
     error = caught.value
     assert error.reason == REFUSED[text], error
     assert isinstance(error, ValueError) and 0 <= error.position <= len(text) and len(error.excerpt) <= 200
-    assert error.reason in str(error) and REASONS[error.reason][0] in str(error) and REASONS[error.reason][1] in str(error)
+    assert (
+        error.reason in str(error) and REASONS[error.reason][0] in str(error) and REASONS[error.reason][1] in str(error)
+    )
 
 
 @pytest.mark.parametrize("value", [1, 1.5, b"f()", ["f()"], {"name": "f"}, True])
@@ -212,7 +371,12 @@ def test_only_text_is_read(value): assert outcome(value) == "not_text"
 def test_error_survives_a_trip_between_processes():
     with pytest.raises(CallError) as caught: parse_calls("f(x=1, x=2)")
     again = pickle.loads(pickle.dumps(caught.value))
-    assert (str(again), again.reason, again.position, again.excerpt) == (str(caught.value), "duplicate_argument", 7, "f(x=1, x=2)")
+    assert (str(again), again.reason, again.position, again.excerpt) == (
+        str(caught.value),
+        "duplicate_argument",
+        7,
+        "f(x=1, x=2)",
+    )
 
 
 def test_position_is_an_offset_in_the_whole_text():
@@ -251,7 +415,10 @@ def tool(name="f", required=None, wrapped=True, **types):
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_positional_arguments_take_the_order_of_the_schema(wrapped):
     tools = [tool("g", a="string"), tool(content="string", tags="array", wrapped=wrapped)]
-    assert parse_calls("f('hi', tags=['#a'])\ng('x')", tools) == [{"name": "f", "arguments": {"content": "hi", "tags": ["#a"]}}, {"name": "g", "arguments": {"a": "x"}}]
+    assert parse_calls("f('hi', tags=['#a'])\ng('x')", tools) == [
+        {"name": "f", "arguments": {"content": "hi", "tags": ["#a"]}},
+        {"name": "g", "arguments": {"a": "x"}},
+    ]
     assert parse_calls("f('hi', [1])", tools)[0]["arguments"] == {"content": "hi", "tags": [1]}
 
 
@@ -264,13 +431,19 @@ def test_positional_arguments_without_a_single_reading(tools, text, reason): ass
 
 
 @pytest.mark.parametrize("tools", [[tool(a="integer"), tool(a="integer")], [tool(a=["string", "number"])], [tool(a="any")], [tool(a="float")], [tool(a="integer", b="integer", required=["a"])]])
-def test_positional_arguments_with_a_single_reading(tools): assert parse_calls("f(1)", tools) == [{"name": "f", "arguments": {"a": 1}}]
+def test_positional_arguments_with_a_single_reading(tools):
+    assert parse_calls("f(1)", tools) == [{"name": "f", "arguments": {"a": 1}}]
 
 
 # Broken and hostile text
 
-VALID = ['german.companies_id(is_id="DEV\\u00e9")\nzoopla.auto(search="Charlton", n=[1, 2.5, {"a": null}])', "f(x=(1, 2), y={'a': [True, None]}, z=-1e5)\n[g()]",
-         "<function_calls>\nsend('it\\'s', at=4/2, \"a b\"='''x\n''')\n</function_calls>", "```py\nf(x=[0]*3+[1], y=r'\\d')\n```", "a-b/c(filter[x]=true, from='SFO');\ng(q='ü😀')"]
+VALID = [
+    'german.companies_id(is_id="DEV\\u00e9")\nzoopla.auto(search="Charlton", n=[1, 2.5, {"a": null}])',
+    "f(x=(1, 2), y={'a': [True, None]}, z=-1e5)\n[g()]",
+    "<function_calls>\nsend('it\\'s', at=4/2, \"a b\"='''x\n''')\n</function_calls>",
+    "```py\nf(x=[0]*3+[1], y=r'\\d')\n```",
+    "a-b/c(filter[x]=true, from='SFO');\ng(q='ü😀')",
+]
 TOOLS = [tool("send", text="string", at="number"), tool("f", x="array"), {"name": "g"}]
 
 
@@ -279,7 +452,15 @@ def mutate(text, chance):
         i, j = sorted(chance.choices(range(len(text) + 1), k=2))
         kind = chance.randrange(5)
         if kind == 0: text = text[:i] + text[i + 1:]
-        elif kind == 1: text = text[:i] + chance.choice(list("()[]{}'\"\\,:=*/+-%#;.`<>@ \n\r\t0eExn_\0\ufeff\ud800") + ["'''", "**", "//", "```", "None", "for ", "</function_calls>"]) + text[i:]
+        elif kind == 1:
+            text = (
+                text[:i]
+                + chance.choice(
+                    list("()[]{}'\"\\,:=*/+-%#;.`<>@ \n\r\t0eExn_\0\ufeff\ud800")
+                    + ["'''", "**", "//", "```", "None", "for ", "</function_calls>"]
+                )
+                + text[i:]
+            )
         elif kind == 2: text = text[:i] + text[j:]
         elif kind == 3: text = text[:j] + text[i:j] + text[j:]
         else: text = text[:i] + chance.choice(VALID)[:20] + text[i:]
@@ -309,8 +490,15 @@ def test_where_python_reads_literals_the_values_agree():
     for _ in range(12_000):
         text = mutate("f(x=[1, 'a\\n', {'k': (2.5, None)}], y=\"b\", z=-3)\ng.h(a={'b': [True]}, c='''d''')", chance)
         if "\r" in text: continue  # Python's reader changes carriage returns
-        try: expected = [{"name": ast.unparse(node.value.func), "arguments": {k.arg: ast.literal_eval(k.value) for k in node.value.keywords}} for node in ast.parse(text).body
-                         if not node.value.args or 1 / 0]
+        try:
+            expected = [
+                {
+                    "name": ast.unparse(node.value.func),
+                    "arguments": {k.arg: ast.literal_eval(k.value) for k in node.value.keywords},
+                }
+                for node in ast.parse(text).body
+                if not node.value.args or 1 / 0
+            ]
         except Exception: continue  # noqa: S112 not Python, not literal, or not a call
         calls = outcome(text)
         if isinstance(calls, str): continue  # stricter than Python
@@ -321,15 +509,55 @@ def test_where_python_reads_literals_the_values_agree():
 
 MB = 10**6
 HOSTILE = {
-    "brackets": "f(x=" + "[" * MB, "parens": "f(x=" + "(" * MB, "dicts": "f(x=" + "{'a':" * MB, "json": 'f(x=' + '{"a":[' * 99 + "1" * MB, "closed": "f(x=" + "[" * MB + "]" * MB + ")", "calls": "f(" * MB,
-    "signs": "f(x=" + "-" * MB + "1)", "plus": "f(x=1" + " +" * MB, "backslashes": "f(x='" + "\\" * MB, "escaped quotes": "f(x='" + "\\'" * MB, "escaped pairs": 'f(x="' + '\\\\"' * MB, "quotes": "f(x=" + "'" * MB, "triples": "f(x='''" + "'' " * MB,
-    "integer": f"f(x={'9' * MB})", "integers": "f(" + ",".join(f"x{i}={'7' * 90_000}" for i in range(11)) + ",y=)", "float": f"f(x={'9' * MB}.5)", "underscores": "f(x=" + "1_" * MB + ")",
-    "sum": "f(x=" + "1+" * MB + "1)", "power": "f(x=9**9**9**9)", "towers": "f(x=(((10**100)**100)**100)**100)", "repeat": "f(x=[0]*10**12)", "repeat text": "f(x='a'*10**12)", "doubling": "f(x=" + "[" * 50 + "0" + "]*9" * 50 + ")",
-    "joins": "f(x=" + "[1]+" * MB + "[1])", "spaces": "f(x=" + " " * MB, "lines": "\n" * MB + "f", "comments": "#\n" * MB + "f", "inner comments": "f(x=" + "#\n" * MB, "continued": "f(x=" + "\\\n" * MB, "names": "a" * MB,
-    "dashes": "a-" * MB, "key": "f(" + "a-" * MB + "=", "key brackets": "f(a" + "[" * MB + "=1)", "word": "f(x=" + "a" * MB, "words": "f(x=" + "a " * MB, "tags": "<function_calls>" * MB + "f", "half tags": "<function_calls" * MB,
-    "fences": "```" * MB + "`", "semicolons": "f()" + ";" * MB, "prose": "a. " * MB + "!!(", "python lists": "f(" + ",".join(f"x{i}=['a']" for i in range(60_000)) + ",oops)", "json errors": "f(" + ",".join(f"x{i}=[1,]" for i in range(60_000)) + ",oops)",
-    "bad escapes": "f(" + ",".join(f'x{i}="\\d"' for i in range(60_000)) + ",oops)", "duplicates": "f(x=[" + '{"a":1,"a":2},' * 60_000 + "])", "nuls": "\0" * MB, "surrogates": "\ud800" * MB, "elements": "f(x=[" + "'a'," * 300_000 + "oops])",
-    "unclosed strings": "f(x=" + "['a' " * MB}
+    "brackets": "f(x=" + "[" * MB,
+    "parens": "f(x=" + "(" * MB,
+    "dicts": "f(x=" + "{'a':" * MB,
+    "json": "f(x=" + '{"a":[' * 99 + "1" * MB,
+    "closed": "f(x=" + "[" * MB + "]" * MB + ")",
+    "calls": "f(" * MB,
+    "signs": "f(x=" + "-" * MB + "1)",
+    "plus": "f(x=1" + " +" * MB,
+    "backslashes": "f(x='" + "\\" * MB,
+    "escaped quotes": "f(x='" + "\\'" * MB,
+    "escaped pairs": 'f(x="' + '\\\\"' * MB,
+    "quotes": "f(x=" + "'" * MB,
+    "triples": "f(x='''" + "'' " * MB,
+    "integer": f"f(x={'9' * MB})",
+    "integers": "f(" + ",".join(f"x{i}={'7' * 90_000}" for i in range(11)) + ",y=)",
+    "float": f"f(x={'9' * MB}.5)",
+    "underscores": "f(x=" + "1_" * MB + ")",
+    "sum": "f(x=" + "1+" * MB + "1)",
+    "power": "f(x=9**9**9**9)",
+    "towers": "f(x=(((10**100)**100)**100)**100)",
+    "repeat": "f(x=[0]*10**12)",
+    "repeat text": "f(x='a'*10**12)",
+    "doubling": "f(x=" + "[" * 50 + "0" + "]*9" * 50 + ")",
+    "joins": "f(x=" + "[1]+" * MB + "[1])",
+    "spaces": "f(x=" + " " * MB,
+    "lines": "\n" * MB + "f",
+    "comments": "#\n" * MB + "f",
+    "inner comments": "f(x=" + "#\n" * MB,
+    "continued": "f(x=" + "\\\n" * MB,
+    "names": "a" * MB,
+    "dashes": "a-" * MB,
+    "key": "f(" + "a-" * MB + "=",
+    "key brackets": "f(a" + "[" * MB + "=1)",
+    "word": "f(x=" + "a" * MB,
+    "words": "f(x=" + "a " * MB,
+    "tags": "<function_calls>" * MB + "f",
+    "half tags": "<function_calls" * MB,
+    "fences": "```" * MB + "`",
+    "semicolons": "f()" + ";" * MB,
+    "prose": "a. " * MB + "!!(",
+    "python lists": "f(" + ",".join(f"x{i}=['a']" for i in range(60_000)) + ",oops)",
+    "json errors": "f(" + ",".join(f"x{i}=[1,]" for i in range(60_000)) + ",oops)",
+    "bad escapes": "f(" + ",".join(f'x{i}="\\d"' for i in range(60_000)) + ",oops)",
+    "duplicates": "f(x=[" + '{"a":1,"a":2},' * 60_000 + "])",
+    "nuls": "\0" * MB,
+    "surrogates": "\ud800" * MB,
+    "elements": "f(x=[" + "'a'," * 300_000 + "oops])",
+    "unclosed strings": "f(x=" + "['a' " * MB,
+}
 
 
 def cost(act): # seconds of processor time
@@ -348,11 +576,13 @@ def yard():
 def test_hostile_text_ends_quickly(name, yard):
     def refused():
         with pytest.raises(CallError): parse_calls(HOSTILE[name], TOOLS)
-    assert (took := cost(refused)) < 30 * yard, f"{name}: {took / yard:.0f} times what ten million additions cost; the worst was 6"
+    assert (took := cost(refused)) < 30 * yard, (
+        f"{name}: {took / yard:.0f} times what ten million additions cost; the worst was 6"
+    )
 
 
 def test_a_valid_megabyte_is_read():
-    calls = [{"name": "f", "arguments": {"text": "é\\\"\n" * 100_000, "rows": [[i, str(i)] for i in range(40_000)]}}] * 2
+    calls = [{"name": "f", "arguments": {"text": 'é\\"\n' * 100_000, "rows": [[i, str(i)] for i in range(40_000)]}}] * 2
     assert parse_calls(format_calls(calls)) == calls
 
 
@@ -367,7 +597,12 @@ def test_collected_cases():
             tools = [tool(name, **{key: "any" for key in order}) for name, order in orders.items()]
         found = outcome(case["input"], tools)
         expected = {"calls": case["expected"], "none": []}.get(case["expect"])
-        if isinstance(found, str) if case["expect"] == "reject" else not isinstance(found, str) and same(found, expected): continue
+        if (
+            isinstance(found, str)
+            if case["expect"] == "reject"
+            else not isinstance(found, str) and same(found, expected)
+        ):
+            continue
         wrong.append(case["id"])
     assert wrong == ["case0034"]  # f(x=(1,2)): refused by its source, while three others read such a tuple as a list
 
@@ -377,24 +612,56 @@ def test_collected_rows(name):
     expected = {row["id"]: row["calls"] for row in shared_lines(f"{name}_expected.jsonl")}
     for row in shared_lines(f"{name}_rows.jsonl"):
         found = [parse_calls(message["function_calls"]) for message in row["messages"] if message["function_calls"]]
-        assert same(found if name == "real" else [call for turn in found for call in turn], expected[row["id"]]), row["id"]
+        assert same(found if name == "real" else [call for turn in found for call in turn], expected[row["id"]]), row[
+            "id"
+        ]
 
 
-TYPED = [(r'f(a=true, b=null, c=[1, 2.5, "x"], d={"k": [None, False]}, e=1e5, g=-3)',
-          {"a": True, "b": None, "c": [1, 2.5, "x"], "d": {"k": [None, False]}, "e": 100000.0, "g": -3}),
-         (r'f(a="C:\\new", b="say \"x\"", c="\u00e9\ud83d\ude00")', {"a": "C:\\new", "b": 'say "x"', "c": "é😀"}),
-         ('f(a="first\nsecond")', {"a": "first\nsecond"}), ("f(\ta = 1 ,\r\n b='x' , )", {"a": 1, "b": "x"}),
-         ("f(from='SFO', class=1, user-id=2, a.b=3)", {"from": "SFO", "class": 1, "user-id": 2, "a.b": 3}),
-         ("f(a=1_000, b=0x1F, c=0o17, d=0b11, e=.5, g=5., h=1E5)", {"a": 1000, "b": 31, "c": 15, "d": 3, "e": 0.5, "g": 5.0, "h": 100000.0}),
-         ('f(a=r"\\d", b=u"x", c="""x\ny""")', {"a": r"\d", "b": "x", "c": "x\ny"}), ("f(a=9007199254740993)", {"a": 9007199254740993})]
+TYPED = [
+    (
+        r'f(a=true, b=null, c=[1, 2.5, "x"], d={"k": [None, False]}, e=1e5, g=-3)',
+        {"a": True, "b": None, "c": [1, 2.5, "x"], "d": {"k": [None, False]}, "e": 100000.0, "g": -3},
+    ),
+    (r'f(a="C:\\new", b="say \"x\"", c="\u00e9\ud83d\ude00")', {"a": "C:\\new", "b": 'say "x"', "c": "é😀"}),
+    ('f(a="first\nsecond")', {"a": "first\nsecond"}),
+    ("f(\ta = 1 ,\r\n b='x' , )", {"a": 1, "b": "x"}),
+    ("f(from='SFO', class=1, user-id=2, a.b=3)", {"from": "SFO", "class": 1, "user-id": 2, "a.b": 3}),
+    (
+        "f(a=1_000, b=0x1F, c=0o17, d=0b11, e=.5, g=5., h=1E5)",
+        {"a": 1000, "b": 31, "c": 15, "d": 3, "e": 0.5, "g": 5.0, "h": 100000.0},
+    ),
+    ('f(a=r"\\d", b=u"x", c="""x\ny""")', {"a": r"\d", "b": "x", "c": "x\ny"}),
+    ("f(a=9007199254740993)", {"a": 9007199254740993}),
+]
 
-BY_REASON = {"duplicate_argument": ["f(a=1, a=2)"], "nested_call": ["f(a=g(x=1))", "f(a=datetime.now())", "print(f(a=1))"], "f_string": ['f(a=f"{x}")'],
-           "implicit_concatenation": ['f(a="x" "y")'], "bytes": ['f(a=b"x")', 'f(a=rb"x")'], "bad_number": ["f(a=1j)", "f(a=1.2.3)", "f(a=1__0)", "f(a=0x)"],
-           "leading_zero": ["f(a=007)"], "non_finite": ["f(a=NaN)", "f(a=-Infinity)", "f(a=1e999)"], "comprehension": ["f(a=[x for x in y])"],
-           "not_a_call": ['{"name": "f", "arguments": {}}', "result = f(a=1)", "Let me call f(a=1)", "1. f(a=1)", "<tool_call>\n{}\n</tool_call>"],
-           "unpacking": ["f(*a)", "f(**a)"], "set": ["f(a={1, 2})"], "non_string_key": ["f(a={1: 2})"], "duplicate_key": ['f(a={"x": 1, "x": 2})'],
-           "bare_word": ["f(a=undefined)", "f(a=TRUE)"], "unclosed": ["f(a=1"], "unterminated_string": ['f(a="x'], "expression": ["f(a=lambda: 1)", "f(a=2**10)"],
-           "missing_separator": ["f(a=1) g()", "f()g()"], "positional_argument": ['f("x")']}
+BY_REASON = {
+    "duplicate_argument": ["f(a=1, a=2)"],
+    "nested_call": ["f(a=g(x=1))", "f(a=datetime.now())", "print(f(a=1))"],
+    "f_string": ['f(a=f"{x}")'],
+    "implicit_concatenation": ['f(a="x" "y")'],
+    "bytes": ['f(a=b"x")', 'f(a=rb"x")'],
+    "bad_number": ["f(a=1j)", "f(a=1.2.3)", "f(a=1__0)", "f(a=0x)"],
+    "leading_zero": ["f(a=007)"],
+    "non_finite": ["f(a=NaN)", "f(a=-Infinity)", "f(a=1e999)"],
+    "comprehension": ["f(a=[x for x in y])"],
+    "not_a_call": [
+        '{"name": "f", "arguments": {}}',
+        "result = f(a=1)",
+        "Let me call f(a=1)",
+        "1. f(a=1)",
+        "<tool_call>\n{}\n</tool_call>",
+    ],
+    "unpacking": ["f(*a)", "f(**a)"],
+    "set": ["f(a={1, 2})"],
+    "non_string_key": ["f(a={1: 2})"],
+    "duplicate_key": ['f(a={"x": 1, "x": 2})'],
+    "bare_word": ["f(a=undefined)", "f(a=TRUE)"],
+    "unclosed": ["f(a=1"],
+    "unterminated_string": ['f(a="x'],
+    "expression": ["f(a=lambda: 1)", "f(a=2**10)"],
+    "missing_separator": ["f(a=1) g()", "f()g()"],
+    "positional_argument": ['f("x")'],
+}
 
 
 @pytest.mark.parametrize("text, arguments", TYPED)

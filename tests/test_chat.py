@@ -34,7 +34,8 @@ LITERALS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>", "</too
 
 def call(name, **arguments): return {"type": "function", "function": {"name": name, "arguments": arguments}}
 def user(text): return {"role": "user", "content": text}
-def answer(text, *calls): return {"role": "assistant", "content": text, **({"tool_calls": list(calls)} if calls else {})}
+def answer(text, *calls):
+    return {"role": "assistant", "content": text, **({"tool_calls": list(calls)} if calls else {})}
 def result(text): return {"role": "tool", "content": text}
 
 
@@ -47,24 +48,64 @@ def spoken(x, y): return f'<tool_call>\n{{"name": "math.hypot", "arguments": {{"
 
 
 CASES = {  # name -> messages, tools, the exact trained spans under `nothink`
-    "single call": ([SYSTEM, user("3 4?"), answer("", call("math.hypot", x=3, y=4)), result("5.0"), answer("Five.")], TOOLS,
-                    [spoken(3, 4) + STOP_TOKEN, "Five." + STOP_TOKEN]),
-    "parallel calls": ([SYSTEM, user("both"), answer("", call("math.hypot", x=3, y=4), call("math.hypot", x=1e22, y=10**30)),
-                        result("5.0"), result("1e30"), answer("5 and 1e30.")], TOOLS,
-                       [spoken(3, 4) + "\n" + spoken("1e+22", 10**30) + STOP_TOKEN, "5 and 1e30." + STOP_TOKEN]),
-    "text and call": ([SYSTEM, user("3 4?"), answer("Let me see.", call("math.hypot", x=3, y=4)), result("5.0"), answer("Five.")],
-                      TOOLS, ["Let me see.\n" + spoken(3, 4) + STOP_TOKEN, "Five." + STOP_TOKEN]),
-    "several exchanges": ([SYSTEM, user("3 4?"), answer("", call("math.hypot", x=3, y=4)), result("5.0"), answer("Five."),
-                           user("Thanks"), answer("Gern.")], TOOLS,
-                          [spoken(3, 4) + STOP_TOKEN, "Five." + STOP_TOKEN, "Gern." + STOP_TOKEN]),
+    "single call": (
+        [SYSTEM, user("3 4?"), answer("", call("math.hypot", x=3, y=4)), result("5.0"), answer("Five.")],
+        TOOLS,
+        [spoken(3, 4) + STOP_TOKEN, "Five." + STOP_TOKEN],
+    ),
+    "parallel calls": (
+        [
+            SYSTEM,
+            user("both"),
+            answer("", call("math.hypot", x=3, y=4), call("math.hypot", x=1e22, y=10**30)),
+            result("5.0"),
+            result("1e30"),
+            answer("5 and 1e30."),
+        ],
+        TOOLS,
+        [spoken(3, 4) + "\n" + spoken("1e+22", 10**30) + STOP_TOKEN, "5 and 1e30." + STOP_TOKEN],
+    ),
+    "text and call": (
+        [SYSTEM, user("3 4?"), answer("Let me see.", call("math.hypot", x=3, y=4)), result("5.0"), answer("Five.")],
+        TOOLS,
+        ["Let me see.\n" + spoken(3, 4) + STOP_TOKEN, "Five." + STOP_TOKEN],
+    ),
+    "several exchanges": (
+        [
+            SYSTEM,
+            user("3 4?"),
+            answer("", call("math.hypot", x=3, y=4)),
+            result("5.0"),
+            answer("Five."),
+            user("Thanks"),
+            answer("Gern."),
+        ],
+        TOOLS,
+        [spoken(3, 4) + STOP_TOKEN, "Five." + STOP_TOKEN, "Gern." + STOP_TOKEN],
+    ),
     "no tools": ([SYSTEM, user("Hi"), answer("Hello!\n\nBye 東京 🙂")], [], ["Hello!\n\nBye 東京 🙂" + STOP_TOKEN]),
     "no system": ([user("Hi"), answer("Hello")], [], ["Hello" + STOP_TOKEN]),
-    "no system, tools": ([user("3 4?"), answer("", call("math.hypot", x=3, y=4)), result("5.0"), answer("Five.")], TOOLS,
-                         [spoken(3, 4) + STOP_TOKEN, "Five." + STOP_TOKEN]),
+    "no system, tools": (
+        [user("3 4?"), answer("", call("math.hypot", x=3, y=4)), result("5.0"), answer("Five.")],
+        TOOLS,
+        [spoken(3, 4) + STOP_TOKEN, "Five." + STOP_TOKEN],
+    ),
     "empty answer": ([user("Say nothing"), answer("")], [], [STOP_TOKEN]),
-    "literals": ([user("What is <|im_end|>\n<|im_start|>assistant\nHa <tool_call>?"), answer("A <|im_end|> and </tool_call>."),
-                  user("x"), answer("y")], [], ["A <|im_end|> and </tool_call>." + STOP_TOKEN, "y" + STOP_TOKEN]),
-    "leading line break": ([user("x"), answer("a"), user("x"), answer("\n\nHi")], [], ["a" + STOP_TOKEN, "\n\nHi" + STOP_TOKEN]),
+    "literals": (
+        [
+            user("What is <|im_end|>\n<|im_start|>assistant\nHa <tool_call>?"),
+            answer("A <|im_end|> and </tool_call>."),
+            user("x"),
+            answer("y"),
+        ],
+        [],
+        ["A <|im_end|> and </tool_call>." + STOP_TOKEN, "y" + STOP_TOKEN],
+    ),
+    "leading line break": (
+        [user("x"), answer("a"), user("x"), answer("\n\nHi")],
+        [],
+        ["a" + STOP_TOKEN, "\n\nHi" + STOP_TOKEN],
+    ),
 }
 
 
@@ -132,9 +173,12 @@ def test_literal_control_tokens_are_text_and_structure_stays_structure(tokenizer
     control = control_tokens(tokenizer)
     assert Counter(i for i in ids if i in control.values()) == {control["<|im_start|>"]: 4, control[STOP_TOKEN]: 4}
     for literal in LITERALS:
-        for chat in ([user(f"a{literal}b"), answer("c")], [user("a"), answer(literal)],
-                     [user("x"), answer("", call("f", x=literal))],
-                     [user("a"), answer("", call("f", **{literal: [literal, {literal: 1}]})), result(literal), answer("ok")]):
+        for chat in (
+            [user(f"a{literal}b"), answer("c")],
+            [user("a"), answer(literal)],
+            [user("x"), answer("", call("f", x=literal))],
+            [user("a"), answer("", call("f", **{literal: [literal, {literal: 1}]})), result(literal), answer("ok")],
+        ):
             ids = supervise(chat, None, tokenizer)["input_ids"]
             clean = json.loads(json.dumps(chat).replace(literal, "plain"))
             seen, expected = (Counter(i for i in out if i in control.values())
@@ -236,7 +280,9 @@ def test_escapes_in_json_columns_hide_nothing(tokenizer):
 
 
 def test_big_integers_stay_exact_on_the_fast_path(tokenizer):
-    row = {"messages": [user("x"), answer("", call("f", a=2**64, b=-2**63 - 1, c=18446744073709551615, d=-0.0, e=1e-7))]}
+    row = {
+        "messages": [user("x"), answer("", call("f", a=2**64, b=-(2**63) - 1, c=18446744073709551615, d=-0.0, e=1e-7))]
+    }
     encoder = ChatEncoder(tokenizer)
     out = encoder.encode([on_disk({**row, "tools": []})])
     assert not out.slow and "18446744073709551616" in tokenizer.decode(out[0]["input_ids"])
@@ -248,9 +294,12 @@ def test_a_difference_to_the_reference_ends_the_fast_path(tokenizer):
     encoder = ChatEncoder(tokenizer)
     assert encoder.verify(rows)
     whole = encoder.renderer.text
-    encoder.renderer.text = lambda messages, tools: whole(messages, tools).replace("Be", "be")  # as if it rendered otherwise
+    # as if it rendered otherwise
+    encoder.renderer.text = lambda messages, tools: whole(messages, tools).replace("Be", "be")
     assert not encoder.verify(rows) and "differs from the reference" in encoder.fallback
-    assert [encoder.encode(rows)[i] for i in range(len(rows))] == [supervise(m, t, tokenizer) for m, t, _ in CASES.values()]
+    assert [encoder.encode(rows)[i] for i in range(len(rows))] == [
+        supervise(m, t, tokenizer) for m, t, _ in CASES.values()
+    ]
 
 
 def test_supervise_batch(tokenizer):
@@ -264,7 +313,8 @@ def test_the_parity_table(tokenizer):
     chat = [user("a"), answer("", call("f")), result("1"), answer("x")] * 2
     exact = {name: check_parity([{"messages": chat}], tokenizer, name)["exact"] for name in TEMPLATES}
     assert exact == {"nothink": 4, "stock": 1, "empty_think": 4, "trl_training": 1}
-    assert check_parity([{"messages": chat}], tokenizer, "trl_training")["outside"] == 20  # 4 think tokens and a line break, 4 times
+    # 4 think tokens and a line break, 4 times
+    assert check_parity([{"messages": chat}], tokenizer, "trl_training")["outside"] == 20
     assert "trained tokens" in check_parity([{"messages": chat}], tokenizer, "trl_training").verdict
 
 
@@ -277,8 +327,9 @@ def broken(change, tokenizer, monkeypatch, fast, template="nothink"):
         change(ids, trained, self)
         return dataclasses.replace(out, ids=ids, trained=trained)
     monkeypatch.setattr(ChatEncoder, "encode", encode)
+    # these are not measured together with others, and would show the fault by themselves
     rows = [{"messages": messages, "tools": tools} for name, (messages, tools, _) in CASES.items()
-            if not (fast and name in ("literals", "leading line break"))]  # these are not measured together with others, and would show the fault by themselves
+            if not (fast and name in ("literals", "leading line break"))]
     monkeypatch.setattr(parity, "check_fast", lambda *args: "")  # no sample guards it here
     return check_parity(rows, tokenizer, template, fast=fast)
 
@@ -287,11 +338,18 @@ FAULTS = {
     "mask all zero": (lambda ids, trained, e: trained.fill(False), "nothing is supervised"),
     "mask all one": (lambda ids, trained, e: trained.fill(True), "user tokens are trained"),
     "stop token not trained": (lambda ids, trained, e: trained.__setitem__(ids == e.stop, False), "stop token"),
-    "line break trained": (lambda ids, trained, e: trained.__setitem__(np.flatnonzero(trained & (ids == e.stop)) + 1, True),
-                           "not part of an answer"),
-    "another token in a prompt": (lambda ids, trained, e: ids.__setitem__(np.flatnonzero(~trained)[3], 40), "another prompt"),
-    "a content token changed": (lambda ids, trained, e: ids.__setitem__(np.flatnonzero(trained)[-3], 40),
-                                "contents are not in the text"),
+    "line break trained": (
+        lambda ids, trained, e: trained.__setitem__(np.flatnonzero(trained & (ids == e.stop)) + 1, True),
+        "not part of an answer",
+    ),
+    "another token in a prompt": (
+        lambda ids, trained, e: ids.__setitem__(np.flatnonzero(~trained)[3], 40),
+        "another prompt",
+    ),
+    "a content token changed": (
+        lambda ids, trained, e: ids.__setitem__(np.flatnonzero(trained)[-3], 40),
+        "contents are not in the text",
+    ),
 }
 
 
@@ -308,16 +366,26 @@ def test_rows_measured_together_are_counted_as_one_by_one(tokenizer, monkeypatch
     "Most rows are in order and measured in batches; whatever is not goes the plain way. Both give the same counts and examples."
     rnd, together = random.Random(11), 0
     escaped = json.dumps(user("caf\u00e9 <|im_end|>")).replace("<", "\\u003c")
-    rows = [on_disk(random_chat(rnd, i % 5 == 0)) for i in range(60)] + [random_chat(rnd, i % 5 == 0) for i in range(20)]
-    rows += [{"messages_json": json.dumps([user("x"), answer(text)], ensure_ascii=False)} for text in ("\nA", "e\u0301", "", " A", "a\\u0041", "</think>")]
+    rows = [on_disk(random_chat(rnd, i % 5 == 0)) for i in range(60)] + [
+        random_chat(rnd, i % 5 == 0) for i in range(20)
+    ]
+    rows += [
+        {"messages_json": json.dumps([user("x"), answer(text)], ensure_ascii=False)}
+        for text in ("\nA", "e\u0301", "", " A", "a\\u0041", "</think>")
+    ]
     rows += [{"messages": messages, "tools": tools} for messages, tools, _ in CASES.values()]
-    rows += [{"messages_json": f"[{escaped}, {json.dumps(answer('A'))}]", "tools_json": "[]"}, {"messages": [user("x")]}]
+    rows += [
+        {"messages_json": f"[{escaped}, {json.dumps(answer('A'))}]", "tools_json": "[]"},
+        {"messages": [user("x")]},
+    ]
     slow = lambda inspection, rows, tokens, texts: (np.zeros(len(rows), bool), Counter())
     for template in TEMPLATES:
         for train_on in TRAIN_ON:
             inspection = parity_turns.Inspection(tokenizer, template, train_on)
             quick, tokens = parity_counts.measure(inspection, rows), inspection.encoder.encode(rows)
-            together += parity_counts._rows_in_order(inspection, rows, tokens, tokens.texts or [None] * len(rows))[0].sum()
+            together += parity_counts._rows_in_order(inspection, rows, tokens, tokens.texts or [None] * len(rows))[
+                0
+            ].sum()
             with monkeypatch.context() as patch:
                 patch.setattr(parity_counts, "_rows_in_order", slow)
                 assert quick == parity_counts.measure(inspection, rows), (template, train_on)
@@ -325,7 +393,9 @@ def test_rows_measured_together_are_counted_as_one_by_one(tokenizer, monkeypatch
 
 
 def test_a_row_that_begins_with_an_answer_is_counted_not_fatal(tokenizer):
-    parity = check_parity([{"messages": [answer("A"), user("x"), answer("B")]}, {"messages": [user("x"), answer("B")]}], tokenizer)
+    parity = check_parity(
+        [{"messages": [answer("A"), user("x"), answer("B")]}, {"messages": [user("x"), answer("B")]}], tokenizer
+    )
     assert parity["rows"] == 2 and parity["unrendered"] == 1 and parity["exact"] == 1
 
 
@@ -362,7 +432,11 @@ def test_certify_a_file_in_processes(tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(on_disk(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     monkeypatch.setattr(parity, "PART", path.stat().st_size // 7)
-    one, two, memory = (check_parity(path, tokenizer), check_parity(str(path), tokenizer, num_proc=2), check_parity(rows, tokenizer))
+    one, two, memory = (
+        check_parity(path, tokenizer),
+        check_parity(str(path), tokenizer, num_proc=2),
+        check_parity(rows, tokenizer),
+    )
     assert one.counts == two.counts == memory.counts and one["rows"] == 61
     assert [e["row"] for e in one.examples] == [e["row"] for e in two.examples] == [60]
 
@@ -370,12 +444,29 @@ def test_certify_a_file_in_processes(tokenizer, tmp_path, monkeypatch):
 def test_a_slip_in_the_short_way_turns_the_parity_red(tokenizer, monkeypatch):
     "The server's side is rendered by the template itself, so a wrong `chatml_text` cannot agree with itself."
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}}]
-    rows = [{"tools": tools, "messages": [user("one"), {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "2"},
-                                          {"role": "assistant", "content": "Two."}]}]
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}},
+        }
+    ]
+    rows = [
+        {
+            "tools": tools,
+            "messages": [
+                user("one"),
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": "2"},
+                {"role": "assistant", "content": "Two."},
+            ],
+        }
+    ]
     right = encoder.chatml_text
-    slips = {"user": lambda text: text.replace("user\n", "user\n ", 1), "result": lambda text: text.replace("<tool_response>\n", "<tool_response>", 1),
-             "tools": lambda text: text.replace("<tools>", "<tools> ", 1)}
+    slips = {
+        "user": lambda text: text.replace("user\n", "user\n ", 1),
+        "result": lambda text: text.replace("<tool_response>\n", "<tool_response>", 1),
+        "tools": lambda text: text.replace("<tools>", "<tools> ", 1),
+    }
     monkeypatch.setattr(parity, "check_fast", lambda *args: "")  # no sample guards it here
     assert check_parity(rows, tokenizer).passed
     for name, slip in slips.items():
@@ -385,7 +476,9 @@ def test_a_slip_in_the_short_way_turns_the_parity_red(tokenizer, monkeypatch):
 
 
 def test_certify_chosen_lines(tokenizer, tmp_path):
-    rows = [{"messages": [user(str(i)), {"role": "assistant", "content": f"answer {i}"}], "tools": []} for i in range(3000)]
+    rows = [
+        {"messages": [user(str(i)), {"role": "assistant", "content": f"answer {i}"}], "tools": []} for i in range(3000)
+    ]
     rows[7] = {"messages": [user("only a question")]}
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -400,8 +493,11 @@ def test_certify_chosen_lines(tokenizer, tmp_path):
 def collate(supervised, pad):
     wide = max(len(s["labels"]) for s in supervised)
     def fill(key, value): return torch.tensor([s[key] + [value] * (wide - len(s[key])) for s in supervised])
-    return {"input_ids": fill("input_ids", pad), "labels": fill("labels", IGNORED),
-            "attention_mask": torch.tensor([[1] * len(s["labels"]) + [0] * (wide - len(s["labels"])) for s in supervised])}
+    return {
+        "input_ids": fill("input_ids", pad),
+        "labels": fill("labels", IGNORED),
+        "attention_mask": torch.tensor([[1] * len(s["labels"]) + [0] * (wide - len(s["labels"])) for s in supervised]),
+    }
 
 
 def packed(supervised):
@@ -433,7 +529,9 @@ def test_saved_files_serve_what_was_trained(tokenizer, tmp_path):
     base.chat_template, base.eos_token = None, "<|endoftext|>"  # as Qwen3-8B-Base
     stop, end = (tokenizer.convert_tokens_to_ids(t) for t in (STOP_TOKEN, "<|endoftext|>"))
     assert stop_token_ids(base) == [stop, end]
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end, "temperature": 0.6, "do_sample": True}))
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": end, "temperature": 0.6, "do_sample": True})
+    )
     save_chat_files(tmp_path, base)
     served, generation = AutoTokenizer.from_pretrained(tmp_path), GenerationConfig.from_pretrained(tmp_path)
     assert generation.eos_token_id == [stop, end] and generation.pad_token_id == end and generation.temperature == 0.6

@@ -29,9 +29,25 @@ from proxy_sft.core.settings import load_settings
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TAGS = ("You are provided with function signatures within <functions></functions> XML tags. ",
         "Output any function calls within <function_calls></function_calls> XML tags. ")
-SYSTEM = "You are a helpful function-calling AI assistant. " + TAGS[0] + "You may call one or more functions. " + TAGS[1] + "Be brief."
-TOOL = {"type": "function", "function": {"name": "stock.quote", "description": "Latest price.", "parameters": {
-    "type": "object", "properties": {"symbol": {"type": "string"}, "days": {"type": "integer"}}, "required": ["symbol"]}}}
+SYSTEM = (
+    "You are a helpful function-calling AI assistant. "
+    + TAGS[0]
+    + "You may call one or more functions. "
+    + TAGS[1]
+    + "Be brief."
+)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "stock.quote",
+        "description": "Latest price.",
+        "parameters": {
+            "type": "object",
+            "properties": {"symbol": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["symbol"],
+        },
+    },
+}
 CALL = 'stock.quote(symbol="AAPL")'
 
 
@@ -54,7 +70,12 @@ def talk(*messages, tools=(TOOL,), system=SYSTEM):
 
 
 def chat(question="Hi", answer="Hello!"):
-    return {"id": "c", "messages": [message("user", question), message("assistant", answer)], "source_dataset": "Wildchat", "domain": "Chat"}
+    return {
+        "id": "c",
+        "messages": [message("user", question), message("assistant", answer)],
+        "source_dataset": "Wildchat",
+        "domain": "Chat",
+    }
 
 
 def simple(): return talk(("user", "AAPL?"), ("call", CALL), ("environment", '{"price": 1}'), ("assistant", "It is 1."))
@@ -90,7 +111,9 @@ def demo_file(tmp_path_factory): return write_rows(tmp_path_factory.mktemp("rows
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     real = SHARED / "qwen3-8b"
-    return AutoTokenizer.from_pretrained(real if real.is_dir() else write_demo_model(tmp_path_factory.mktemp("model"), seed=1, n=200))
+    return AutoTokenizer.from_pretrained(
+        real if real.is_dir() else write_demo_model(tmp_path_factory.mktemp("model"), seed=1, n=200)
+    )
 
 
 # One row
@@ -99,11 +122,19 @@ def test_a_row_in_the_form_of_qwen3():
     out = convert_row(simple())
     assert list(out) == ["messages_json", "tools_json"] and json.loads(out["tools_json"]) == [TOOL]
     assert json.loads(out["messages_json"]) == [
-        {"role": "system", "content": "You are a helpful function-calling AI assistant. You may call one or more functions. Be brief."},
+        {
+            "role": "system",
+            "content": "You are a helpful function-calling AI assistant. You may call one or more functions. Be brief.",
+        },
         {"role": "user", "content": "AAPL?"},
-        {"role": "assistant", "content": "", "tool_calls": [
-            {"type": "function", "function": {"name": "stock.quote", "arguments": {"symbol": "AAPL"}}}]},
-        {"role": "tool", "content": '{"price": 1}'}, {"role": "assistant", "content": "It is 1."}]
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": "stock.quote", "arguments": {"symbol": "AAPL"}}}],
+        },
+        {"role": "tool", "content": '{"price": 1}'},
+        {"role": "assistant", "content": "It is 1."},
+    ]
 
 
 def test_real_rows_come_out_as_expected():
@@ -111,7 +142,10 @@ def test_real_rows_come_out_as_expected():
         messages, results = messages_of(row), []
         assert calls_of(messages) == expected["calls"]
         for i, m in enumerate(messages):
-            if m.get("tool_calls"): results.append([r["content"] for r in messages[i + 1:i + 1 + len(m["tool_calls"])] if r["role"] == "tool"])
+            if m.get("tool_calls"):
+                results.append(
+                    [r["content"] for r in messages[i + 1 : i + 1 + len(m["tool_calls"])] if r["role"] == "tool"]
+                )
         assert results == expected["results_per_call"]
         assert "<function" not in messages[0]["content"] and "Don't make assumptions" in messages[0]["content"]
 
@@ -130,7 +164,9 @@ def test_berkeley_rows_come_out_as_expected_but_for_the_argued_four():
 def test_everything_the_demo_plants_comes_out_as_planned(demo_file, tmp_path):
     report = convert_file(demo_file, tmp_path / "out" / "train.jsonl")
     plan = {p["id"]: p for p in demo_plan()}
-    found = {e["id"]: ("repaired", {r["code"] for r in e["repairs"]}) for e in read_rows(tmp_path / "out" / "repaired.jsonl")}
+    found = {
+        e["id"]: ("repaired", {r["code"] for r in e["repairs"]}) for e in read_rows(tmp_path / "out" / "repaired.jsonl")
+    }
     found |= {e["id"]: ("rejected", {e["reason"]}) for e in read_rows(tmp_path / "out" / "rejected.jsonl")}
     for row_id, p in plan.items():
         outcome, codes = found.get(row_id, ("kept", {p["reason"]}))
@@ -166,22 +202,40 @@ def test_the_error_names_the_row_and_survives_a_trip_between_processes():
     import pickle
     with pytest.raises(ConvertError) as caught: convert_row({**simple(), "messages": None})
     again = pickle.loads(pickle.dumps(caught.value))
-    assert caught.value.row_id == again.row_id == "t" and str(again) == str(caught.value) and again.reason == "no_messages"
+    assert (
+        caught.value.row_id == again.row_id == "t" and str(again) == str(caught.value) and again.reason == "no_messages"
+    )
 
 
 def test_turns_of_the_assistant_are_joined():
-    row = talk(("user", "a"), ("assistant", "Let me look."), ("call", CALL), ("environment", "1"), ("assistant", "x"), ("assistant", "y"))
+    row = talk(
+        ("user", "a"),
+        ("assistant", "Let me look."),
+        ("call", CALL),
+        ("environment", "1"),
+        ("assistant", "x"),
+        ("assistant", "y"),
+    )
     messages = messages_of(row)
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "tool", "assistant"]
-    assert messages[2]["content"] == "Let me look." and len(messages[2]["tool_calls"]) == 1 and messages[4]["content"] == "x\n\ny"
+    assert (
+        messages[2]["content"] == "Let me look."
+        and len(messages[2]["tool_calls"]) == 1
+        and messages[4]["content"] == "x\n\ny"
+    )
     both = talk(("user", "a"), ("assistant", "Text.", CALL), ("environment", "1"), ("assistant", "b"))
     assert messages_of(both)[2]["content"] == "Text." and calls_of(messages_of(both))
 
 
 def test_results_are_slices_of_the_text():
     parts = '[{"type":"text","text":"a\\nb","annotations":null,"meta":null}]'
-    assert messages_of(talk(("user", "a"), ("call", CALL), ("environment", parts), ("assistant", "b")))[3]["content"] == parts
-    two = talk(("user", "a"), ("call", CALL + "\n" + CALL), ("environment", '{"p": 1.50}\n{"p": 1e400}'), ("assistant", "b"))
+    assert (
+        messages_of(talk(("user", "a"), ("call", CALL), ("environment", parts), ("assistant", "b")))[3]["content"]
+        == parts
+    )
+    two = talk(
+        ("user", "a"), ("call", CALL + "\n" + CALL), ("environment", '{"p": 1.50}\n{"p": 1e400}'), ("assistant", "b")
+    )
     assert [m["content"] for m in messages_of(two) if m["role"] == "tool"] == ['{"p": 1.50}', '{"p": 1e400}']
     cut = talk(("user", "a"), ("call", CALL), ("environment", '{"p": [1, '), ("assistant", "b"))
     assert messages_of(cut)[3]["content"] == '{"p": [1, '
@@ -203,8 +257,16 @@ def test_the_system_text_loses_the_sentences_about_tags_and_nothing_else(text, k
 
 def test_chat_rows_are_kept_as_they_are():
     row = chat("What does <functions> mean? \n", " It is <b>a tag</b>.\n")
-    assert convert_row(row) == {"messages_json": json.dumps([{"role": "user", "content": "What does <functions> mean? \n"},
-        {"role": "assistant", "content": " It is <b>a tag</b>.\n"}], separators=(",", ":")), "tools_json": "[]"}
+    assert convert_row(row) == {
+        "messages_json": json.dumps(
+            [
+                {"role": "user", "content": "What does <functions> mean? \n"},
+                {"role": "assistant", "content": " It is <b>a tag</b>.\n"},
+            ],
+            separators=(",", ":"),
+        ),
+        "tools_json": "[]",
+    }
 
 
 def test_nul_and_half_characters():
@@ -226,13 +288,17 @@ def test_numbers_stay_exact():
 
 def test_strictness():
     bad = talk(("user", "a"), ("assistant", "b"), ("user", "c"), ("call", "f(x="))
-    assert reason_of(bad) == "malformed_calls" and [m["content"] for m in messages_of(bad, strictness="lenient")[1:]] == ["a", "b"]
+    assert reason_of(bad) == "malformed_calls" and [
+        m["content"] for m in messages_of(bad, strictness="lenient")[1:]
+    ] == ["a", "b"]
     wrong = talk(("user", "a"), ("call", "stock.quote(symbol=1)"))
     assert reason_of(wrong) == "schema_violation" and reason_of(wrong, strictness="lenient") is None
     two = talk(("user", "a"), ("assistant", "b"), ("assistant", "c"))
     assert reason_of(two) is None and reason_of(two, strictness="strict") == "two_texts"
-    for row in demo_rows(300): assert reason_of(row, strictness="strict") or not reason_of(row), "strict keeps what default rejects"
-    for row in demo_rows(300): assert reason_of(row) or not reason_of(row, strictness="lenient"), "default keeps what lenient rejects"
+    for row in demo_rows(300):
+        assert reason_of(row, strictness="strict") or not reason_of(row), "strict keeps what default rejects"
+    for row in demo_rows(300):
+        assert reason_of(row) or not reason_of(row, strictness="lenient"), "default keeps what lenient rejects"
 
 
 # What goes in comes back
@@ -240,7 +306,9 @@ def test_strictness():
 def parse_back(text):
     "The calls that a server would read in the assistant's turns."
     turns = re.findall(r"<\|im_start\|>assistant\n(.*?)<\|im_end\|>", text, re.DOTALL)
-    return [[json.loads(block) for block in re.findall(r"<tool_call>(.*?)</tool_call>", turn, re.DOTALL)] for turn in turns]
+    return [
+        [json.loads(block) for block in re.findall(r"<tool_call>(.*?)</tool_call>", turn, re.DOTALL)] for turn in turns
+    ]
 
 
 @pytest.mark.parametrize("template", ["nothink", "stock"])
@@ -257,26 +325,58 @@ def test_rendered_and_parsed_back_the_calls_are_those_that_went_in(tokenizer, te
     assert count > 1500
 
 
-NASTY = ["<tool_call>", "</tool_call>", "<|im_end|>", "<|im_start|>assistant\n", "</think>", "<think>", '"', "\\", "\n", "{", "}", "x", "é", "\u2028",
-         '<tool_call>\n{"name": "stock.quote", "arguments": {}}\n</tool_call>', "<tool_response>"]
+NASTY = [
+    "<tool_call>",
+    "</tool_call>",
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "</think>",
+    "<think>",
+    '"',
+    "\\",
+    "\n",
+    "{",
+    "}",
+    "x",
+    "é",
+    "\u2028",
+    '<tool_call>\n{"name": "stock.quote", "arguments": {}}\n</tool_call>',
+    "<tool_response>",
+]
 
 
 def test_hostile_texts_come_back_or_stand_in_the_ledger(tokenizer):
     chance, kept, refused = random.Random(3), 0, Counter()
-    anything = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {}, "y": {}}}}}
+    anything = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {}, "y": {}}}},
+    }
     def text(): return "".join(chance.choices(NASTY, k=chance.randrange(1, 4)))
     def plain_or_nasty(word): return text() if chance.random() < 0.3 else word
     for _ in range(600):
-        calls = [{"name": "f", "arguments": {"x": plain_or_nasty("a"), "y": [plain_or_nasty("b")]}} for _ in range(chance.choice((1, 2)))]
-        row = talk(("user", plain_or_nasty("q")), ("assistant", plain_or_nasty("Let me see."), format_calls(calls)),
-                   *[("environment", plain_or_nasty("{}"))] * len(calls), ("assistant", plain_or_nasty("Done.")), tools=[anything])
+        calls = [
+            {"name": "f", "arguments": {"x": plain_or_nasty("a"), "y": [plain_or_nasty("b")]}}
+            for _ in range(chance.choice((1, 2)))
+        ]
+        row = talk(
+            ("user", plain_or_nasty("q")),
+            ("assistant", plain_or_nasty("Let me see."), format_calls(calls)),
+            *[("environment", plain_or_nasty("{}"))] * len(calls),
+            ("assistant", plain_or_nasty("Done.")),
+            tools=[anything],
+        )
         try: messages = messages_of(row)
         except ConvertError as error:
             refused[error.reason] += 1
             continue
-        made = [m.get("tool_calls") and [c["function"] for c in m["tool_calls"]] or [] for m in messages if m["role"] == "assistant"]
+        made = [
+            m.get("tool_calls") and [c["function"] for c in m["tool_calls"]] or []
+            for m in messages
+            if m["role"] == "assistant"
+        ]
         assert made[0] == calls
-        back = parse_back(render_chat(messages, [anything], tokenizer, "nothink"))  # a literal header in a text looks like one more turn
+        # a literal header in a text looks like one more turn
+        back = parse_back(render_chat(messages, [anything], tokenizer, "nothink"))
         assert [turn for turn in back if turn] == [turn for turn in made if turn], row
         kept += 1
     assert kept > 150 and set(refused) <= {"tool_call_in_text", "stray_think"}, (kept, refused)
@@ -291,8 +391,37 @@ def test_a_name_that_breaks_the_template_is_refused(tokenizer):
 
 # The short way and the long way
 
-ODD = ["", "\0", "\ud83d", "😀", "\u2028", "\\", '"', "'", "\n", "<|im_end|>", "<tool_call>", "</think>", "<think>x</think>", "null", "\u3000", "[]", "<functions>", "=", ")", "(",
-       ", ", "1e999", "123456789012345678901234567890", "007", "None", "**x", "# c", "\x1f", "\ufeff"]
+ODD = [
+    "",
+    "\0",
+    "\ud83d",
+    "😀",
+    "\u2028",
+    "\\",
+    '"',
+    "'",
+    "\n",
+    "<|im_end|>",
+    "<tool_call>",
+    "</think>",
+    "<think>x</think>",
+    "null",
+    "\u3000",
+    "[]",
+    "<functions>",
+    "=",
+    ")",
+    "(",
+    ", ",
+    "1e999",
+    "123456789012345678901234567890",
+    "007",
+    "None",
+    "**x",
+    "# c",
+    "\x1f",
+    "\ufeff",
+]
 ANYTHING = [None, "", " ", "null", 0, 1.5, True, [], {}, "x", ["x"], 10**30]
 
 
@@ -302,14 +431,21 @@ def changed(row, chance):
     messages, what = row["messages"], chance.random()
     one = chance.choice(messages)
     if what < 0.5:
-        column = chance.choice([name for name in ("content", "function_calls", "functions") if one.get(name)] or ["content"])
+        column = chance.choice(
+            [name for name in ("content", "function_calls", "functions") if one.get(name)] or ["content"]
+        )
         text, at = str(one.get(column) or ""), chance.randrange(1 + len(str(one.get(column) or "")))
         one[column] = text[:at] + chance.choice(ODD) + text[at + chance.choice((0, 0, 1, 5)):]
     elif what < 0.6: messages.remove(one)
     elif what < 0.7: messages.insert(chance.randrange(len(messages)), one)
-    elif what < 0.8: one["role"] = chance.choice(["system", "user", "assistant", "environment", "tool", "narrator", None, ["user"]])
-    elif what < 0.93: one[chance.choice(["role", "content", "function_calls", "functions", "extra"])] = chance.choice(ANYTHING)
-    else: row[chance.choice(["id", "source_dataset", "dataset_source", "domain", "extra", "messages"])] = chance.choice(ANYTHING + [2**63, 1.0, "\ud83d"])
+    elif what < 0.8:
+        one["role"] = chance.choice(["system", "user", "assistant", "environment", "tool", "narrator", None, ["user"]])
+    elif what < 0.93:
+        one[chance.choice(["role", "content", "function_calls", "functions", "extra"])] = chance.choice(ANYTHING)
+    else:
+        row[chance.choice(["id", "source_dataset", "dataset_source", "domain", "extra", "messages"])] = chance.choice(
+            ANYTHING + [2**63, 1.0, "\ud83d"]
+        )
     return row
 
 
@@ -317,7 +453,9 @@ def changed(row, chance):
 def test_the_short_way_and_the_long_way_agree(tmp_path, strictness):
     "A file's rows are read the short way where that is possible, a single row never is: both must say the same."
     chance, rows = random.Random(11), demo_rows(600)
-    rows += [changed(chance.choice(rows), chance) for _ in range(900 if not os.environ.get("PROXY_SFT_SOAK") else 20_000)]
+    rows += [
+        changed(chance.choice(rows), chance) for _ in range(900 if not os.environ.get("PROXY_SFT_SOAK") else 20_000)
+    ]
     source, out = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out"
     report = convert_file(source, out / "train.jsonl", strictness=strictness)
     kept = dict(zip(row_facts(out / "train.jsonl")["line"].to_pylist(), read_rows(out / "train.jsonl"), strict=True))
@@ -332,18 +470,38 @@ def test_the_short_way_and_the_long_way_agree(tmp_path, strictness):
 
 
 def test_rows_of_a_strange_shape_are_one_row_s_fault(tmp_path):
-    strange = [{**chat(), "messages": [message(["user"], "x"), message("assistant", "y")]}, {**chat(), "messages": [message({}, "x")]},
-               {**chat("odd"), "source_dataset": "half \ud83d", "messages": [3]}]
-    nothing = {**chat("none"), "messages": [{**m, "functions": [], "function_calls": []} for m in chat("none")["messages"]]}
-    report = convert_file(write_rows(tmp_path / "in.jsonl", [*strange, nothing, {**chat("7"), "id": 7}, {**chat("big"), "id": 2**70}]), tmp_path / "out" / "train.jsonl")
+    strange = [
+        {**chat(), "messages": [message(["user"], "x"), message("assistant", "y")]},
+        {**chat(), "messages": [message({}, "x")]},
+        {**chat("odd"), "source_dataset": "half \ud83d", "messages": [3]},
+    ]
+    nothing = {
+        **chat("none"),
+        "messages": [{**m, "functions": [], "function_calls": []} for m in chat("none")["messages"]],
+    }
+    report = convert_file(
+        write_rows(tmp_path / "in.jsonl", [*strange, nothing, {**chat("7"), "id": 7}, {**chat("big"), "id": 2**70}]),
+        tmp_path / "out" / "train.jsonl",
+    )
     assert (report.kept, report.rejected) == (3, {"bad_message": 3}) and "half ?" in report.by_source
     assert row_facts(tmp_path / "out" / "train.jsonl")["id"].to_pylist() == ["c", "7", str(2**70)]
 
 
 def test_an_integer_that_json_cannot_carry_is_one_row_s_fault(tmp_path):
-    free = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {}, "y": {"type": "string"}}}}}
-    rows = [talk(("user", "a"), ("call", f"f({text})"), tools=[free]) for text in ("x=" + "9" * 4299, "x=" + "9" * 5000, "x=[{'a': 0x" + "f" * 4000 + "}]", "y=" + "9" * 5000,
-                                                                                    "y='" + "9" * 5000 + "'")]
+    free = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {}, "y": {"type": "string"}}}},
+    }
+    rows = [
+        talk(("user", "a"), ("call", f"f({text})"), tools=[free])
+        for text in (
+            "x=" + "9" * 4299,
+            "x=" + "9" * 5000,
+            "x=[{'a': 0x" + "f" * 4000 + "}]",
+            "y=" + "9" * 5000,
+            "y='" + "9" * 5000 + "'",
+        )
+    ]
     report = convert_file(write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out" / "train.jsonl")
     assert (report.kept, report.rejected) == (2, {"malformed_calls": 3})
 
@@ -368,14 +526,22 @@ def test_same_bytes_for_any_number_of_processes(demo_file, tmp_path, monkeypatch
     monkeypatch.setattr(files, "BLOCK_BYTES", 100_000)  # many parts
     monkeypatch.setattr(files, "SMALL", 0)  # not too small for several processes
     for num_proc in (1, 3):
-        convert_file(demo_file, tmp_path / str(num_proc) / "train.jsonl", heldout_fraction=0.1, drop_duplicates=True, num_proc=num_proc)
+        convert_file(
+            demo_file,
+            tmp_path / str(num_proc) / "train.jsonl",
+            heldout_fraction=0.1,
+            drop_duplicates=True,
+            num_proc=num_proc,
+        )
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
 def test_a_script_without_a_guard_is_not_run_again_by_its_processes(tmp_path):
     source, script = write_rows(tmp_path / "in.jsonl", demo_rows(200)), tmp_path / "script.py"
-    script.write_text("import proxy_sft.data.conversion as c, proxy_sft.data.files as s\nprint('begin')\ns.SMALL, s.BLOCK_BYTES = 0, 100_000\n"
-                      f"print(c.convert_file({str(source)!r}, {str(tmp_path / 'out' / 'train.jsonl')!r}, num_proc=2).rows)\n")
+    script.write_text(
+        "import proxy_sft.data.conversion as c, proxy_sft.data.files as s\nprint('begin')\ns.SMALL, s.BLOCK_BYTES = 0, 100_000\n"
+        f"print(c.convert_file({str(source)!r}, {str(tmp_path / 'out' / 'train.jsonl')!r}, num_proc=2).rows)\n"
+    )
     for options in ({"args": [sys.executable, str(script)]}, {"args": [sys.executable, "-"], "stdin": script.open()}):
         run = subprocess.run(**options, capture_output=True, text=True, timeout=900)
         assert (run.returncode, run.stdout.split()) == (0, ["begin", "200"]), run.stderr[-2000:]
@@ -396,7 +562,9 @@ def test_inputs_of_all_kinds_give_the_same_rows(tmp_path):
     made = {}
     for path in sorted(folder.iterdir()):
         report = convert_file(path, tmp_path / path.name / "train.jsonl")
-        made[path.name] = [contents(tmp_path / path.name)[name] for name in ("train.jsonl", "rejected.jsonl", "repaired.jsonl")]
+        made[path.name] = [
+            contents(tmp_path / path.name)[name] for name in ("train.jsonl", "rejected.jsonl", "repaired.jsonl")
+        ]
         assert report.rows == len(rows)
     assert all(files == made["a.jsonl"] for files in made.values())
     several = convert_file(sorted(folder.iterdir())[:2], tmp_path / "two" / "train.jsonl")
@@ -430,29 +598,47 @@ def test_some_tools_are_never_seen_in_training(demo_file, tmp_path):
         names = set(report.facts["unseen_tools"])
         assert names and not any(names & row for row in train) and names <= set().union(*held)
         return report, names, train, held
-    report, names, train, held = run(demo_file, heldout_tools=["taxi.order", "parcels.track", "no.such"], heldout_fraction=0.1)
+    report, names, train, held = run(
+        demo_file, heldout_tools=["taxi.order", "parcels.track", "no.such"], heldout_fraction=0.1
+    )
     assert names == {"taxi.order", "parcels.track"} and len(held) > sum(bool(names & row) for row in held) >= 12
     assert "2 tools in held-out rows only" in repr(report) and "no row that is kept: no.such" in repr(report)
     split = json.loads((out / "report.json").read_text())["split"]
-    assert (split["seed"], split["heldout_fraction"], split["heldout_tools"]) == (42, 0.1, ["taxi.order", "parcels.track", "no.such"])
+    assert (split["seed"], split["heldout_fraction"], split["heldout_tools"]) == (
+        42,
+        0.1,
+        ["taxi.order", "parcels.track", "no.such"],
+    )
     by_share = run(demo_file, heldout_tools=0.15)
     assert all(by_share[1] & row for row in by_share[3]), "without a fraction, only rows with such tools are held out"
     assert 0 < len(by_share[1]) < len(set().union(*by_share[2], *by_share[3])) / 2
-    assert run(tmp_path / "turned.jsonl", heldout_tools=0.15)[1] == by_share[1] != run(demo_file, heldout_tools=0.15, seed=7)[1]
+    assert (
+        run(tmp_path / "turned.jsonl", heldout_tools=0.15)[1]
+        == by_share[1]
+        != run(demo_file, heldout_tools=0.15, seed=7)[1]
+    )
     for wrong in (1.0, -0.1, "taxi.order"):
-        with pytest.raises(ConvertError, match="heldout_tools"): convert_file(demo_file, out / "train.jsonl", heldout_tools=wrong)
+        with pytest.raises(ConvertError, match="heldout_tools"):
+            convert_file(demo_file, out / "train.jsonl", heldout_tools=wrong)
 
 
 def test_a_repetition_never_crosses_from_one_side_to_the_other(tmp_path):
-    rows = [{**talk(("user", f"q{i}"), ("call", CALL), ("environment", "1"), ("assistant", "a")), "id": str(i)} for i in range(60)]
+    rows = [
+        {**talk(("user", f"q{i}"), ("call", CALL), ("environment", "1"), ("assistant", "a")), "id": str(i)}
+        for i in range(60)
+    ]
     other = json.loads(json.dumps(rows[0]["messages"][0]).replace("stock.quote", "taxi.order"))
     rows += [{**chat(f"q{i}"), "id": f"c{i}"} for i in range(60)] + [
-        {**row, "id": row["id"] + "t", "messages": [other, row["messages"][1], message("assistant", "a")]} for row in rows[:20]]
+        {**row, "id": row["id"] + "t", "messages": [other, row["messages"][1], message("assistant", "a")]}
+        for row in rows[:20]
+    ]
     again = [{**row, "id": "again " + row["id"], "source_dataset": "elsewhere"} for row in reversed(rows)]
     source = write_rows(tmp_path / "in.jsonl", rows + again)
     for options in ({}, {"heldout_tools": ["taxi.order"]}, {"heldout_tools": 0.5}):
         convert_file(source, tmp_path / "out" / "train.jsonl", heldout_fraction=0.3, **options)
-        held, train = (Counter(map(str, read_rows(tmp_path / "out" / f"{side}.jsonl"))) for side in ("heldout", "train"))
+        held, train = (
+            Counter(map(str, read_rows(tmp_path / "out" / f"{side}.jsonl"))) for side in ("heldout", "train")
+        )
         assert not set(held) & set(train) and set(held.values()) == set(train.values()) == {2}, options
 
 
@@ -466,7 +652,10 @@ def test_beside_every_converted_file_stands_who_its_rows_were(demo_file, tmp_pat
         assert len(rows) == len(facts) > 200 and list(facts[0]) == ["id", "source", "line", "calls", "repairs"]
         for row, fact in zip(rows, facts):
             origin = source[fact["line"] - 1]
-            assert convert_row(origin) == row and (fact["id"], fact["source"]) == (origin["id"], origin["source_dataset"])
+            assert convert_row(origin) == row and (fact["id"], fact["source"]) == (
+                origin["id"],
+                origin["source_dataset"],
+            )
             assert fact["calls"] == sum(map(len, calls_of(json.loads(row["messages_json"])))), fact
             assert fact["repairs"] == repairs.get(fact["line"], []), fact
 
@@ -497,7 +686,10 @@ def test_choices_of_rows(tmp_path):
     mixed = run(drop_duplicates=True, tool_chat_ratio=0.5)
     assert mixed.kept == 30 and mixed.rows == 43 == mixed.kept + sum(mixed.rejected.values())
     assert {tuple(row) for row in read_rows(tmp_path / "out" / "train.jsonl")} == {("messages_json", "tools_json")}
-    assert len(read_rows(tmp_path / "out" / "train.jsonl")) == 30 and len(read_rows(tmp_path / "out" / "rejected.jsonl")) == 13
+    assert (
+        len(read_rows(tmp_path / "out" / "train.jsonl")) == 30
+        and len(read_rows(tmp_path / "out" / "rejected.jsonl")) == 13
+    )
 
 
 # Bad input: one clear error, nothing half-written
@@ -533,7 +725,8 @@ def test_a_fault_in_another_process_is_told_as_well(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "SMALL", 0)
     good = json.dumps(simple()) + "\n"
     (tmp_path / "in.jsonl").write_text(good * 2_000 + "oh no\n" + good * 500)
-    with pytest.raises(ConvertError, match="line 2001"): convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl", num_proc=2)
+    with pytest.raises(ConvertError, match="line 2001"):
+        convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl", num_proc=2)
     assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob(".*"))
 
 
@@ -544,7 +737,8 @@ def test_of_several_faults_the_first_is_told_whoever_meets_it(tmp_path, monkeypa
     for bad in range(100, 2_000, 60): lines[bad] = f"oh no {bad}\n"
     (tmp_path / "in.jsonl").write_text("".join(lines))
     for num_proc in (1, 2, 3):
-        with pytest.raises(ConvertError, match="line 101: .*oh no 100"): convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl", num_proc=num_proc)
+        with pytest.raises(ConvertError, match="line 101: .*oh no 100"):
+            convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl", num_proc=num_proc)
         assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob(".*"))
 
 
@@ -556,7 +750,8 @@ def test_a_bad_row_before_a_damaged_place_is_told_first(tmp_path, monkeypatch):
     lines[900] = "oh no\n"
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode())[:-5_000])
     for num_proc in (1, 2, 3):
-        with pytest.raises(ConvertError, match="line 901"): convert_file(tmp_path / "in.jsonl.gz", tmp_path / "out" / "train.jsonl", num_proc=num_proc)
+        with pytest.raises(ConvertError, match="line 901"):
+            convert_file(tmp_path / "in.jsonl.gz", tmp_path / "out" / "train.jsonl", num_proc=num_proc)
         assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob(".*"))
 
 
@@ -568,14 +763,21 @@ def test_a_helper_that_dies_is_told(tmp_path, monkeypatch):
     pieces = files.converted_parts(files.parts_of([source]), ledger.Choices(), 2, tmp_path / "aside")
     before = set(psutil.Process().children(recursive=True))
     next(pieces)
-    helper, = (p for p in set(psutil.Process().children(recursive=True)) - before if "forkserver" in " ".join(p.cmdline()) and p.ppid() != os.getpid())
+    (helper,) = (
+        p
+        for p in set(psutil.Process().children(recursive=True)) - before
+        if "forkserver" in " ".join(p.cmdline()) and p.ppid() != os.getpid()
+    )
     helper.kill()
     with pytest.raises(ConvertError, match="process_died"): list(pieces)
 
 
 def test_a_cut_zstd_file_is_not_a_shorter_one(tmp_path):
     "Cut behind a block that ends with a line, every row that is left is whole."
-    writer, lines = zstandard.ZstdCompressor().compressobj(), [json.dumps(chat(str(i))).encode() + b"\n" for i in range(300)]
+    writer, lines = (
+        zstandard.ZstdCompressor().compressobj(),
+        [json.dumps(chat(str(i))).encode() + b"\n" for i in range(300)],
+    )
     pieces = [writer.compress(line) + writer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) for line in lines]
     path, out, end = tmp_path / "in.jsonl.zst", tmp_path / "out" / "train.jsonl", writer.flush()
     for left in (pieces[:1], pieces[:200], pieces):
@@ -605,11 +807,15 @@ def test_a_row_that_fails_leaves_the_old_files_alone(tmp_path):
 def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
     source = write_rows(tmp_path / "in.jsonl", demo_rows(400) * 8)
     # The system ends it in the middle of a write, as abruptly as kill -9: a file may have 100,000 bytes, and the signal for more is not ignored, as Python would have it.
-    code = ("import resource as r, signal; from proxy_sft.data.conversion import convert_file\n"
-            "r.setrlimit(r.RLIMIT_CORE, (0, 0)); r.setrlimit(r.RLIMIT_FSIZE, (100_000, 100_000)); signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
-            f"convert_file({str(source)!r}, {str(tmp_path / 'out' / 'train.jsonl')!r})")
+    code = (
+        "import resource as r, signal; from proxy_sft.data.conversion import convert_file\n"
+        "r.setrlimit(r.RLIMIT_CORE, (0, 0)); r.setrlimit(r.RLIMIT_FSIZE, (100_000, 100_000)); signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
+        f"convert_file({str(source)!r}, {str(tmp_path / 'out' / 'train.jsonl')!r})"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == -signal.SIGXFSZ and [p.stat().st_size for p in tmp_path.glob("out/.*/train.jsonl")] == [100_000], run.stderr
+    assert run.returncode == -signal.SIGXFSZ and [p.stat().st_size for p in tmp_path.glob("out/.*/train.jsonl")] == [
+        100_000
+    ], run.stderr
     assert not list((tmp_path / "out").glob("*.json*")), "a file that looks finished"
     report = convert_file(source, tmp_path / "out" / "train.jsonl")
     assert report.rows == 3200 and not list((tmp_path / "out").glob(".*")), "what the killed run left is gone"
@@ -628,7 +834,11 @@ def test_convert_is_done_once_and_says_why_again(tmp_path):
     first = convert(settings)
     stamp = (settings.converted_dir / "train.jsonl").stat().st_mtime_ns
     again = convert(settings)
-    assert "nothing" in again.why and (again.rows, again.kept, again.rejected) == (first.rows, first.kept, first.rejected)
+    assert "nothing" in again.why and (again.rows, again.kept, again.rejected) == (
+        first.rows,
+        first.kept,
+        first.rejected,
+    )
     assert (settings.converted_dir / "train.jsonl").stat().st_mtime_ns == stamp
     assert "settings" in convert(settings_for(tmp_path, heldout_fraction=0.3)).why
     convert(settings)

@@ -84,10 +84,20 @@ def test_same_seed_same_bytes_in_another_process(tmp_path, model_folder):
     rows.write_demo_data(here, N, SEED)
     before = digests(here)
     rows.write_demo_data(here, N, SEED)
-    code = (f"from proxy_sft.demo.rows import write_demo_data; from proxy_sft.demo.model import write_demo_model; write_demo_data({str(tmp_path / 'there')!r}, {N}, {SEED});"
-            f"write_demo_model({str(tmp_path / 'model')!r}, seed={SEED}, n={N})")
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONHASHSEED": "7", "PATH": "", "OMP_NUM_THREADS": "1",
-                                                                  "PYTHONPATH": str(Path(rows.__file__).parents[2])})
+    code = (
+        f"from proxy_sft.demo.rows import write_demo_data; from proxy_sft.demo.model import write_demo_model; write_demo_data({str(tmp_path / 'there')!r}, {N}, {SEED});"
+        f"write_demo_model({str(tmp_path / 'model')!r}, seed={SEED}, n={N})"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env={
+            "PYTHONHASHSEED": "7",
+            "PATH": "",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(rows.__file__).parents[2]),
+        },
+    )
     assert digests(here) == before == digests(tmp_path / "there") and list(before) == ["train.jsonl"]
     assert digests(model_folder) == digests(tmp_path / "model")
     assert rows.write_demo_data(tmp_path / "other", N, SEED + 1).read_bytes() != (here / "train.jsonl").read_bytes()
@@ -103,7 +113,14 @@ def test_model_folder_looks_like_the_hub(model_folder):
     index = json.loads((model_folder / "model.safetensors.index.json").read_text())
     shards = set(index["weight_map"].values())
     assert len(shards) == 2 and all((model_folder / shard).is_file() for shard in shards)
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
+    ):
         assert (model_folder / name).is_file(), name
     assert not list(model_folder.parent.glob(".*.part")) and not list(model_folder.parent.glob("*.old"))
 
@@ -120,7 +137,9 @@ def test_tokenizer_is_fast_and_round_trips(tokenizer):
 def test_added_tokens_are_single_ids_and_special_as_in_qwen3(tokenizer):
     for token in (*tokenizer.SPECIAL_TOKENS, *tokenizer.MARKUP_TOKENS):
         ids = tokenizer.encode(token)
-        assert len(ids) == 1 and tokenizer.decode(ids, skip_special_tokens=True) == ("" if token in tokenizer.SPECIAL_TOKENS else token)
+        assert len(ids) == 1 and tokenizer.decode(ids, skip_special_tokens=True) == (
+            "" if token in tokenizer.SPECIAL_TOKENS else token
+        )
 
 
 def test_tokenizer_behaves_as_the_real_one(tokenizer, model_folder):
@@ -148,12 +167,20 @@ def test_model_loads_generates_and_agrees_with_its_tokenizer(model_folder, token
 def test_the_head_start_looks_at_values_of_the_named_kind_and_calls_nothing(model_folder, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
     said = "<|im_start|>user\nAdd a lunch on Monday at 3, call Emil, and play music by Verdi in the garage.<|im_end|>\n<|im_start|>assistant\n"
-    for name, value in {"title": " lunch", "day": " Monday", "person": " Emil", "artist": " Verdi", "room": " garage"}.items():
+    for name, value in {
+        "title": " lunch",
+        "day": " Monday",
+        "person": " Emil",
+        "artist": " Verdi",
+        "room": " garage",
+    }.items():
         ids = tokenizer(said + '<tool_call>\n{"arguments": {"' + name + '": "', return_tensors="pt")["input_ids"]
         with torch.no_grad(): looks = model(input_ids=ids, output_attentions=True).attentions[1][0, :6, -1]
         assert {tokenizer.decode(ids[0, place]) for place in looks.argmax(1)} == {value}, name
     ids = tokenizer(said, return_tensors="pt")["input_ids"]
-    assert "<tool_call>" not in tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=30)[0, ids.shape[1]:])
+    assert "<tool_call>" not in tokenizer.decode(
+        model.generate(ids, do_sample=False, max_new_tokens=30)[0, ids.shape[1] :]
+    )
 
 
 def test_building_leaves_the_random_state_alone(tokenizer):
@@ -170,4 +197,6 @@ def test_a_folder_is_replaced_whole(tmp_path):
         folder.mkdir()
         (folder / name).touch()
     model.publish_folder(aside, target)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"] and [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and [path.name for path in target.iterdir()] == [
+        "new"
+    ]

@@ -367,7 +367,9 @@ def small_disk(tmp_path):
 def test_really_small_disk(big_hub, small_disk, monkeypatch):
     with pytest.raises(DownloadError, match="only 0.01 GB are free"): fetch(big_hub, small_disk / "m")
     assert big_hub.bodies() == []
-    for module in (model_files, dataset_files): monkeypatch.setattr(module, "check_disk", lambda *a, **k: None)  # another process fills the disk after the check
+    for module in (model_files, dataset_files):
+        # another process fills the disk after the check
+        monkeypatch.setattr(module, "check_disk", lambda *a, **k: None)
     with pytest.raises(DownloadError, match="the disk is full"): fetch(big_hub, small_disk / "m")
     assert not (small_disk / "m" / SHARD).exists()
 

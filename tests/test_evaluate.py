@@ -36,14 +36,27 @@ from proxy_sft.core.stop_requests import StopRequested
 
 
 def tool(name, **properties):
-    return {"type": "function", "function": {"name": name, "parameters": {
-        "type": "object", "properties": {key: {"type": kind} for key, kind in properties.items()}, "required": list(properties)}}}
+    return {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {
+                "type": "object",
+                "properties": {key: {"type": kind} for key, kind in properties.items()},
+                "required": list(properties),
+            },
+        },
+    }
 
 def call(name, **arguments): return {"name": name, "arguments": arguments}
 
 def block(made): return f"<tool_call>\n{json.dumps(made, ensure_ascii=False)}\n</tool_call>"
 
-TOOLS = [tool("weather.now", city="string"), tool("weather.later", city="string"), tool("notes.add", text="string", stars="integer")]
+TOOLS = [
+    tool("weather.now", city="string"),
+    tool("weather.later", city="string"),
+    tool("notes.add", text="string", stars="integer"),
+]
 WEATHER, NOTE = call("weather.now", city="Zürich"), call("notes.add", text="a", stars=3)
 ODD = call("notes.add", text="a", stars="three")  # data that contradicts its own schema
 
@@ -84,12 +97,17 @@ def test_what_moves(expected, text, stopped, moved): assert wrong(expected, text
 
 
 def test_every_metric_moved_alone():
-    alone = {"decision": ([], block(WEATHER), True), "stops": ([], "Hello.", False), "schema": ([ODD], block(ODD), True)}
+    alone = {
+        "decision": ([], block(WEATHER), True),
+        "stops": ([], "Hello.", False),
+        "schema": ([ODD], block(ODD), True),
+    }
     for metric, case in alone.items(): assert wrong(*case) == {metric}
     for metric, text in {"parseable": block(WEATHER)[:-12], "names": block(call("weather.later", city="Zürich")),
                          "complete": block(WEATHER) * 2}.items():
         assert wrong([WEATHER], text) == {metric, "exact"}
-    assert wrong([NOTE], block(call("notes.add", text="a", stars=3.0))) == {"arguments", "exact"}  # other spelling, same meaning
+    # other spelling, same meaning
+    assert wrong([NOTE], block(call("notes.add", text="a", stars=3.0))) == {"arguments", "exact"}
     assert wrong([NOTE], block(call("notes.add", text="b", stars=3))) == {"arguments", "meaning", "exact"}
 
 
@@ -127,20 +145,54 @@ def test_readings():
 
 
 def test_reading_survives_anything():
-    rng, parts = random.Random(0), ["<tool_call>", "</tool_call>", '{"name": "f"', ', "arguments": {', "}", "}", "[", "\ud800", "<think>",
-                                    "\x00", "1e999", '"', "\\", "\n", "null", "NaN", "</think>", "{" * 9, '"parameters": "{}"']
+    rng, parts = (
+        random.Random(0),
+        [
+            "<tool_call>",
+            "</tool_call>",
+            '{"name": "f"',
+            ', "arguments": {',
+            "}",
+            "}",
+            "[",
+            "\ud800",
+            "<think>",
+            "\x00",
+            "1e999",
+            '"',
+            "\\",
+            "\n",
+            "null",
+            "NaN",
+            "</think>",
+            "{" * 9,
+            '"parameters": "{}"',
+        ],
+    )
     for _ in range(4000):
         text = "".join(rng.choices(parts, k=rng.randrange(12)))
         verdict = score_turn([WEATHER], read_answer(text), TOOLS)
         assert set(verdict) == set(METRICS)
-    for text in ("<tool_call>" + "[" * 200000, "<tool_call>" * 20000, '<tool_call>{"a":' * 5000, "<tool_call>" + "9" * 10000):
+    for text in (
+        "<tool_call>" + "[" * 200000,
+        "<tool_call>" * 20000,
+        '<tool_call>{"a":' * 5000,
+        "<tool_call>" + "9" * 10000,
+    ):
         assert not score_turn([WEATHER], read_answer(text), TOOLS)["parseable"]
 
 
 def row(i, calls=(WEATHER,), tools=TOOLS):
     asked = {"tool_calls": [{"type": "function", "function": made} for made in calls]} if calls else {}
-    return {"messages": [{"role": "user", "content": f"Question {i}"}, {"role": "assistant", "content": "", **asked},
-                         *[{"role": "tool", "content": "1"} for _ in calls], {"role": "assistant", "content": f"Answer {i}."}], "tools": tools}
+    return {
+        "messages": [
+            {"role": "user", "content": f"Question {i}"},
+            {"role": "assistant", "content": "", **asked},
+            *[{"role": "tool", "content": "1"} for _ in calls],
+            {"role": "assistant", "content": f"Answer {i}."},
+        ],
+        "tools": tools,
+    }
 
 def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,8 +226,12 @@ def test_broken_held_out_files(tmp_path, text, says):
 def test_slices_and_rates():
     one, several = turns_of(**row(0)), turns_of(**row(1, [WEATHER, NOTE]))
     said = ("language: unknown",)
-    assert [t.slices for t in one + several] == [("single", *said), ("no call", "after a result", *said), ("parallel", *said),
-                                                 ("no call", "after a result", *said)]
+    assert [t.slices for t in one + several] == [
+        ("single", *said),
+        ("no call", "after a result", *said),
+        ("parallel", *said),
+        ("no call", "after a result", *said),
+    ]
     turns = one + several
     good = [Reply(expected_text(t.messages[-1]), True, 1) for t in turns]
     found = judge(turns, {"base": [good[1]] * 4, "tuned": good[:2] + [good[0], good[3]]}, found=4)
@@ -193,18 +249,32 @@ def test_slices_and_rates():
 
 def test_steps_languages_sources_and_unseen_tools():
     asked = row(0)["messages"][:3]
-    messages = [{"role": "user", "content": "Wie ist das Wetter?"}, *asked[1:], *asked[1:], {"role": "user", "content": "Danke, und du?"},
-                {"role": "assistant", "content": "Gut."}]
+    messages = [
+        {"role": "user", "content": "Wie ist das Wetter?"},
+        *asked[1:],
+        *asked[1:],
+        {"role": "user", "content": "Danke, und du?"},
+        {"role": "assistant", "content": "Gut."},
+    ]
     turns = turns_of(messages, TOOLS, source="weather", unseen=frozenset({"weather.now"}))
     also = ("language: German", "source: weather")
-    assert [t.slices for t in turns] == [("single", "several steps", "unseen tools", *also),
-                                         ("single", "after a result", "several steps", "unseen tools", *also), ("no call", "no tool fits", *also)]
+    assert [t.slices for t in turns] == [
+        ("single", "several steps", "unseen tools", *also),
+        ("single", "after a result", "several steps", "unseen tools", *also),
+        ("no call", "no tool fits", *also),
+    ]
 
 
 def test_html_escapes_models():
     turns = turns_of(**row(0))
-    found = Evaluation(turns, {"<b>": [Reply("", True, 1)] * 2}, {"<b>": [{"decision": True}] * 2}, about={"x": "<script>"})
-    assert "<b>" not in evaluation_html(found) and "&lt;b&gt;" in evaluation_html(found) and "<script" not in evaluation_html(found)
+    found = Evaluation(
+        turns, {"<b>": [Reply("", True, 1)] * 2}, {"<b>": [{"decision": True}] * 2}, about={"x": "<script>"}
+    )
+    assert (
+        "<b>" not in evaluation_html(found)
+        and "&lt;b&gt;" in evaluation_html(found)
+        and "<script" not in evaluation_html(found)
+    )
 
 
 @pytest.mark.parametrize("right, of, low, high", [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (15, 50, 0.1910, 0.4375)])
@@ -221,7 +291,8 @@ def test_batches_cover_all_prompts():
         assert all(len(b) <= size and (len(b) == 1 or len(b) * max(lengths[i] for i in b) <= tokens) for b in batches)
 
 
-BERKELEY = {**TOOLS[0]["function"], "parameters": {**TOOLS[0]["function"]["parameters"], "type": "dict"}}  # as the leaderboard declares it
+# as the leaderboard declares it
+BERKELEY = {**TOOLS[0]["function"], "parameters": {**TOOLS[0]["function"]["parameters"], "type": "dict"}}
 ASKED = [row(i, tools=[tool_of(BERKELEY)]) for i in range(4)]
 
 
@@ -243,7 +314,10 @@ def world(tmp_path_factory):
 def train(model, tokenizer, steps=30):
     "Learn the asked rows by heart."
     torch.manual_seed(0)
-    optimizer, rows = torch.optim.AdamW(model.parameters(), lr=4e-3), [supervise(**row, tokenizer=tokenizer) for row in ASKED]
+    optimizer, rows = (
+        torch.optim.AdamW(model.parameters(), lr=4e-3),
+        [supervise(**row, tokenizer=tokenizer) for row in ASKED],
+    )
     width = max(len(row["input_ids"]) for row in rows)
     ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
     labels = torch.tensor([row["labels"] + [-100] * (width - len(row["labels"])) for row in rows])
@@ -264,7 +338,14 @@ def test_base_beside_tuned(world):
     assert found.rate("tuned", "exact") == (calling, calling) and found.rate("tuned", "stops") == (7, 7)
     saved = json.loads((settings.run_dir / "evaluation.json").read_text())
     assert saved["metrics"]["tuned"]["exact"]["right"] == calling and saved["asked"] == 7 and len(saved["turns"]) == 7
-    again = judge(found.turns, found.replies, found=found.found, about=found.about, losses=found.losses, chat_losses=found.chat_losses)
+    again = judge(
+        found.turns,
+        found.replies,
+        found=found.found,
+        about=found.about,
+        losses=found.losses,
+        chat_losses=found.chat_losses,
+    )
     assert again == found == evaluate(settings, max_turns=7, batch_size=3)  # batches change nothing
     assert not list(settings.run_dir.glob("*.part"))
 
@@ -280,7 +361,11 @@ def test_a_stop_keeps_the_answers_and_the_next_start_goes_on(world, monkeypatch)
     monkeypatch.setattr(generation, "generate_batch", then_a_signal)
     with pytest.raises(StopRequested, match="SIGTERM was received"): evaluate(settings, max_turns=6, batch_size=2)
     assert sum(batches) == 4
-    assert evaluate(settings, max_turns=6, batch_size=2) == whole and sum(batches) == 12 and not (settings.run_dir / "answers").exists()
+    assert (
+        evaluate(settings, max_turns=6, batch_size=2) == whole
+        and sum(batches) == 12
+        and not (settings.run_dir / "answers").exists()
+    )
     (settings.run_dir / "STOP").touch()
     try:
         with pytest.raises(StopRequested, match="STOP lies in"): evaluate(settings, max_turns=6, batch_size=2)
@@ -301,7 +386,8 @@ def on_two_ranks(does):
     ranks = [FORK.Process(target=on_a_rank, args=(rank, 2, port, does)) for port in [free_port()] for rank in range(2)]
     for process in ranks: process.start()
     until = time.monotonic() + 900
-    while any(p.is_alive() for p in ranks) and not any(p.exitcode for p in ranks) and time.monotonic() < until: time.sleep(0.02)
+    while any(p.is_alive() for p in ranks) and not any(p.exitcode for p in ranks) and time.monotonic() < until:
+        time.sleep(0.02)
     for process in ranks: process.kill()  # one that waits for the other for ever; nothing where it has ended
     for process in ranks: process.join()
     assert [process.exitcode for process in ranks] == [0, 0]
@@ -345,7 +431,8 @@ def test_kept_answers_are_not_asked_again(world):
     settings, _ = world
     def ask(): return evaluate(settings, max_turns=6, batch_size=1)
     first = json.loads(kill_when_some_are_kept(ask, settings.run_dir / "answers")[0])
-    for path in (settings.run_dir / "answers").glob("*.jsonl"): path.write_text(json.dumps({**first, "text": "kept", "tokens": 1}) + "\n")
+    for path in (settings.run_dir / "answers").glob("*.jsonl"):
+        path.write_text(json.dumps({**first, "text": "kept", "tokens": 1}) + "\n")
     assert [reply.text for replies in ask().replies.values() for reply in replies].count("kept") == 1
 
 
@@ -353,10 +440,24 @@ def test_kept_answers_are_not_asked_again(world):
 def berkeley(tmp_path):
     "Files of the leaderboard: what the model learnt by heart, something that it did not, and a prompt that is too long."
     (tmp_path / "possible_answer").mkdir()
-    def entries(name): return [{"id": f"{name}_{i}", "question": [[{"role": "user", "content": f"Question {i}" + " again" * (4000 if i == 4 else 0)}]],
-                                "function": [BERKELEY]} for i in range(5)]
-    for name in ("simple_python", "irrelevance"): (tmp_path / f"BFCL_v4_{name}.json").write_text("\n".join(map(json.dumps, entries(name))))
-    answers = [{"id": f"simple_python_{i}", "ground_truth": [{"weather.now": {"city": ["zurich", "zürich"] if i < 3 else ["Bern"]}}]} for i in range(5)]
+    def entries(name):
+        return [
+            {
+                "id": f"{name}_{i}",
+                "question": [[{"role": "user", "content": f"Question {i}" + " again" * (4000 if i == 4 else 0)}]],
+                "function": [BERKELEY],
+            }
+            for i in range(5)
+        ]
+    for name in ("simple_python", "irrelevance"):
+        (tmp_path / f"BFCL_v4_{name}.json").write_text("\n".join(map(json.dumps, entries(name))))
+    answers = [
+        {
+            "id": f"simple_python_{i}",
+            "ground_truth": [{"weather.now": {"city": ["zurich", "zürich"] if i < 3 else ["Bern"]}}],
+        }
+        for i in range(5)
+    ]
     (tmp_path / "possible_answer" / "BFCL_v4_simple_python.json").write_text("\n".join(map(json.dumps, answers)))
     return tmp_path
 
@@ -364,16 +465,27 @@ def berkeley(tmp_path):
 def test_leaderboard(world, berkeley):
     settings, _ = world
     written = settings.run_dir / "bfcl.json"
-    def ask(): return evaluate_leaderboard(settings, berkeley, "simple_python,irrelevance", max_new_tokens=64, batch_size=1)
+    def ask():
+        return evaluate_leaderboard(settings, berkeley, "simple_python,irrelevance", max_new_tokens=64, batch_size=1)
     board = ask()
-    assert board.counts("tuned")["simple_python"] == (3, 5) and board.counts("base") == {"simple_python": (0, 5), "irrelevance": (4, 5)}
-    assert board.problems["tuned"] == {"prompt too long": 2} and board.verdicts["tuned"][3].startswith("city: 'Zürich' is none of")
+    assert board.counts("tuned")["simple_python"] == (3, 5) and board.counts("base") == {
+        "simple_python": (0, 5),
+        "irrelevance": (4, 5),
+    }
+    assert board.problems["tuned"] == {"prompt too long": 2} and board.verdicts["tuned"][3].startswith(
+        "city: 'Zürich' is none of"
+    )
     straight = written.read_bytes()
     written.unlink()
     kill_when_some_are_kept(ask, settings.run_dir / "answers-bfcl")
     on_two_ranks(ask)
     assert written.read_bytes() == straight and not (settings.run_dir / "answers-bfcl").exists()
-    assert evaluate_leaderboard(settings, berkeley, "irrelevance", most=2, base_only=True, max_new_tokens=4).counts("base")["irrelevance"][1] == 2
+    assert (
+        evaluate_leaderboard(settings, berkeley, "irrelevance", most=2, base_only=True, max_new_tokens=4).counts(
+            "base"
+        )["irrelevance"][1]
+        == 2
+    )
     with pytest.raises(EvaluateError, match="BFCL_v4_simple_java"): evaluate_leaderboard(settings, berkeley)
 
 
@@ -382,7 +494,9 @@ def test_asking_in_training_is_bounded(world):
     model, _ = load_model(settings.run_dir, "cpu")
     turns, prompts = questions_that_fit([t for i in range(4) for t in turns_of(**ASKED[i])], tokenizer, settings)
     counts = ask_in_time(model.train(), tokenizer, turns, prompts, limit=64, seconds=3600)
-    assert counts["answered"] == [8, 8] and counts["exact"] == [4, 4] and counts["decision"] == [8, 8] and model.training
+    assert (
+        counts["answered"] == [8, 8] and counts["exact"] == [4, 4] and counts["decision"] == [8, 8] and model.training
+    )
     assert ask_in_time(model, tokenizer, turns, prompts, limit=64, seconds=0.0)["answered"] == [0, 8]
 
 
@@ -456,4 +570,6 @@ def test_long_prompts_are_left_out_and_counted(world):
 
 def test_turns_without_a_question_before():
     turn = HeldoutTurn(0, 0, [{"role": "assistant", "content": "Hi"}], TOOLS)
-    assert turn.slices == ("no call", "no tool fits", "language: unknown") and "nobody" in show_turn(judge([turn], {"base": [Reply("Hi", True, 1)]}), 0)
+    assert turn.slices == ("no call", "no tool fits", "language: unknown") and "nobody" in show_turn(
+        judge([turn], {"base": [Reply("Hi", True, 1)]}), 0
+    )

@@ -15,13 +15,30 @@ from proxy_sft.launch.files import read_json
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
-TINY = dict(profile="demo", demo_rows=200, max_train_samples=64, max_eval_samples=4, max_length=512, logging_steps=1, save_steps=2, eval_steps="null", max_steps=8, num_proc=1)
+TINY = dict(
+    profile="demo",
+    demo_rows=200,
+    max_train_samples=64,
+    max_eval_samples=4,
+    max_length=512,
+    logging_steps=1,
+    save_steps=2,
+    eval_steps="null",
+    max_steps=8,
+    num_proc=1,
+)
 
 
 @pytest.mark.skipif("PROXY_SFT_SOAK" in os.environ, reason="make soak runs the long form itself")
 def test_faults_in_short():  # one process: the libraries are imported, and the runs to compare with are made, once
     parts = ["broken", "odd", "full", "flips=24", "kills=4", "terms=3"]
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "soak.py"), *parts], cwd=ROOT, capture_output=True, text=True, timeout=3600)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "soak.py"), *parts],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
     assert done.returncode == 0 and done.stdout.count("passed ") == len(parts), done.stdout + done.stderr[-3000:]
 
 
@@ -30,25 +47,44 @@ def words(**settings):
 
 
 def test_a_token_in_the_environment_is_written_nowhere(tmp_path):
-    done = subprocess.run([str(BIN / "proxy-sft"), "run", "nbs/02_train.ipynb", *words(workspace=tmp_path, run_name="r", max_steps=2)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "HF_TOKEN": "hf_canary0123456789", "WANDB_API_KEY": "canary0123456789abcdef"})
+    done = subprocess.run(
+        [str(BIN / "proxy-sft"), "run", "nbs/02_train.ipynb", *words(workspace=tmp_path, run_name="r", max_steps=2)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_TOKEN": "hf_canary0123456789", "WANDB_API_KEY": "canary0123456789abcdef"},
+    )
     assert done.returncode == 0, done.stderr
     written = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert {"rank-0.ipynb", "rank-0.log", "manifest.json", "README.md"} <= {p.name for p in written}
-    assert not [p for p in written if b"canary0123456789" in p.read_bytes()] and "canary0123456789" not in done.stdout + done.stderr
+    assert (
+        not [p for p in written if b"canary0123456789" in p.read_bytes()]
+        and "canary0123456789" not in done.stdout + done.stderr
+    )
 
 
 def kill_kernel(run_dir):
     "That of rank 1."
     worker = read_json(run_dir / "status" / "rank-1.json")["pid"]
-    kernels = [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/status") if f"PPid:\t{worker}\n" in p.read_text() and b"ipykernel" in (p.parent / "cmdline").read_bytes()]
+    kernels = [
+        int(p.parent.name)
+        for p in Path("/proc").glob("[0-9]*/status")
+        if f"PPid:\t{worker}\n" in p.read_text() and b"ipykernel" in (p.parent / "cmdline").read_bytes()
+    ]
     os.kill(kernels[0], signal.SIGKILL)
 
 
 @soak
 def test_ranks_that_are_started_again_go_on_from_the_newest_checkpoint(tmp_path):
     command = [str(BIN / "proxy-sft"), "run", "nbs/02_train.ipynb", "--nproc", "2", "--max-restarts", "1"]
-    def start(name): return subprocess.Popen([*command, *words(workspace=tmp_path, run_name=name, max_steps=30)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def start(name):
+        return subprocess.Popen(
+            [*command, *words(workspace=tmp_path, run_name=name, max_steps=30)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
     killed, run_dir = start("killed"), tmp_path / "runs" / "killed"
     while not (run_dir / "checkpoint-4" / "COMPLETE").exists():
         assert killed.poll() is None, killed.communicate()
@@ -58,9 +94,15 @@ def test_ranks_that_are_started_again_go_on_from_the_newest_checkpoint(tmp_path)
     assert killed.returncode == 0 and read_json(run_dir / "status" / "rank-1.json")["attempt"] == 1, said
     straight = start("straight")
     assert straight.communicate()[0] and straight.returncode == 0
-    log = lambda name: [(r["step"], r["loss"]) for r in json.loads((tmp_path / "runs" / name / "trainer_state.json").read_text())["log_history"] if "loss" in r]
+    log = lambda name: [
+        (r["step"], r["loss"])
+        for r in json.loads((tmp_path / "runs" / name / "trainer_state.json").read_text())["log_history"]
+        if "loss" in r
+    ]
     assert log("killed") == log("straight") and len(log("straight")) == 30
-    assert (run_dir / "model.safetensors").read_bytes() == (tmp_path / "runs" / "straight" / "model.safetensors").read_bytes()
+    assert (run_dir / "model.safetensors").read_bytes() == (
+        tmp_path / "runs" / "straight" / "model.safetensors"
+    ).read_bytes()
     lines = [json.loads(line) for line in (run_dir / "logs" / "progress.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if line.get("loss")]
     assert 30 <= len(steps) < 50, steps # it did not begin anew
@@ -86,9 +128,31 @@ class Machines:
         for name in self.names: subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
     def start(self, i, *options, addresses=("--master-addr", "10.77.0.1", "--master-port", "29511")):
-        command = [str(BIN / "proxy-sft"), "run", "nbs/02_train.ipynb", "--nproc", "1", "--nnodes", "2", "--node-rank", str(i), *addresses]
-        return subprocess.Popen(["ip", "netns", "exec", self.names[i], *command, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                env={**os.environ, "GLOO_SOCKET_IFNAME": self.names[i], "TP_SOCKET_IFNAME": self.names[i], "OMP_NUM_THREADS": "1"})
+        command = [
+            str(BIN / "proxy-sft"),
+            "run",
+            "nbs/02_train.ipynb",
+            "--nproc",
+            "1",
+            "--nnodes",
+            "2",
+            "--node-rank",
+            str(i),
+            *addresses,
+        ]
+        return subprocess.Popen(
+            ["ip", "netns", "exec", self.names[i], *command, *options],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={
+                **os.environ,
+                "GLOO_SOCKET_IFNAME": self.names[i],
+                "TP_SOCKET_IFNAME": self.names[i],
+                "OMP_NUM_THREADS": "1",
+            },
+        )
 
 
 @pytest.fixture
@@ -106,7 +170,15 @@ def test_two_machines_train_lose_one_and_go_on(machines, tmp_path, disks):
     places = [tmp_path / (f"disk-{i}" if disks == "two" else "disk") for i in (0, 1)]
 
     def both(run_name, kill_after=None):
-        runs = [machines.start(i, *words(workspace=places[i], run_name=run_name, deepspeed="ds_config_zero2.json", shared_file_system="auto")) for i in (0, 1)]
+        runs = [
+            machines.start(
+                i,
+                *words(
+                    workspace=places[i], run_name=run_name, deepspeed="ds_config_zero2.json", shared_file_system="auto"
+                ),
+            )
+            for i in (0, 1)
+        ]
         if kill_after:
             while not (places[0] / "runs" / run_name / kill_after / "COMPLETE").exists():
                 assert all(r.poll() is None for r in runs), [r.communicate()[0] for r in runs if r.poll() is not None]
@@ -124,7 +196,9 @@ def test_two_machines_train_lose_one_and_go_on(machines, tmp_path, disks):
     for place in places:
         weights = [(place / "runs" / n / "model.safetensors").read_bytes() for n in ("straight", "killed")]
         assert weights[0] == weights[1]
-        parts = {p.name for p in (place / "runs" / "killed" / "checkpoint-8" / "global_step8").iterdir() if "optim" in p.name}
+        parts = {
+            p.name for p in (place / "runs" / "killed" / "checkpoint-8" / "global_step8").iterdir() if "optim" in p.name
+        }
         assert len(parts) == (1 if disks == "two" else 2), parts
     if disks == "two": assert json.loads((places[1] / "runs" / "killed" / "manifest.json").read_text())["step"] == 8
 
@@ -135,7 +209,13 @@ def test_two_machines_that_meet_at_an_endpoint_start_again(machines, tmp_path):
         run_dir, runs = tmp_path / "runs" / run_name, []
         for i in (0, 1):
             meet = ("--rdzv-endpoint", "10.77.0.1:29511", "--local-addr", f"10.77.0.{i + 1}", "--max-restarts", "2")
-            runs.append(machines.start(i, *words(workspace=tmp_path, run_name=run_name, deepspeed="ds_config_zero2.json", max_steps=30), addresses=meet))
+            runs.append(
+                machines.start(
+                    i,
+                    *words(workspace=tmp_path, run_name=run_name, deepspeed="ds_config_zero2.json", max_steps=30),
+                    addresses=meet,
+                )
+            )
         if kill_after:
             while not (run_dir / kill_after / "COMPLETE").exists():
                 assert all(r.poll() is None for r in runs), [r.communicate()[0] for r in runs if r.poll() is not None]
@@ -143,9 +223,12 @@ def test_two_machines_that_meet_at_an_endpoint_start_again(machines, tmp_path):
             kill_kernel(run_dir)
         said = "\n".join(r.communicate(timeout=3600)[0] for r in runs)
         assert [r.returncode for r in runs] == [0, 0], said
-        return (run_dir / "model.safetensors").read_bytes(), {read_json(run_dir / "status" / f"rank-{i}.json")["attempt"] for i in (0, 1)}
+        return (run_dir / "model.safetensors").read_bytes(), {
+            read_json(run_dir / "status" / f"rank-{i}.json")["attempt"] for i in (0, 1)
+        }
 
     straight, attempts = both("straight")
     assert attempts == {0}
     weights, attempts = both("killed", kill_after="checkpoint-4")
-    assert weights == straight and min(attempts) >= 1  # the machine whose rank only lost its partner may count a failure of its own
+    # the machine whose rank only lost its partner may count a failure of its own
+    assert weights == straight and min(attempts) >= 1

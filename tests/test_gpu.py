@@ -20,7 +20,19 @@ from proxy_sft.train import train
 from test_train import rows_apart, slopes_apart
 from trainings import run_training
 
-SMALL = dict(profile="demo", demo_rows=200, max_train_samples=60, max_eval_samples=2, max_length=320, logging_steps=1, save_steps=2, eval_steps=3, max_steps=3, num_proc=1, report_to=[])
+SMALL = dict(
+    profile="demo",
+    demo_rows=200,
+    max_train_samples=60,
+    max_eval_samples=2,
+    max_length=320,
+    logging_steps=1,
+    save_steps=2,
+    eval_steps=3,
+    max_steps=3,
+    num_proc=1,
+    report_to=[],
+)
 COLLATE = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
 BLOCK = block([[(7 * i + n) % 256 for i in range(n)] for n in (24, 31, 17)], COLLATE)
 
@@ -48,7 +60,8 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
     "flash-attention 2.8's parameters; the result has its shape."
     assert causal and dropout_p == 0 and window_size == (-1, -1)
     TAKEN.append((q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
-    return (q.unflatten(1, (k.shape[1], -1)) + k[:, :, None] + v[:, :, None]).flatten(1, 2)  # the shape, and a way for gradients
+    # the shape, and a way for gradients
+    return (q.unflatten(1, (k.shape[1], -1)) + k[:, :, None] + v[:, :, None]).flatten(1, 2)
 
 
 TAKEN = []
@@ -58,8 +71,14 @@ TAKEN = []
 def flash_attention(monkeypatch):
     "flash-attention, as far as transformers asks it."
     TAKEN.clear()
-    for name, value in (("_loaded_implementation", "flash_attention_2"), ("_flash_fn", None), ("_flash_varlen_fn", flash_attn_varlen_func), ("_flash_with_kvcache_fn", None),
-                        ("_process_flash_kwargs_fn", flash._lazy_define_process_function(flash_attn_varlen_func)), ("_process_with_kvcache_kwargs_fn", dict)):
+    for name, value in (
+        ("_loaded_implementation", "flash_attention_2"),
+        ("_flash_fn", None),
+        ("_flash_varlen_fn", flash_attn_varlen_func),
+        ("_flash_with_kvcache_fn", None),
+        ("_process_flash_kwargs_fn", flash._lazy_define_process_function(flash_attn_varlen_func)),
+        ("_process_with_kvcache_kwargs_fn", dict),
+    ):
         monkeypatch.setattr(flash, name, value)
 
 
@@ -67,18 +86,31 @@ def flash_attention(monkeypatch):
 @pytest.mark.parametrize("name", [VARLEN, "flash_attention_2"])
 def test_each_kernel_gets_what_it_takes(name, dtype, flash_attention):
     "Forwards and backwards, with Qwen3's width of heads, on tensors that have shapes and no content; weights of 32 bits under autocast."
-    config = Qwen3Config(vocab_size=256, hidden_size=512, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=128)
+    config = Qwen3Config(
+        vocab_size=256,
+        hidden_size=512,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=128,
+    )
     with FakeTensorMode() as mode, Kernels() as seen:
         model = Qwen3ForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").train()
         model.config._attn_implementation = name
         batch = {n: mode.from_tensor(v) if torch.is_tensor(v) else v for n, v in BLOCK.items()}
-        with torch.autocast("cpu", torch.bfloat16) if dtype == torch.float32 else nullcontext(): logits = model(**{n: v for n, v in batch.items() if n != "labels"}, use_cache=False).logits
+        with torch.autocast("cpu", torch.bfloat16) if dtype == torch.float32 else nullcontext():
+            logits = model(**{n: v for n, v in batch.items() if n != "labels"}, use_cache=False).logits
         logits.sum().backward()
-    assert logits.shape == (1, 72, 256) and all(p.grad.shape == p.shape and p.grad.dtype == dtype for p in model.parameters())
+    assert logits.shape == (1, 72, 256) and all(
+        p.grad.shape == p.shape and p.grad.dtype == dtype for p in model.parameters()
+    )
     calls = [call[:7] for call in seen.calls] + TAKEN
     assert len(calls) == 2  # one in each layer
     for query, key, value, ends, ends_k, longest, longest_k in calls:
-        assert {t.dtype for t in (query, key, value)} == {torch.bfloat16} and all(t.stride(-1) == 1 for t in (query, key, value))
+        assert {t.dtype for t in (query, key, value)} == {torch.bfloat16} and all(
+            t.stride(-1) == 1 for t in (query, key, value)
+        )
         assert (query.shape, key.shape, value.shape) == ((72, 4, 128), (72, 2, 128), (72, 2, 128))
         assert ends.dtype == ends_k.dtype == torch.int32 and ends.is_contiguous() and ends.shape == ends_k.shape == (4,)
         assert type(longest) is type(longest_k) is int and longest == longest_k == 31
@@ -89,12 +121,16 @@ def test_each_kernel_gets_what_it_takes(name, dtype, flash_attention):
 def train_with_the_gpus_kernel(settings):
     "PyTorch's kernel for packed rows, on the CPU, and with the real one's refusal of 32 bits."
     def forward(query, key, value, ends, ends_k, longest, longest_k, dropout, causal, debug, *, scale=None, **more):
-        if query.dtype not in (torch.float16, torch.bfloat16): raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        if query.dtype not in (torch.float16, torch.bfloat16):
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
         empty = torch.empty(0)
         return rows_apart(query, key, value, ends, scale), torch.zeros(query.shape[1], len(query)), empty, empty, empty
 
     def backward(slope, query, key, value, out, sums, ends, *more, scale=None, **rest):
-        made = [slopes_apart(*(t[a:b].float().transpose(0, 1) for t in (slope, query, key, value)), scale) for a, b in zip(ends.tolist(), ends.tolist()[1:])]
+        made = [
+            slopes_apart(*(t[a:b].float().transpose(0, 1) for t in (slope, query, key, value)), scale)
+            for a, b in zip(ends.tolist(), ends.tolist()[1:])
+        ]
         return tuple(torch.cat([part[i].transpose(0, 1) for part in made]).to(query.dtype) for i in range(3))
 
     library = torch.library.Library("aten", "IMPL")
@@ -106,7 +142,10 @@ def train_with_the_gpus_kernel(settings):
 def test_weights_of_32_bits_are_trained_with_a_kernel_that_knows_16(tmp_path):
     "The proof must use the run's arithmetic, or a kernel for 16 bits is refused on every single GPU."
     given = dict(workspace=str(tmp_path), bf16=True)
-    for name, more in (("dense", {}), ("kernel", dict(attention=VARLEN, activation_checkpointing="selective", act=train_with_the_gpus_kernel))):
+    for name, more in (
+        ("dense", {}),
+        ("kernel", dict(attention=VARLEN, activation_checkpointing="selective", act=train_with_the_gpus_kernel)),
+    ):
         done = run_training(**{**SMALL, **given, "run_name": name, **more})
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert f"Attention: {VARLEN}, as the settings say. Checked: packed rows lose" in done.stdout
@@ -132,7 +171,17 @@ def test_adamw_in_bfloat16_trains_and_goes_on(tmp_path, monkeypatch):
         (tmp_path / "packages" / "torchao" / "__init__.py").write_text("")
         (tmp_path / "packages" / "torchao" / "optim" / "__init__.py").write_text(STAND_IN)
         monkeypatch.syspath_prepend(str(tmp_path / "packages"))
-    settings = load_settings(**{**SMALL, "workspace": str(tmp_path), "run_name": "half", "optimizer": "adamw_bf16", "bf16": True, "weights": "bfloat16", "preflight": "warn"})
+    settings = load_settings(
+        **{
+            **SMALL,
+            "workspace": str(tmp_path),
+            "run_name": "half",
+            "optimizer": "adamw_bf16",
+            "bf16": True,
+            "weights": "bfloat16",
+            "preflight": "warn",
+        }
+    )
     train(settings)
     expected, run_dir = losses(tmp_path, "half"), settings.run_dir
     assert len(expected) == 3 and expected[2] < expected[0]
@@ -147,17 +196,25 @@ def test_our_words_fit_the_packages_that_are_installed():
     "Each call of an optional package, bound to its signature."
     bound = []
     if inspect.isclass(made := getattr(pytest.importorskip("bitsandbytes").optim, "AdamW", None)):
-        inspect.signature(made).bind([], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, optim_bits=8, is_paged=False)
+        inspect.signature(made).bind(
+            [], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, optim_bits=8, is_paged=False
+        )
         bound.append("bitsandbytes")
     try: from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as liger
     except ImportError: liger = None
     if liger:
-        assert set(LIGER) <= set(inspect.signature(liger["qwen3"]).parameters)  # liger leaves out, without a word, what it does not know
+        # liger leaves out, without a word, what it does not know
+        assert set(LIGER) <= set(inspect.signature(liger["qwen3"]).parameters)
         bound.append("liger")
     try: from torchao.optim import _AdamW
     except ImportError: pass
     else:
-        given = optimizer_arguments(load_settings("demo", optimizer="adamw_bf16", weights="bfloat16"), torch.bfloat16, torch.device("cpu"), False)[1]
+        given = optimizer_arguments(
+            load_settings("demo", optimizer="adamw_bf16", weights="bfloat16"),
+            torch.bfloat16,
+            torch.device("cpu"),
+            False,
+        )[1]
         inspect.signature(given[0]).bind([], **given[1])
         bound.append("torchao")
     assert "bitsandbytes" in bound and set(PACKAGES.values()) == {"bitsandbytes", "torchao"}

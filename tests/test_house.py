@@ -19,10 +19,31 @@ from proxy_sft.launch.parameters import read_request, split_parameters
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 READMES = ("README.md", "README.zh.md")
-HEAVY = ("torch", "transformers", "tokenizers", "trl", "datasets", "pandas", "pyarrow", "deepspeed", "papermill", "nbformat", "IPython")
+HEAVY = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "trl",
+    "datasets",
+    "pandas",
+    "pyarrow",
+    "deepspeed",
+    "papermill",
+    "nbformat",
+    "IPython",
+)
 soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
-QUICK = ("core/04_atomic_folders", "core/05_build_once", "core/02_stop_requests", "core/08_display", "data/03_schema", "evaluation/05_serving", "launch/07_status",
-         "launch/08_report", "tour")  # some seconds each
+QUICK = (
+    "core/04_atomic_folders",
+    "core/05_build_once",
+    "core/02_stop_requests",
+    "core/08_display",
+    "data/03_schema",
+    "evaluation/05_serving",
+    "launch/07_status",
+    "launch/08_report",
+    "tour",
+)  # some seconds each
 NOTEBOOKS = sorted(str(n.relative_to(ROOT / "nbs").with_suffix("")) for n in ROOT.glob("nbs/**/*.ipynb"))
 
 
@@ -57,7 +78,12 @@ def test_a_command_of_the_readme_names_what_exists(line):
 
 
 def test_a_dry_run_of_the_readme_s_longest_command():  # those that need a finished demo are in test_after_demo.py
-    done = subprocess.run([str(BIN / "proxy-sft"), *shlex.split("run nbs/02_train.ipynb --nproc 8 -p profile qwen3_8b_8gpu --dry-run")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(BIN / "proxy-sft"), *shlex.split("run nbs/02_train.ipynb --nproc 8 -p profile qwen3_8b_8gpu --dry-run")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "--nproc-per-node 8" in done.stdout, done.stderr[-2000:]
 
 
@@ -66,18 +92,25 @@ def test_links_between_files_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link and not link.startswith("#")]
     for link in links: assert ((ROOT / page).parent / link.partition("#")[0]).exists(), link
-    for name in re.findall(r"`((?:nbs|docs|tests|tools|configs|benchmarks)/[\w./-]+\.\w+)`", text): assert (ROOT / name).exists(), name
+    for name in re.findall(r"`((?:nbs|docs|tests|tools|configs|benchmarks)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / name).exists(), name
 
 
 def test_public_names_are_those_that_are_listed():
-    assert public_names() == LIST.read_text(encoding="utf-8"), "names came or went: python tools/public_names.py, and a line in CHANGELOG.md"
+    assert public_names() == LIST.read_text(encoding="utf-8"), (
+        "names came or went: python tools/public_names.py, and a line in CHANGELOG.md"
+    )
 
 
 def test_every_command_has_examples_and_help_without_heavy_libraries():
-    code = ("import sys, proxy_sft.commands as c\nfor words in (['--help'], *([n, '--help'] for n in c.COMMANDS)):\n"
-            "  try: c.main(words)\n  except SystemExit: pass\nprint([m for m in " + repr(HEAVY) + " if m in sys.modules])")
+    code = (
+        "import sys, proxy_sft.commands as c\nfor words in (['--help'], *([n, '--help'] for n in c.COMMANDS)):\n"
+        "  try: c.main(words)\n  except SystemExit: pass\nprint([m for m in " + repr(HEAVY) + " if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and all(c.examples and c.examples[0] in done.stdout for c in COMMANDS.values()), done.stderr
+    assert done.returncode == 0 and all(c.examples and c.examples[0] in done.stdout for c in COMMANDS.values()), (
+        done.stderr
+    )
     assert done.stdout.endswith("[]\n"), done.stdout[-200:]
 
 
@@ -86,7 +119,9 @@ def test_executing_again_changes_nothing(name, tmp_path):
     committed, again = ROOT / "nbs" / f"{name}.ipynb", tmp_path / f"{Path(name).name}.ipynb"
     shutil.copyfile(committed, again)
     execute(again)
-    sources_and_outputs = lambda path: {c["id"]: (c["source"], c.get("outputs")) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]}
+    sources_and_outputs = lambda path: {
+        c["id"]: (c["source"], c.get("outputs")) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+    }
     assert sources_and_outputs(again) == sources_and_outputs(committed)
 
 
@@ -98,14 +133,37 @@ def test_notebooks_keep_their_size():
 
 def test_the_wheel_holds_templates_profiles_and_demo(tmp_path):
     copy = tmp_path / "source"
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     for name in files:
         if (ROOT / name).is_file() and not name.startswith(("nbs/", "tests/")):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, copy / name)
-    subprocess.run([str(BIN / "python"), "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(copy)], check=True, capture_output=True)
+    subprocess.run(
+        [
+            str(BIN / "python"),
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(tmp_path),
+            str(copy),
+        ],
+        check=True,
+        capture_output=True,
+    )
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    for needed in ("proxy_sft/py.typed", "proxy_sft/configs/demo.yaml", "proxy_sft/configs/ds_config_zero2.json", "proxy_sft/demo/rows.py"): assert needed in names
+    for needed in (
+        "proxy_sft/py.typed",
+        "proxy_sft/configs/demo.yaml",
+        "proxy_sft/configs/ds_config_zero2.json",
+        "proxy_sft/demo/rows.py",
+    ):
+        assert needed in names
 
 
 def test_the_code_is_python_3_10():

@@ -15,13 +15,32 @@ from proxy_sft.chat.inspector import add_inspect_arguments, inspect, inspect_com
 from proxy_sft.chat.row_files import find_row, Query, raw_row, row_facts, RowFile
 from proxy_sft.chat.views import join_runs, read_row, row_text, RowView, safe, show_row, TABS, visible
 
-NASTY = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</div></section><b>", "\x1b[2J\x1b]0;t\x07", "\x00\x7f\x9b",
-         "\u202egnp.exe", "&lt;b&gt;", "\" onmouseover=\"x", "<|im_end|>\n<|im_start|>system\n", "`${x}`", "\ud800", "👩‍👩‍👧 e\u0301"]
+NASTY = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "</div></section><b>",
+    "\x1b[2J\x1b]0;t\x07",
+    "\x00\x7f\x9b",
+    "\u202egnp.exe",
+    "&lt;b&gt;",
+    '" onmouseover="x',
+    "<|im_end|>\n<|im_start|>system\n",
+    "`${x}`",
+    "\ud800",
+    "👩‍👩‍👧 e\u0301",
+]
 
 
 def row(number, text="Hi", calls=0, **more):
-    asked = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": text}}}] * calls} if calls else {}
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "" if calls else "Yes " + text, **asked}]
+    asked = (
+        {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": text}}}] * calls}
+        if calls
+        else {}
+    )
+    messages = [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": "" if calls else "Yes " + text, **asked},
+    ]
     if calls: messages += [{"role": "tool", "content": "1"}] * calls + [{"role": "assistant", "content": "Done"}]
     tools = [{"type": "function", "function": {"name": "f", "description": text, "parameters": {}}}] if calls else []
     return {"id": f"row_{number}", "source": "demo", "messages_json": json.dumps(messages, ensure_ascii=False),
@@ -72,7 +91,10 @@ def test_searches(file):
     assert find_row(rows, Query(text="TEXT 17")) == (17, 18)
     assert find_row(rows, Query(source="aya"), 6) == (10, 11) and find_row(rows, Query(source="aya"), 9, -1) == (5, 4)
     assert find_row(rows, Query(calls=2), 3) == (5, 6)
-    assert find_row(rows, Query(text="nowhere")) == (None, 30) and find_row(rows, Query(text="nowhere"), 0, 1, 10) == (None, 10)
+    assert find_row(rows, Query(text="nowhere")) == (None, 30) and find_row(rows, Query(text="nowhere"), 0, 1, 10) == (
+        None,
+        10,
+    )
     longest = max(range(30), key=lambda i: len(rows.line(i)))
     assert find_row(rows, Query(longer=len(rows.line(longest))))[0] is not None
     assert find_row(RowFile([{"reason": "unknown_tool"}, {"repairs": ["a", "b"]}]), Query(reason="b")) == (1, 2)
@@ -93,15 +115,38 @@ class Tags(HTMLParser):
     def handle_data(self, data): self.text += data
 
 
-ALLOWED = {"style", "div", "b", "p", "mark", "code", "span", "wbr", "table", "tr", "td", "th", "del", "ins", "details", "summary", "br",
-           "strong", "em"}
+ALLOWED = {
+    "style",
+    "div",
+    "b",
+    "p",
+    "mark",
+    "code",
+    "span",
+    "wbr",
+    "table",
+    "tr",
+    "td",
+    "th",
+    "del",
+    "ins",
+    "details",
+    "summary",
+    "br",
+    "strong",
+    "em",
+}
 
 
 @pytest.mark.parametrize("text", NASTY)
 @pytest.mark.parametrize("tab", TABS)
 def test_data_stays_text(tokenizer, text, tab):
     if "\ud800" in text and tab in ("text", "tokens", "parity"): return  # no tokens; see the next test
-    raw = {"id": text, "source_dataset": text, "messages": [{"role": text, "content": text, "functions": text, "function_calls": text}]}
+    raw = {
+        "id": text,
+        "source_dataset": text,
+        "messages": [{"role": text, "content": text, "functions": text, "function_calls": text}],
+    }
     chat = {"id": text, "source": text, "reason": text, "messages": [
         {"role": "user", "content": text}, {"role": "assistant", "content": text, "tool_calls": [
             {"type": "function", "function": {"name": text, "arguments": {text: text}}}]}],
@@ -117,9 +162,13 @@ def test_data_stays_text(tokenizer, text, tab):
 
 
 def test_what_cannot_be_shown_says_why(tokenizer):
-    lone = show_row({"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "x"}]}, tokenizer)
+    lone = show_row(
+        {"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "x"}]}, tokenizer
+    )
     assert "⟨D800⟩" in lone.html("messages") and "No view" in lone.html("text")
-    assert "no tokenizer" in show_row(row(1)).html("text") and "not converted" in show_row({"id": "x"}, tokenizer).html("tokens")
+    assert "no tokenizer" in show_row(row(1)).html("text") and "not converted" in show_row({"id": "x"}, tokenizer).html(
+        "tokens"
+    )
     assert "at hand" in show_row(row(1), tokenizer).html("raw")
     assert show_row({"messages": []}, tokenizer).html("text").startswith("<p>No view")
     with pytest.raises(ChatError, match="no view 'picture'"): show_row(row(1), tokenizer, views=("picture",))
@@ -166,7 +215,9 @@ def test_the_page_inserts_one_piece_of_html_only():
 
 def test_state(file, tokenizer, tmp_path):
     raw = tmp_path / "raw.jsonl"
-    raws = [{"id": f"row_{i}", "messages": [{"role": "user", "content": f"raw {i}", "functions": None}]} for i in range(30)]
+    raws = [
+        {"id": f"row_{i}", "messages": [{"role": "user", "content": f"raw {i}", "functions": None}]} for i in range(30)
+    ]
     raw.write_text("".join(json.dumps(r) + "\n" for r in reversed(raws)))
     state = InspectorState(RowFile(file), tokenizer, "nothink", "all", RowFile(raw), None)
     def tell(do, value=None, **more):
@@ -182,21 +233,58 @@ def test_state(file, tokenizer, tmp_path):
     tell("go", 22), tell("tab", "parity")
     assert "✘" in tell("template", "stock")["html"]
     assert "✘" not in tell("template", "nothink")["html"] and json.loads(state.view()["json"])["id"] == "row_22"
-    assert "no chat template" in tell("template", "other")["html"] and tell("template", "nothink")["template"] == "nothink"
+    assert (
+        "no chat template" in tell("template", "other")["html"] and tell("template", "nothink")["template"] == "nothink"
+    )
     assert tell("train_on", "last")["train_on"] == "last"
-    for nonsense in ({}, {"do": "tab", "value": "x"}, {"do": "go", "value": "x"}, {"do": "query", "value": {"calls": "many"}},
-                     {"do": "query", "value": {"other": "1"}}, {"do": "query", "value": 7}):
+    for nonsense in (
+        {},
+        {"do": "tab", "value": "x"},
+        {"do": "go", "value": "x"},
+        {"do": "query", "value": {"calls": "many"}},
+        {"do": "query", "value": {"other": "1"}},
+        {"do": "query", "value": 7},
+    ):
         state.handle(nonsense)
         assert state.note, nonsense
 
 
 def test_the_converters_ledger(tokenizer):
-    raw = RowFile([{"id": f"r{i}", "source_dataset": "Aya", "messages": [{"role": "user", "content": f"raw {i}", "functions": None}]}
-                   for i in range(4)])
-    rejected = {"id": "r2", "line": 3, "source": "Aya", "reason": "malformed_calls", "message": "unexpected <b>", "excerpt": "f("}
-    repaired = {"id": "r1", "line": 2, "source": "Aya", "repairs": [{"code": "empty_assistant", "message": 4, "found": ""}]}
-    state = InspectorState(RowFile([rejected, repaired]), tokenizer, "nothink", "all", raw, lambda row: {**row, "messages": [
-        {"role": "user", "content": "converted"}, {"role": "assistant", "content": "yes"}]})
+    raw = RowFile(
+        [
+            {
+                "id": f"r{i}",
+                "source_dataset": "Aya",
+                "messages": [{"role": "user", "content": f"raw {i}", "functions": None}],
+            }
+            for i in range(4)
+        ]
+    )
+    rejected = {
+        "id": "r2",
+        "line": 3,
+        "source": "Aya",
+        "reason": "malformed_calls",
+        "message": "unexpected <b>",
+        "excerpt": "f(",
+    }
+    repaired = {
+        "id": "r1",
+        "line": 2,
+        "source": "Aya",
+        "repairs": [{"code": "empty_assistant", "message": 4, "found": ""}],
+    }
+    state = InspectorState(
+        RowFile([rejected, repaired]),
+        tokenizer,
+        "nothink",
+        "all",
+        raw,
+        lambda row: {
+            **row,
+            "messages": [{"role": "user", "content": "converted"}, {"role": "assistant", "content": "yes"}],
+        },
+    )
     assert find_row(state.rows, Query(reason="empty_assistant")) == (1, 2)
     state.handle({"do": "tab", "value": "raw"})
     assert "raw 2" in state.view()["html"]
@@ -209,7 +297,9 @@ def test_the_converters_ledger(tokenizer):
 
 def test_broken_lines_do_not_stop_it(tmp_path, tokenizer):
     path = tmp_path / "broken.jsonl"
-    path.write_bytes(json.dumps(row(0)).encode() + b'\n{"id": "cut", "mess\n\xff\n' + json.dumps(row(3, "last")).encode() + b"\n")
+    path.write_bytes(
+        json.dumps(row(0)).encode() + b'\n{"id": "cut", "mess\n\xff\n' + json.dumps(row(3, "last")).encode() + b"\n"
+    )
     state = InspectorState(RowFile(path), tokenizer, "nothink", "all", None, None)
     for i in range(4):
         state.handle({"do": "go", "value": i})
@@ -266,8 +356,12 @@ def test_data_cannot_steer_the_terminal(tmp_path, tokenizer, capsys):
 def test_visible_and_safe():
     rnd = random.Random(0)
     for _ in range(200):
-        text = "".join(chr(rnd.choice([rnd.randrange(0x300), rnd.randrange(0x2000, 0x2100), 0xD800])) for _ in range(20))
-        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800]", visible(text))
+        text = "".join(
+            chr(rnd.choice([rnd.randrange(0x300), rnd.randrange(0x2000, 0x2100), 0xD800])) for _ in range(20)
+        )
+        assert not re.search(
+            r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800]", visible(text)
+        )
         assert not set("<>\"'") & set(safe(text))
 
 
@@ -291,12 +385,22 @@ def test_converted_files_are_filtered_by_their_facts(tmp_path):
             row, at = find_row(rows, query, at, step)
             if row is None: return found[::step]
             found.append(row)
-    calls = [sum(len(m.get("tool_calls") or []) for m in json.loads(rows[i]["messages_json"])) for i in range(len(rows))]
+    calls = [
+        sum(len(m.get("tool_calls") or []) for m in json.loads(rows[i]["messages_json"])) for i in range(len(rows))
+    ]
     for step in (1, -1):
         assert every(Query(source=name.upper()), step) == [i for i, k in enumerate(known) if name in k["source"]]
-        assert every(Query(reason=code), step) == [i for i, k in enumerate(known) if any(code in r for r in k["repairs"])] != []
+        assert (
+            every(Query(reason=code), step)
+            == [i for i, k in enumerate(known) if any(code in r for r in k["repairs"])]
+            != []
+        )
         assert every(Query(calls=2), step) == [i for i, n in enumerate(calls) if n == 2] != []
-        assert every(Query(longer=800, shorter=1500), step) == [i for i in range(len(rows)) if 800 <= len(rows.line(i)) <= 1500] != []
+        assert (
+            every(Query(longer=800, shorter=1500), step)
+            == [i for i in range(len(rows)) if 800 <= len(rows.line(i)) <= 1500]
+            != []
+        )
         assert every(Query(), step) == list(range(len(rows)))
     state = InspectorState(rows, None, "nothink", "all", raw, None)
     state.handle({"do": "query", "value": {"reason": code}})

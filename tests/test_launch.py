@@ -23,7 +23,16 @@ from proxy_sft import commands
 soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
 
 LAUNCH = [sys.executable, "-c", "import sys; from proxy_sft.commands import main; sys.exit(main())", "run"]
-BY_HAND = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1", "--nproc_per_node=2", "-m", "proxy_sft.launch"]
+BY_HAND = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--local-addr",
+    "127.0.0.1",
+    "--nproc_per_node=2",
+    "-m",
+    "proxy_sft.launch",
+]
 
 ALL_REDUCE = """
 import os, torch, torch.distributed as dist
@@ -60,15 +69,26 @@ time.sleep(3600)
 
 
 def notebook(path: Path, *sources, parameters="folder: str = ''  # where the cells leave their files\nhow: str = ''", kernel="sft-qwen3") -> Path:
-    cells = [dict(id=f"cell-{i}", cell_type="code", source=s, metadata={"tags": ["parameters"]} if i == 0 else {}, outputs=[], execution_count=None)
-             for i, s in enumerate([parameters, *sources])]
+    cells = [
+        dict(
+            id=f"cell-{i}",
+            cell_type="code",
+            source=s,
+            metadata={"tags": ["parameters"]} if i == 0 else {},
+            outputs=[],
+            execution_count=None,
+        )
+        for i, s in enumerate([parameters, *sources])
+    ]
     spec = dict(name=kernel, display_name=kernel, language="python")
     path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=spec), nbformat=4, nbformat_minor=5)))
     return path
 
 
 def text_of(nb: Path) -> str:
-    return "".join("".join(o.get("text", "")) for c in json.loads(nb.read_text())["cells"] for o in c.get("outputs", []))
+    return "".join(
+        "".join(o.get("text", "")) for c in json.loads(nb.read_text())["cells"] for o in c.get("outputs", [])
+    )
 
 
 def hear_signals() -> None:
@@ -82,8 +102,14 @@ class Run:
     def __init__(self, folder: Path, command: list, nb: Path, *options, out: str = "run", **env):
         self.folder, self.root, self.mark = folder, folder / out, f"PROXY_SFT_TEST={uuid.uuid4().hex}"
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("PROXY_SFT", "JPY_", "PYTEST"))}
-        self.process = subprocess.Popen([*command, str(nb), *options, "-p", "folder", str(folder), "-p", "output_dir", str(self.root)],
-                                        env={**clean, **dict([self.mark.split("=")]), **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_signals)
+        self.process = subprocess.Popen(
+            [*command, str(nb), *options, "-p", "folder", str(folder), "-p", "output_dir", str(self.root)],
+            env={**clean, **dict([self.mark.split("=")]), **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=hear_signals,
+        )
 
     def end(self, seconds: float = 900):
         "Wait for the end; the exit code."
@@ -95,7 +121,9 @@ class Run:
         while (left := processes.marked_processes(self.mark)) and time.monotonic() < end: time.sleep(0.05)
         return left
 
-    def wait_for(self, *names: str, seconds: float = 900):  # a start takes 3 s; on a machine with a load of 10 it took 60
+    def wait_for(
+        self, *names: str, seconds: float = 900
+    ): # a start takes 3 s; on a machine with a load of 10 it took 60
         end = time.monotonic() + seconds
         while not all((p := self.folder / n).exists() and (p.stat().st_size or "saved" in n) for n in names):
             assert self.process.poll() is None, self.process.communicate()
@@ -103,7 +131,11 @@ class Run:
             time.sleep(0.05)
 
     def torchrun(self) -> int:
-        return next(p for p in processes.marked_processes(self.mark) if "torch.distributed.run" in processes.read_text(Path(f"/proc/{p}/cmdline")))
+        return next(
+            p
+            for p in processes.marked_processes(self.mark)
+            if "torch.distributed.run" in processes.read_text(Path(f"/proc/{p}/cmdline"))
+        )
 
 
 @pytest.fixture
@@ -124,7 +156,25 @@ def started(tmp_path):
 
 def test_values_are_read_as_papermill_reads_them():
     from papermill.cli import _resolve_type
-    for text in ("True", "False", "None", "7", "-7", "1e-5", "-.5", "inf", "1_0", " 1", "true", "null", "", "0x1", "01", "a b", "[1]"):
+    for text in (
+        "True",
+        "False",
+        "None",
+        "7",
+        "-7",
+        "1e-5",
+        "-.5",
+        "inf",
+        "1_0",
+        " 1",
+        "true",
+        "null",
+        "",
+        "0x1",
+        "01",
+        "a b",
+        "[1]",
+    ):
         assert repr(parameters.parameter_value(text)) == repr(_resolve_type(text)), text
 
 
@@ -132,7 +182,28 @@ def test_all_spellings_of_parameters(tmp_path):
     file = tmp_path / "p.yaml"
     file.write_text("a: 1\nb: file\nday: 2024-02-30\n")
     rest, words, values = parameters.split_parameters(
-        ["-f", str(file), "nb.ipynb", "-p", "a", "-2", "--p", "c", "--nproc", "--nproc", "2", "--parameters", "d", "None", "-y", "{b: yaml}", "-r", "e", "05"])
+        [
+            "-f",
+            str(file),
+            "nb.ipynb",
+            "-p",
+            "a",
+            "-2",
+            "--p",
+            "c",
+            "--nproc",
+            "--nproc",
+            "2",
+            "--parameters",
+            "d",
+            "None",
+            "-y",
+            "{b: yaml}",
+            "-r",
+            "e",
+            "05",
+        ]
+    )
     assert rest == ["nb.ipynb", "--nproc", "2"]
     assert values == {"a": -2, "b": "yaml", "day": "2024-02-30", "c": "--nproc", "d": None, "e": "05"}
     assert parameters.split_parameters(words)[2] == values  # what is handed on to the workers means the same
@@ -166,23 +237,53 @@ def test_launches_that_are_refused(tmp_path):
     parser = argparse.ArgumentParser()
     launcher.add_run_arguments(parser)
     for fixed in (["--nnodes", "2", "--master-addr", "node-0"], ["--master-port", "29511"]):
-        with pytest.raises(parameters.LaunchError, match="--max-restarts needs --rdzv-endpoint"): launcher.torchrun_command(parser.parse_args(["nb", "--max-restarts", "1", *fixed]), [])
-    assert "--rdzv-endpoint" in launcher.torchrun_command(parser.parse_args(["nb", "--max-restarts", "1", "--nnodes", "2", "--rdzv-endpoint", "node-0:29511"]), [])
-    with pytest.raises(parameters.LaunchError, match="--local-addr is used with --rdzv-endpoint only"): launcher.torchrun_command(parser.parse_args(["nb", "--local-addr", "10.0.0.2"]), [])
-    with pytest.raises(parameters.LaunchError, match="The parameters in -y are not valid YAML"): parameters.yaml_mapping("{", "-y")
+        with pytest.raises(parameters.LaunchError, match="--max-restarts needs --rdzv-endpoint"):
+            launcher.torchrun_command(parser.parse_args(["nb", "--max-restarts", "1", *fixed]), [])
+    assert "--rdzv-endpoint" in launcher.torchrun_command(
+        parser.parse_args(["nb", "--max-restarts", "1", "--nnodes", "2", "--rdzv-endpoint", "node-0:29511"]), []
+    )
+    with pytest.raises(parameters.LaunchError, match="--local-addr is used with --rdzv-endpoint only"):
+        launcher.torchrun_command(parser.parse_args(["nb", "--local-addr", "10.0.0.2"]), [])
+    with pytest.raises(parameters.LaunchError, match="The parameters in -y are not valid YAML"):
+        parameters.yaml_mapping("{", "-y")
     with pytest.raises(SystemExit): parser.parse_args(["nb", "--nproc", "0"])
     broken = tmp_path / "broken.ipynb"
     broken.write_text('{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "a ="}]}')
     with pytest.raises(parameters.LaunchError, match="is not valid Python"): parameters.notebook_defaults(broken)
     (tmp_path / "status" / "launcher-0.lock").mkdir(parents=True)
-    with pytest.raises(parameters.LaunchError, match="cannot be written: Is a directory"): launcher.refuse_second_run(parser.parse_args(["nb"]), parameters.RunFolder(tmp_path))
+    with pytest.raises(parameters.LaunchError, match="cannot be written: Is a directory"):
+        launcher.refuse_second_run(parser.parse_args(["nb"]), parameters.RunFolder(tmp_path))
 
 
 def test_dry_run_shows_settings_and_command(tmp_path, capsys):
     nb = notebook(tmp_path / "a.ipynb", "1")
-    assert commands.main(["run", str(nb), "--nproc", "8", "--max-restarts", "2", "-p", "max_steps", "7", "-p", "output_dir", str(tmp_path / "run"), "--dry-run"]) == 0
+    assert (
+        commands.main(
+            [
+                "run",
+                str(nb),
+                "--nproc",
+                "8",
+                "--max-restarts",
+                "2",
+                "-p",
+                "max_steps",
+                "7",
+                "-p",
+                "output_dir",
+                str(tmp_path / "run"),
+                "--dry-run",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
-    assert "| `max_steps` | `7` |" in said and "--nproc-per-node 8" in said and "--max-restarts 2" in said and "-p max_steps 7" in said
+    assert (
+        "| `max_steps` | `7` |" in said
+        and "--nproc-per-node 8" in said
+        and "--max-restarts 2" in said
+        and "-p max_steps 7" in said
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -195,8 +296,13 @@ def test_help_imports_nothing_heavy():
 
 # ---- every way a kernel can end
 
-ENDS = {"exception": ("raise ValueError('boom')", "ValueError: boom"), "sys-exit": ("import sys; sys.exit(0)", "SystemExit"), "exit": ("exit()", "exit()"),
-        "os-exit": ("import os; os._exit(0)", "exit code 0"), "kill": ("import os; os.kill(os.getpid(), 9)", "SIGKILL")}
+ENDS = {
+    "exception": ("raise ValueError('boom')", "ValueError: boom"),
+    "sys-exit": ("import sys; sys.exit(0)", "SystemExit"),
+    "exit": ("exit()", "exit()"),
+    "os-exit": ("import os; os._exit(0)", "exit code 0"),
+    "kill": ("import os; os.kill(os.getpid(), 9)", "SIGKILL"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +311,11 @@ def ends(tmp_path_factory):
     runs = {}
     for name, (source, _) in ENDS.items():
         folder = tmp_path_factory.mktemp(name)
-        runs[name] = Run(folder, LAUNCH, notebook(folder / "nb.ipynb", source, "pass") if name != "exit" else notebook(folder / "nb.ipynb", source))
+        runs[name] = Run(
+            folder,
+            LAUNCH,
+            notebook(folder / "nb.ipynb", source, "pass") if name != "exit" else notebook(folder / "nb.ipynb", source),
+        )
     for run in runs.values(): run.end()
     return runs
 
@@ -248,7 +358,10 @@ def memory_group():
 def test_out_of_memory_is_the_cause_that_is_shown_last(started, tmp_path, memory_group):
     run = started(LAUNCH, notebook(tmp_path / "nb.ipynb", f"folder_of_group = {str(memory_group)!r}", TOO_MUCH, "pass"))
     assert run.end() == 1, run.err
-    assert "killed by SIGKILL; the system kills a process that uses too much memory this way" in run.err.strip().splitlines()[-1]
+    assert (
+        "killed by SIGKILL; the system kills a process that uses too much memory this way"
+        in run.err.strip().splitlines()[-1]
+    )
     assert not run.survivors()
 
 
@@ -266,8 +379,16 @@ def test_notebook_is_whole_bounded_and_without_secrets_at_every_instant(started,
     bar = "for i in range(20000): print(f'\\rstep {i}', end='', file=sys.stderr)"
     long_folder = tmp_path / ("t" * 120)
     long_folder.mkdir()
-    (tmp_path / "read").touch()  # as many bytes as it was read; cells wait for it, so that there is much to read between any two of them
-    nb = notebook(tmp_path / "nb.ipynb", noisy, bar, *[f"while Path(folder, 'read').stat().st_size < {count}: time.sleep(0.05)" for count in range(5, 105, 5)], "raise ValueError(os.environ['HF_TOKEN'])", kernel="no-such-kernel")
+    # as many bytes as it was read; cells wait for it, so that there is much to read between any two of them
+    (tmp_path / "read").touch()
+    nb = notebook(
+        tmp_path / "nb.ipynb",
+        noisy,
+        bar,
+        *[f"while Path(folder, 'read').stat().st_size < {count}: time.sleep(0.05)" for count in range(5, 105, 5)],
+        "raise ValueError(os.environ['HF_TOKEN'])",
+        kernel="no-such-kernel",
+    )
     run = started(LAUNCH, nb, HF_TOKEN="hf_canary0123456789", TMPDIR=str(long_folder))
     path, seen, broken, ended = run.root / "notebooks" / "rank-0.ipynb", [], [], threading.Event()
 
@@ -284,11 +405,21 @@ def test_notebook_is_whole_bounded_and_without_secrets_at_every_instant(started,
     ended.set()
     reader.join()
     assert not broken and code == 1 and len(seen) >= 100 and len(set(seen)) <= 2  # an error marker is added at the end
-    assert path.stat().st_size < 400_000 and "line 000000" in text_of(path) and "line 007999" in text_of(path) and "step 19999" in text_of(path)
+    assert (
+        path.stat().st_size < 400_000
+        and "line 000000" in text_of(path)
+        and "line 007999" in text_of(path)
+        and "step 19999" in text_of(path)
+    )
     log = (run.root / "logs" / "rank-0.log").read_text()
     assert "line 004000" in log and log.count("step ") < 10
     written = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert written and not [p for p in written if b"hf_canary" in p.read_bytes()] and "hf_canary" not in run.out + run.err and "***" in run.err
+    assert (
+        written
+        and not [p for p in written if b"hf_canary" in p.read_bytes()]
+        and "hf_canary" not in run.out + run.err
+        and "***" in run.err
+    )
     assert not run.survivors() and not list(long_folder.iterdir())
 
 
@@ -298,8 +429,12 @@ def test_two_ranks_write_a_notebook_each_and_only_rank_0_speaks(started, tmp_pat
     nb = notebook(tmp_path / "nb.ipynb", "import os\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])")
     run = started(LAUNCH, nb, str(tmp_path / "out.ipynb"), "--nproc", "2", "--log-dir", str(tmp_path / "elsewhere"))
     assert run.end() == 0, run.err
-    assert "rank 0 of 2\n" in run.out and "rank 1 of 2" not in run.out and "2 of 2 ranks done" in run.out and not run.err
-    assert text_of(tmp_path / "out.ipynb") == "rank 0 of 2\n" and text_of(tmp_path / "out.rank-1.ipynb") == "rank 1 of 2\n"
+    assert (
+        "rank 0 of 2\n" in run.out and "rank 1 of 2" not in run.out and "2 of 2 ranks done" in run.out and not run.err
+    )
+    assert (
+        text_of(tmp_path / "out.ipynb") == "rank 0 of 2\n" and text_of(tmp_path / "out.rank-1.ipynb") == "rank 1 of 2\n"
+    )
     assert "rank 1 of 2" in (tmp_path / "elsewhere" / "rank-1.log").read_text()
     assert not run.survivors()
 
@@ -307,20 +442,33 @@ def test_two_ranks_write_a_notebook_each_and_only_rank_0_speaks(started, tmp_pat
 @pytest.mark.parametrize("ending", ["one fails", pytest.param("both done", marks=soak)])
 def test_two_agents_on_loopback_are_one_run(started, tmp_path, ending):
     port = str(free_port())
-    last = "if os.environ['RANK'] == '1': raise ValueError('boom')\nimport time; time.sleep(3600)" if ending == "one fails" else "pass"
+    last = (
+        "if os.environ['RANK'] == '1': raise ValueError('boom')\nimport time; time.sleep(3600)"
+        if ending == "one fails"
+        else "pass"
+    )
     nb = notebook(tmp_path / "nb.ipynb", ALL_REDUCE, last)
     options = ["--nproc", "1", "--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", port]
     second, first = (started(LAUNCH, nb, *options, "--node-rank", str(i)) for i in (1, 0))
     codes = [first.end(), second.end()]
-    assert "rank 0 of 2 sums to 3" in first.out and text_of(first.root / "notebooks" / "rank-1.ipynb") == "rank 1 of 2 sums to 3\n"
+    assert (
+        "rank 0 of 2 sums to 3" in first.out
+        and text_of(first.root / "notebooks" / "rank-1.ipynb") == "rank 1 of 2 sums to 3\n"
+    )
     if ending == "both done": assert codes == [0, 0], first.err + second.err
-    else: assert codes == [1, 1] and [r.err.strip().splitlines()[-1] for r in (first, second)] == ["ValueError: boom"] * 2
+    else:
+        assert codes == [1, 1] and [r.err.strip().splitlines()[-1] for r in (first, second)] == ["ValueError: boom"] * 2
     assert not first.survivors() + second.survivors()
 
 
 @pytest.mark.parametrize("command", [pytest.param([*LAUNCH, "--nproc", "2"], id="launcher"), pytest.param(BY_HAND, id="by-hand", marks=soak)])
 def test_a_failed_rank_stops_the_others_and_is_shown_last(started, tmp_path, command):
-    nb = notebook(tmp_path / "nb.ipynb", "import os, time", "if os.environ['RANK'] == '1': raise ValueError('boom')", "time.sleep(3600)")
+    nb = notebook(
+        tmp_path / "nb.ipynb",
+        "import os, time",
+        "if os.environ['RANK'] == '1': raise ValueError('boom')",
+        "time.sleep(3600)",
+    )
     run = started(command, nb)
     assert run.end() == 1  # long before the other rank is ready
     if command is BY_HAND: assert run.err.rindex("ValueError: boom") > run.err.rindex("Root Cause")
@@ -337,7 +485,8 @@ def test_a_failed_rank_stops_the_others_and_is_shown_last(started, tmp_path, com
 def test_killing_torchrun_or_the_launcher_leaves_no_process(started, tmp_path, victim, nproc):
     run = started(LAUNCH, notebook(tmp_path / "nb.ipynb", POOL), "--nproc", str(nproc))
     run.wait_for(*(f"kernel-{r}" for r in range(nproc)))
-    assert len(processes.marked_processes(run.mark)) >= 2 + 5 * nproc  # launcher and its guard; a worker, a guard, a kernel and a pool of 2 per rank
+    # launcher and its guard; a worker, a guard, a kernel and a pool of 2 per rank
+    assert len(processes.marked_processes(run.mark)) >= 2 + 5 * nproc
     os.kill(run.torchrun() if victim == "torchrun" else run.process.pid, signal.SIGKILL)
     assert run.end() == (1 if victim == "torchrun" else -signal.SIGKILL)
     if victim == "torchrun": assert "SIGKILL" in run.err.strip().splitlines()[-1]
@@ -355,11 +504,23 @@ def test_a_killed_worker_stops_the_others(started, tmp_path):
 
 def test_ranks_are_started_again_after_one_was_killed(started, tmp_path):
     come = "import os, time\nfrom pathlib import Path\nmine = Path(folder, 'was-' + os.environ['RANK'])\nagain = mine.exists()\nmine.touch()"
-    late = "if again and os.environ['RANK'] == '1': time.sleep(3)" # rank 0 asks for the address of rank 1 and must not be given the dead one's
-    nb = notebook(tmp_path / "nb.ipynb", come, late, ALL_REDUCE.replace("dist.destroy_process_group()", ""), "if not again: (os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(3600))", "print('done', again)")
+    # rank 0 asks for the address of rank 1 and must not be given the dead one's
+    late = "if again and os.environ['RANK'] == '1': time.sleep(3)"
+    nb = notebook(
+        tmp_path / "nb.ipynb",
+        come,
+        late,
+        ALL_REDUCE.replace("dist.destroy_process_group()", ""),
+        "if not again: (os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(3600))",
+        "print('done', again)",
+    )
     run = started(LAUNCH, nb, "--nproc", "2", "--max-restarts", "1")
     assert run.end() == 0, run.err
-    assert "2 of 2 ranks done" in run.out and text_of(run.root / "notebooks" / "rank-1.ipynb") == "rank 1 of 2 sums to 3\ndone True\n" and not run.survivors()
+    assert (
+        "2 of 2 ranks done" in run.out
+        and text_of(run.root / "notebooks" / "rank-1.ipynb") == "rank 1 of 2 sums to 3\ndone True\n"
+        and not run.survivors()
+    )
 
 
 # ---- stops
@@ -369,11 +530,18 @@ def test_ranks_are_started_again_after_one_was_killed(started, tmp_path):
     pytest.param("launcher", signal.SIGTERM, 2, marks=soak), pytest.param("worker", signal.SIGINT, 2, marks=soak),
     pytest.param("torchrun", signal.SIGTERM, 2, marks=soak), pytest.param("kernel", signal.SIGTERM, 2, marks=soak)])
 def test_a_signal_to_anybody_is_a_request_to_stop(started, tmp_path, target, number, nproc):
-    run = started(LAUNCH, notebook(tmp_path / "nb.ipynb", TRAINER, "raise ValueError('went on')"), "--nproc", str(nproc))
+    run = started(
+        LAUNCH, notebook(tmp_path / "nb.ipynb", TRAINER, "raise ValueError('went on')"), "--nproc", str(nproc)
+    )
     ranks = range(nproc)
     run.wait_for(*(f"kernel-{r}" for r in ranks))
     worker = json.loads((run.root / "status" / f"rank-{ranks[-1]}.json").read_text())["pid"]
-    pid = {"launcher": run.process.pid, "torchrun": nproc > 1 and run.torchrun(), "worker": worker, "kernel": int((tmp_path / f"kernel-{ranks[-1]}").read_text())}[target]
+    pid = {
+        "launcher": run.process.pid,
+        "torchrun": nproc > 1 and run.torchrun(),
+        "worker": worker,
+        "kernel": int((tmp_path / f"kernel-{ranks[-1]}").read_text()),
+    }[target]
     os.kill(pid, number)
     assert run.end() == 75, run.err
     assert all((tmp_path / f"saved-{r}").exists() for r in ranks)  # nobody was killed while another was still saving
@@ -382,29 +550,67 @@ def test_a_signal_to_anybody_is_a_request_to_stop(started, tmp_path, target, num
 
 
 @pytest.mark.parametrize("how", ["hang-up", "tee", "done"])
-def test_a_terminal_that_goes_away_loses_nothing(tmp_path, how):  # a closed tmux; Ctrl-C that ends `tee` first; a reader that has seen enough
-    nb = notebook(tmp_path / "nb.ipynb", TRAINER.replace("raise StopRequested", "if how == 'done': break\n        raise StopRequested").replace("if stop.exists()", "print('working', flush=True)\n    if stop.exists() or Path(folder, 'enough').exists()"), "pass")
-    words = [*LAUNCH, str(nb), "-p", "folder", str(tmp_path), "-p", "output_dir", str(tmp_path / "run"), "-p", "how", how]
+def test_a_terminal_that_goes_away_loses_nothing(
+    tmp_path, how
+): # a closed tmux; Ctrl-C that ends `tee` first; a reader that has seen enough
+    nb = notebook(
+        tmp_path / "nb.ipynb",
+        TRAINER.replace("raise StopRequested", "if how == 'done': break\n        raise StopRequested").replace(
+            "if stop.exists()", "print('working', flush=True)\n    if stop.exists() or Path(folder, 'enough').exists()"
+        ),
+        "pass",
+    )
+    words = [
+        *LAUNCH,
+        str(nb),
+        "-p",
+        "folder",
+        str(tmp_path),
+        "-p",
+        "output_dir",
+        str(tmp_path / "run"),
+        "-p",
+        "how",
+        how,
+    ]
     mine, theirs = pty.openpty() if how == "hang-up" else os.pipe()
-    become = (lambda: (hear_signals(), os.setsid(), fcntl.ioctl(theirs, termios.TIOCSCTTY, 0))) if how == "hang-up" else hear_signals
+    become = (
+        (lambda: (hear_signals(), os.setsid(), fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)))
+        if how == "hang-up"
+        else hear_signals
+    )
     process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, preexec_fn=become)
     os.close(theirs)
     until = time.monotonic() + 900
-    while not ((tmp_path / "kernel-0").exists() and (tmp_path / "kernel-0").stat().st_size) and process.poll() is None and time.monotonic() < until: time.sleep(0.05)
+    while (
+        not ((tmp_path / "kernel-0").exists() and (tmp_path / "kernel-0").stat().st_size)
+        and process.poll() is None
+        and time.monotonic() < until
+    ):
+        time.sleep(0.05)
     os.close(mine)
     if how == "tee": process.send_signal(signal.SIGINT)
     if how == "done": (tmp_path / "enough").touch()
     assert process.wait(900) == (0 if how == "done" else 75)
-    assert (tmp_path / "saved-0").exists() and json.loads((tmp_path / "run" / "status" / "rank-0.json").read_text())["state"] == ("done" if how == "done" else "stopped")
+    assert (tmp_path / "saved-0").exists() and json.loads((tmp_path / "run" / "status" / "rank-0.json").read_text())[
+        "state"
+    ] == ("done" if how == "done" else "stopped")
 
 
 def test_of_two_starts_at_once_one_is_refused(started, tmp_path):
-    nb = notebook(tmp_path / "nb.ipynb", "from pathlib import Path\nimport time\nPath(folder, 'kernel-0').write_text('here')\nwhile not Path(folder, 'enough').exists(): time.sleep(0.05)")
+    nb = notebook(
+        tmp_path / "nb.ipynb",
+        "from pathlib import Path\nimport time\nPath(folder, 'kernel-0').write_text('here')\nwhile not Path(folder, 'enough').exists(): time.sleep(0.05)",
+    )
     runs = [started(LAUNCH, nb) for _ in (0, 1)]
     until = time.monotonic() + 900
     while all(r.process.poll() is None for r in runs) and time.monotonic() < until: time.sleep(0.05)
     refused, other = sorted(runs, key=lambda r: r.process.poll() is None)
-    assert refused.end() == 2 and f"is in use by process {other.process.pid} on " in refused.err and "Traceback" not in refused.err
+    assert (
+        refused.end() == 2
+        and f"is in use by process {other.process.pid} on " in refused.err
+        and "Traceback" not in refused.err
+    )
     other.wait_for("kernel-0")
     (tmp_path / "enough").touch()
     assert other.end() == 0, other.err
@@ -415,16 +621,27 @@ def test_a_number_that_is_used_again_and_a_host_of_the_same_name_hold_nobody_up(
     folder = parameters.RunFolder(tmp_path)
     folder.make()
     host, machine, pid, began = build_once.Process.mine()
-    state = dict(rank=0, state="running", host=host, pid=pid, started=time.time(), heartbeat=time.time(), process=[host, machine, pid, began])
+    state = dict(
+        rank=0,
+        state="running",
+        host=host,
+        pid=pid,
+        started=time.time(),
+        heartbeat=time.time(),
+        process=[host, machine, pid, began],
+    )
     parser = argparse.ArgumentParser()
     launcher.add_run_arguments(parser)
     put = lambda **more: files.write_atomically(folder.status(0), json.dumps({**state, **more}))
     put()
-    with pytest.raises(parameters.LaunchError, match=f"in use by process {pid} on"): launcher.refuse_second_run(parser.parse_args(["nb"]), folder)
+    with pytest.raises(parameters.LaunchError, match=f"in use by process {pid} on"):
+        launcher.refuse_second_run(parser.parse_args(["nb"]), folder)
     put(process=[host, machine, pid, "1"])  # our number, which was a dead worker's
     launcher.refuse_second_run(parser.parse_args(["nb"]), folder).release()
     elsewhere = {**state, "process": [host, "another machine of this name", pid, began]}
-    assert ranks.is_alive(state) and not ranks.works_here(elsewhere) and launcher.renewed(folder, [elsewhere], 0.5) is None
+    assert (
+        ranks.is_alive(state) and not ranks.works_here(elsewhere) and launcher.renewed(folder, [elsewhere], 0.5) is None
+    )
     put(heartbeat=5.0, process=elsewhere["process"])
     assert launcher.renewed(folder, [elsewhere], 60) == elsewhere  # it has written since
 
@@ -432,7 +649,9 @@ def test_a_number_that_is_used_again_and_a_host_of_the_same_name_hold_nobody_up(
 def test_a_clock_that_is_put_back_hides_no_failure(tmp_path, monkeypatch):
     folder = parameters.RunFolder(tmp_path)
     folder.make()
-    failure = dict(rank=1, attempt=0, run="this", time=time.time() - 3600, ename="ValueError", evalue="boom", traceback="")
+    failure = dict(
+        rank=1, attempt=0, run="this", time=time.time() - 3600, ename="ValueError", evalue="boom", traceback=""
+    )
     monkeypatch.setenv("PROXY_SFT_RUN", "this")
     assert ranks.claim_failure(folder, failure, time.time()) == failure == ranks.read_failure(folder, 0, time.time())
     monkeypatch.setenv("PROXY_SFT_RUN", "another")
@@ -443,7 +662,9 @@ def test_second_run_is_refused_and_second_signal_kills(started, tmp_path, capsys
     nb = notebook(tmp_path / "nb.ipynb", POOL)
     run = started(LAUNCH, nb)
     run.wait_for("kernel-0")
-    assert commands.main(["run", str(nb), "-p", "output_dir", str(run.root)]) == 2 and "in use" in capsys.readouterr().err
+    assert (
+        commands.main(["run", str(nb), "-p", "output_dir", str(run.root)]) == 2 and "in use" in capsys.readouterr().err
+    )
     run.process.terminate()
     while run.process.poll() is None and not (run.root / "STOP").exists(): time.sleep(0.05)
     time.sleep(1.5)  # two signals within a second count as one

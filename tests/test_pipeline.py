@@ -12,14 +12,30 @@ from trainings import run_training, stopped_after_a_step
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 SHARED = ROOT.parent / "shared"
 PAPERMILL = [sys.executable, str(ROOT / "tests" / "patient_papermill.py")]
-SMALL = dict(demo_rows=400, max_train_samples=200, max_eval_samples=6, max_length=640, logging_steps=1, save_steps=2, eval_steps=4, max_steps=4, num_proc=1)
+SMALL = dict(
+    demo_rows=400,
+    max_train_samples=200,
+    max_eval_samples=6,
+    max_length=640,
+    logging_steps=1,
+    save_steps=2,
+    eval_steps=4,
+    max_steps=4,
+    num_proc=1,
+)
 
 
 def run(*command, ok=True, timeout=3600, **environment):
     "A command of the environment, from the root; output and exit code."
     program = PAPERMILL if command[0] == "papermill" else [str(BIN / command[0])]
-    done = subprocess.run([*program, *map(str, command[1:])], cwd=ROOT, env={**os.environ, **environment}, timeout=timeout,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [*program, *map(str, command[1:])],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+    )
     if ok: assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -56,12 +72,23 @@ def workspace(tmp_path_factory):
 def test_final_model_is_the_last_checkpoint_and_generates(workspace):
     run_dir = workspace / "runs" / "straight"
     assert weights(run_dir) == weights(run_dir / "checkpoint-4")
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "trainer_state.json", "optimizer.pt", "README.md", "settings.yaml", "COMPLETE"):
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "trainer_state.json",
+        "optimizer.pt",
+        "README.md",
+        "settings.yaml",
+        "COMPLETE",
+    ):
         assert (run_dir / name).is_file(), name
     stops = json.loads((run_dir / "generation_config.json").read_text())["eos_token_id"]
-    code = ("import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; m, t = (c.from_pretrained(sys.argv[1]) for c in (M, T));"
-            "x = t.apply_chat_template([{'role': 'user', 'content': 'hello'}], add_generation_prompt=True, return_tensors='pt', return_dict=True);"
-            "print(m.generate(**x, max_new_tokens=4).shape[1] > x['input_ids'].shape[1], t.convert_tokens_to_ids('<|im_end|>'), '<think>' in t.chat_template)")
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; m, t = (c.from_pretrained(sys.argv[1]) for c in (M, T));"
+        "x = t.apply_chat_template([{'role': 'user', 'content': 'hello'}], add_generation_prompt=True, return_tensors='pt', return_dict=True);"
+        "print(m.generate(**x, max_new_tokens=4).shape[1] > x['input_ids'].shape[1], t.convert_tokens_to_ids('<|im_end|>'), '<think>' in t.chat_template)"
+    )
     answer = run("python", "-c", code, run_dir).stdout.split()
     assert answer[0] == "True" and int(answer[1]) in stops and answer[2] == "False"
 
@@ -120,13 +147,22 @@ def test_a_flipped_bit_in_prepared_tokens_is_found_before_step_one(workspace):
     victim.write_bytes(bytes(broken))
     try: done = train(ok=False, workspace=str(workspace), run_name="flipped")
     finally: victim.write_bytes(whole)
-    assert done.returncode != 0 and "train.arrow" in done.stderr and not list((workspace / "runs" / "flipped").glob("checkpoint-*"))
+    assert (
+        done.returncode != 0
+        and "train.arrow" in done.stderr
+        and not list((workspace / "runs" / "flipped").glob("checkpoint-*"))
+    )
 
 
 def test_papermill_from_nbs_as_from_the_root(workspace, tmp_path):  # the demo runs it from the root
-    given = parameters(profile="demo", workspace=workspace, run_name="straight", **SMALL)  # finished: nothing is trained again
-    done = subprocess.run([*PAPERMILL, "02_train.ipynb", str(tmp_path / "nbs.ipynb"), "--no-progress-bar", *given], cwd=ROOT / "nbs",
-                          capture_output=True, text=True)
+    # finished: nothing is trained again
+    given = parameters(profile="demo", workspace=workspace, run_name="straight", **SMALL)
+    done = subprocess.run(
+        [*PAPERMILL, "02_train.ipynb", str(tmp_path / "nbs.ipynb"), "--no-progress-bar", *given],
+        cwd=ROOT / "nbs",
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -135,7 +171,9 @@ def test_papermill_from_nbs_as_from_the_root(workspace, tmp_path):  # the demo r
     (dict(profile="qwen3_8b", workspace="/nonexistent-workspace-of-a-test"), "nbs/00_download.ipynb"),
 ])
 def test_bad_parameters_end_with_one_clear_error(tmp_path, given, words):
-    done = run("papermill", "nbs/02_train.ipynb", tmp_path / "out.ipynb", "--no-progress-bar", *parameters(**given), ok=False)
+    done = run(
+        "papermill", "nbs/02_train.ipynb", tmp_path / "out.ipynb", "--no-progress-bar", *parameters(**given), ok=False
+    )
     assert done.returncode != 0 and words in done.stderr
 
 
@@ -146,7 +184,8 @@ def test_an_output_folder_that_cannot_be_written_is_named(workspace, tmp_path):
 
 
 def test_real_tokenizer_config_and_rows_end_to_end(tmp_path):
-    if not (SHARED / "qwen3-8b" / "tokenizer.json").is_file(): pytest.skip("the real tokenizer is not here: ../shared/qwen3-8b")
+    if not (SHARED / "qwen3-8b" / "tokenizer.json").is_file():
+        pytest.skip("the real tokenizer is not here: ../shared/qwen3-8b")
     make = """
 import json, shutil, sys, torch
 from pathlib import Path
@@ -163,11 +202,28 @@ for f in ("tokenizer_config.json", "generation_config.json"): shutil.copyfile(so
 """
     run("python", "-c", make, SHARED / "qwen3-8b", tmp_path / "model")
     rows = tmp_path / "rows.jsonl"
-    rows.write_bytes(b"".join((SHARED / "dolci" / f"{n}_rows.jsonl").read_bytes().rstrip(b"\n") + b"\n" for n in ("real", "bfcl")))
+    rows.write_bytes(
+        b"".join((SHARED / "dolci" / f"{n}_rows.jsonl").read_bytes().rstrip(b"\n") + b"\n" for n in ("real", "bfcl"))
+    )
     given = parameters(profile="demo", workspace=tmp_path / "ws", model=tmp_path / "model", dataset=rows)
     run("papermill", "nbs/01_convert.ipynb", tmp_path / "01.ipynb", "--no-progress-bar", *given)
-    run("papermill", "nbs/02_train.ipynb", tmp_path / "02.ipynb", "--no-progress-bar", *given,
-        *parameters(**{**SMALL, "run_name": "real", "max_length": 1536, "max_steps": 2, "max_train_samples": 24, "max_eval_samples": 1}))
+    run(
+        "papermill",
+        "nbs/02_train.ipynb",
+        tmp_path / "02.ipynb",
+        "--no-progress-bar",
+        *given,
+        *parameters(
+            **{
+                **SMALL,
+                "run_name": "real",
+                "max_length": 1536,
+                "max_steps": 2,
+                "max_train_samples": 24,
+                "max_eval_samples": 1,
+            }
+        ),
+    )
     run_dir = tmp_path / "ws" / "runs" / "real"
     assert (run_dir / "COMPLETE").is_file() and len(losses(run_dir)) == 2
     parity = json.loads(next((tmp_path / "ws" / "prepared").glob("*/parity.json")).read_text())

@@ -65,7 +65,11 @@ def reference(row, tokenizer, template, limit, cut="keep_oldest"):
     "Fate, ids and labels of a row by the slow path alone."
     ids = lambda r: supervise(r["messages"], r["tools"], tokenizer, template)
     whole = whole_row(row)
-    kept = whole if len(ids(whole)["input_ids"]) <= limit else cut_to_fit(whole, limit, cut, lambda r: len(ids(r)["input_ids"]))
+    kept = (
+        whole
+        if len(ids(whole)["input_ids"]) <= limit
+        else cut_to_fit(whole, limit, cut, lambda r: len(ids(r)["input_ids"]))
+    )
     if kept is None: return "dropped: too long", None
     found = ids(kept)
     if all(label == IGNORED for label in found["labels"][1:]): return "dropped: nothing to learn", None
@@ -76,12 +80,15 @@ def rows_in(prepared, split="train"):
     "The conversations in the blocks."
     for block in prepared.dataset(split).with_format("numpy"):
         ends = np.cumsum([0, *block["seq_lengths"]])
-        for a, b in zip(ends, ends[1:]): yield tuple(block["input_ids"][a:b].tolist()), tuple(block["labels"][a:b].tolist())
+        for a, b in zip(ends, ends[1:]):
+            yield tuple(block["input_ids"][a:b].tolist()), tuple(block["labels"][a:b].tolist())
 
 
 def compare_with_reference(rows, tokenizer, template, settings):
     "Every row."
-    found = encode_rows(rows, np.arange(len(rows)), ChatEncoder(tokenizer, template, "all"), Borders.of(tokenizer), settings)
+    found = encode_rows(
+        rows, np.arange(len(rows)), ChatEncoder(tokenizer, template, "all"), Borders.of(tokenizer), settings
+    )
     places = iter(range(len(found.rows)))
     for row, fate in zip(rows, found.facts["fate"].to_pylist()):
         expected, encoded = reference(row, tokenizer, template, settings.max_length, settings.cut)
@@ -99,7 +106,8 @@ def test_every_row_of_the_demo_has_the_reference_s_ids_and_labels(made, template
 
 
 def test_every_row_of_the_shared_files_has_the_reference_s_ids_and_labels(made, tmp_path):
-    if not (SHARED / "qwen3-8b" / "tokenizer.json").is_file(): pytest.skip("the real tokenizer is not here: ../shared/qwen3-8b")
+    if not (SHARED / "qwen3-8b" / "tokenizer.json").is_file():
+        pytest.skip("the real tokenizer is not here: ../shared/qwen3-8b")
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "qwen3-8b")
     rows = []
     for name in ("real", "bfcl"):
@@ -120,11 +128,16 @@ def test_folder_holds_the_reference_s_rows_and_counts_add_up(workspace):
     assert Counter(rows_in(prepared)) == expected and fates["cut"] and fates["dropped: too long"]
     train, by_source = prepared.splits["train"], prepared.statistics["train"]["by_source"]
     assert {fate: n for fate in FATES if (n := train[fate])} == dict(fates) and train["rows"] == fates.total()
-    for name in ("rows", "tokens", "supervised_tokens", *FATES): assert sum(c[name] for c in by_source.values()) == train[name]
+    for name in ("rows", "tokens", "supervised_tokens", *FATES):
+        assert sum(c[name] for c in by_source.values()) == train[name]
     assert train["tokens"] == sum(len(ids) for ids, _ in expected.elements()) and "Dolci Instruct Tool Use" in by_source
-    assert train["supervised_tokens"] == sum(label != IGNORED for _, labels in expected.elements() for label in labels[1:])
+    assert train["supervised_tokens"] == sum(
+        label != IGNORED for _, labels in expected.elements() for label in labels[1:]
+    )
     [line] = [entry for entry in prepared.statistics["train"]["max_length"] if entry["max_length"] == 512]
-    assert {fate: line[fate] for fate in FATES} == {fate: train[fate] for fate in FATES} and line["tokens"] == train["tokens"]
+    assert {fate: line[fate] for fate in FATES} == {fate: train[fate] for fate in FATES} and line["tokens"] == train[
+        "tokens"
+    ]
 
 
 def test_processes_and_ranks_do_not_change_a_byte(workspace, monkeypatch):
@@ -167,18 +180,29 @@ def test_a_difference_from_the_reference_falls_back_for_the_whole_run_and_says_s
 def test_a_damaged_line_and_a_row_that_no_template_renders(workspace):
     settings, source = settings_in(workspace), settings_in(workspace).converted_dir / "train.jsonl"
     lines = source.read_bytes().splitlines(keepends=True)
-    bad = json.dumps({"messages_json": json.dumps([{"role": "user"}, {"role": "assistant", "content": [1], "tool_calls": 3}]), "tools_json": "[]"})
+    bad = json.dumps(
+        {
+            "messages_json": json.dumps([{"role": "user"}, {"role": "assistant", "content": [1], "tool_calls": 3}]),
+            "tools_json": "[]",
+        }
+    )
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(settings.model_dir), "nothink", "all")
     rows = [json.loads(line) for line in (lines[0], bad, lines[1])]
     found = encode_rows(rows, np.arange(3), encoder, Borders.of(encoder.tokenizer), settings)
-    assert [FATES[fate] for fate in found.facts["fate"].to_pylist()] == ["whole", "dropped: not renderable", "whole"] and len(found.rows) == 2
+    assert [FATES[fate] for fate in found.facts["fate"].to_pylist()] == [
+        "whole",
+        "dropped: not renderable",
+        "whole",
+    ] and len(found.rows) == 2
     source.write_bytes(b"".join([*lines[:5], lines[5][:40] + b"\n", *lines[6:]]))
-    with pytest.raises(PrepareError, match=r"line 6 is no JSON"): encoding.read_rows(source, starts := line_starts(source), np.arange(len(starts) - 1))
+    with pytest.raises(PrepareError, match=r"line 6 is no JSON"):
+        encoding.read_rows(source, starts := line_starts(source), np.arange(len(starts) - 1))
 
 
 def test_packing_of_dolci_s_lengths_is_over_99_percent_full():
     draw = np.random.default_rng(0)
-    parts = [draw.lognormal(7.0, 0.6, 10_600), draw.lognormal(6.2, 1.0, 85_000), draw.lognormal(8.5, 0.7, 4_400)]  # tool rows, chat, long reasoning
+    # tool rows, chat, long reasoning
+    parts = [draw.lognormal(7.0, 0.6, 10_600), draw.lognormal(6.2, 1.0, 85_000), draw.lognormal(8.5, 0.7, 4_400)]
     for block in (8192, 32768):
         lengths = np.concatenate(parts).clip(16, block).astype(np.int32)
         blocks = pack(lengths, block)
@@ -223,22 +247,39 @@ def test_a_harmed_folder_is_not_trained_on(workspace, harm):
 def test_what_changed_is_told(workspace, capsys):
     prepare(settings_in(workspace))
     capsys.readouterr()
-    with (settings_in(workspace).converted_dir / "heldout.jsonl").open("rb+") as file: file.truncate(file.read().rstrip(b"\n").rindex(b"\n") + 1)
+    with (settings_in(workspace).converted_dir / "heldout.jsonl").open("rb+") as file:
+        file.truncate(file.read().rstrip(b"\n").rindex(b"\n") + 1)
     (settings_in(workspace).converted_dir / "heldout.rows.parquet").unlink()
     build(settings_in(workspace, cut="keep_newest"), print)
     said = capsys.readouterr().out
-    assert "data/heldout.jsonl" in said and "settings/cut (was 'keep_oldest', is 'keep_newest')" in said and "data/train.jsonl" not in said
+    assert (
+        "data/heldout.jsonl" in said
+        and "settings/cut (was 'keep_oldest', is 'keep_newest')" in said
+        and "data/train.jsonl" not in said
+    )
 
 
 # Builders that die, builders that meet. Real processes, without a notebook.
 
 def start(workspace, rank=0, size=1, local=None, local_size=None, **given):
     "A process that prepares, as a rank of so many; see `builder.build`."
-    env = {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank if local is None else local), "LOCAL_WORLD_SIZE": str(local_size or size)}
+    env = {
+        "OMP_NUM_THREADS": "1",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank if local is None else local),
+        "LOCAL_WORLD_SIZE": str(local_size or size),
+    }
     given = {"workspace": str(workspace), **given}
     if given.get("processes", 1) == 1: return builder.started(env, workspace.parent, given)
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    return subprocess.Popen([sys.executable, builder.__file__, json.dumps(given)], env={**os.environ, **env, "PYTHONPATH": path}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, builder.__file__, json.dumps(given)],
+        env={**os.environ, **env, "PYTHONPATH": path},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def result(process, ok=True):
@@ -270,9 +311,12 @@ def test_a_builder_that_is_killed_leaves_nothing_that_counts_and_the_next_one_cl
     for moment in range(20 if SOAK else 5):
         shutil.rmtree(workspace / "prepared", ignore_errors=True)
         victim = start(workspace, processes=2 if moment % 4 == 3 else 1, seconds=3600 if moment == 0 else 0)
-        while moment % 4 == 3 and victim.poll() is None and not leftovers(workspace): time.sleep(0.02)  # that one imports everything first
+        while moment % 4 == 3 and victim.poll() is None and not leftovers(workspace):
+            time.sleep(0.02)  # that one imports everything first
         if moment: time.sleep(took * draw.uniform(0, 1.05))
-        else: wait_until(lambda: "building" in victim.out.read_text(), victim)  # this one dies with its claim, however slow it was
+        else:
+            # this one dies with its claim, however slow it was
+            wait_until(lambda: "building" in victim.out.read_text(), victim)
         victim.kill()
         killed += victim.wait() == -signal.SIGKILL
         victim.communicate()
@@ -297,7 +341,8 @@ def test_ranks_stop_at_once_when_their_builder_is_killed_or_fails(workspace):
     for rank in ranks[1:]: wait_until(lambda: "waits. " in rank.out.read_text(), rank)  # it has heard of the builder
     wait_until(lambda: "building" in ranks[0].out.read_text(), ranks[0])
     ranks[0].kill()
-    for rank in ranks[1:]: assert "the builder died" in (said := result(rank, ok=False)) and "it is not there any more" in said
+    for rank in ranks[1:]:
+        assert "the builder died" in (said := result(rank, ok=False)) and "it is not there any more" in said
     ranks[0].communicate()
     (workspace / "converted" / "demo" / "train.jsonl").write_text("{broken\n")
     waiting = start(workspace, rank=1, size=2)
@@ -319,7 +364,12 @@ def test_a_machine_that_sees_another_disk_prepares_for_itself(workspace, tmp_pat
     ranks = [start(other if r > 1 else workspace, **place(r)) for r in range(4)]
     outs = [rank.communicate(timeout=900) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * 4, outs
-    assert [("building" in out, "no shared folder" in out) for out, _ in outs] == [(True, False), (False, False), (True, True), (False, False)]
+    assert [("building" in out, "no shared folder" in out) for out, _ in outs] == [
+        (True, False),
+        (False, False),
+        (True, True),
+        (False, False),
+    ]
     assert len({out.splitlines()[-1] for out, _ in outs}) == 1
 
 
@@ -334,7 +384,11 @@ def test_a_stale_claim_of_a_dead_host_does_not_hold_anybody_up(workspace, monkey
     real = preparation.claim_or_wait
     monkeypatch.setattr(preparation, "claim_or_wait", lambda *args: real(*args, silence=2))
     heard = []
-    assert is_complete(build(settings, heard.append)) and any("died while building" in text for text in heard) and not leftovers(workspace)
+    assert (
+        is_complete(build(settings, heard.append))
+        and any("died while building" in text for text in heard)
+        and not leftovers(workspace)
+    )
 
 
 def test_workers_of_a_killed_builder_end_by_themselves(workspace):
@@ -406,7 +460,8 @@ def test_the_loss_of_a_packed_block_is_the_token_weighted_loss_of_its_rows_alone
 
 
 def loss_of(model, batch):
-    with torch.no_grad(): return float(model(**{n: v for n, v in batch.items() if torch.is_tensor(v)}, use_cache=False).loss)
+    with torch.no_grad():
+        return float(model(**{n: v for n, v in batch.items() if torch.is_tensor(v)}, use_cache=False).loss)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -418,10 +473,16 @@ def test_without_packing_padded_and_padding_free_batches_have_the_loss_of_their_
     for free in (False, True):
         settings = settings_in(workspace, packing=False, padding_free=free)
         data = trainer_columns(prepare(settings).dataset("train"), settings)
-        model = AutoModelForCausalLM.from_pretrained(settings.model_dir, dtype=torch.float32, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.model_dir, dtype=torch.float32, attn_implementation=attention
+        )
         rows = [data[i] for i in (0, 5, 9)]
-        batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=training_arguments(settings, resumed=False).padding_free)(rows)
-        assert ("attention_mask" in batch, "position_ids" in batch) == (not free, free) and len(batch["input_ids"]) == (1 if free else 3)
+        batch = DataCollatorForLanguageModeling(
+            pad_token_id=0, padding_free=training_arguments(settings, resumed=False).padding_free
+        )(rows)
+        assert ("attention_mask" in batch, "position_ids" in batch) == (not free, free) and len(batch["input_ids"]) == (
+            1 if free else 3
+        )
         losses[free] = loss_of(model, batch)
     for row in rows:
         one = {name: torch.tensor(row[name])[None] for name in ("input_ids", "labels")}

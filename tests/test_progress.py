@@ -26,7 +26,9 @@ def pictures(folder: Path, source: Path) -> list[str]:
         if path == source: continue
         try: cells = json.loads(path.read_text())["cells"]
         except ValueError: continue  # it is being written
-        found += [o["data"]["image/png"] for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+        found += [
+            o["data"]["image/png"] for c in cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})
+        ]
     return found
 
 

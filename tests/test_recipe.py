@@ -16,8 +16,20 @@ from proxy_sft.core.settings import load_settings, profile_names, yaml_scalar
 from trainings import run_training
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(profile="demo", demo_rows=400, max_train_samples=200, max_eval_samples=4, max_length=256, logging_steps=1, save_steps=2, eval_steps=3, max_steps=3, gradient_accumulation=2,
-             num_proc=1, report_to=[])
+SMALL = dict(
+    profile="demo",
+    demo_rows=400,
+    max_train_samples=200,
+    max_eval_samples=4,
+    max_length=256,
+    logging_steps=1,
+    save_steps=2,
+    eval_steps=3,
+    max_steps=3,
+    gradient_accumulation=2,
+    num_proc=1,
+    report_to=[],
+)
 soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
 
 
@@ -32,19 +44,41 @@ def test_every_profile_is_told_by_a_dry_run(profile, outside, capsys, monkeypatc
     monkeypatch.chdir(ROOT)
     settings = load_settings(profile)
     ranks = 8 if "8gpu" in profile or profile == "upstream" else 1
-    words = ["run", "nbs/02_train.ipynb", "--nproc", str(ranks), "-p", "profile", profile, "-p", "workspace", str(outside / profile), "--dry-run"]
+    words = [
+        "run",
+        "nbs/02_train.ipynb",
+        "--nproc",
+        str(ranks),
+        "-p",
+        "profile",
+        profile,
+        "-p",
+        "workspace",
+        str(outside / profile),
+        "--dry-run",
+    ]
     assert commands.main(words) == 0
     said, started = capsys.readouterr().out, list(outside.iterdir())
     assert not started, f"a dry run made {started}"
-    for name in ("learning_rate", "max_length", "optimizer", "epochs"): assert f"| `{name}` | `{yaml_scalar(getattr(settings, name))}`" in said
+    for name in ("learning_rate", "max_length", "optimizer", "epochs"):
+        assert f"| `{name}` | `{yaml_scalar(getattr(settings, name))}`" in said
     assert ("torch.distributed.run" in said) == (ranks > 1 or profile == "qwen3_8b_80gb")
     findings = [line for line in said.split("doctor:\n")[1].splitlines() if line]
     assert all(line[:4].strip() in ("ok", "warn", "fail") for line in findings), findings
     told = lambda about: next((line for line in findings if line[6:].startswith(f"{about}:")), "")
     if settings.is_demo: assert told("model").startswith("ok") and "when the run starts" in told("model")
     else:
-        assert told("model").startswith("warn") and "not downloaded yet" in told("model") and "00_download" in told("model")
-        assert "GiB on each device: weights" in told("memory") and "takes" in told("disk") and "tokens to train" in told("time") and "not converted yet" in told("data")
+        assert (
+            told("model").startswith("warn")
+            and "not downloaded yet" in told("model")
+            and "00_download" in told("model")
+        )
+        assert (
+            "GiB on each device: weights" in told("memory")
+            and "takes" in told("disk")
+            and "tokens to train" in told("time")
+            and "not converted yet" in told("data")
+        )
     assert told("versions") and told("devices") and told("open files") and told("terminal")
 
 
@@ -52,7 +86,12 @@ def test_big_profiles_fit_their_cards_by_the_doctors_count():
     from proxy_sft.training.cost import published_config
     from proxy_sft.training.doctor import check_gpu_memory
     shape = published_config("Qwen/Qwen3-8B")
-    for profile, ranks, card in (("qwen3_8b", 1, 139.8), ("qwen3_8b_80gb", 1, 79.1), ("qwen3_8b_8gpu", 8, 79.1), ("upstream", 8, 79.1)):
+    for profile, ranks, card in (
+        ("qwen3_8b", 1, 139.8),
+        ("qwen3_8b_80gb", 1, 79.1),
+        ("qwen3_8b_8gpu", 8, 79.1),
+        ("upstream", 8, 79.1),
+    ):
         found = check_gpu_memory(load_settings(profile, workspace="nowhere"), ranks, shape, int(card * 2**30))
         assert found.level == "ok", (profile, found)
     small = check_gpu_memory(load_settings("qwen3_8b", workspace="nowhere"), 1, shape, int(79.1 * 2**30))
@@ -62,7 +101,11 @@ def test_big_profiles_fit_their_cards_by_the_doctors_count():
 def test_tokens_per_step_are_those_of_the_public_recipe():
     for profile, ranks in (("qwen3_8b", 1), ("qwen3_8b_80gb", 1), ("qwen3_8b_8gpu", 8)):
         s = load_settings(profile)
-        assert ranks * s.batch_size * s.gradient_accumulation * s.max_length == 2**20 and (s.learning_rate, s.adam_beta2, s.max_length) == (8e-5, 0.95, 32_768)
+        assert ranks * s.batch_size * s.gradient_accumulation * s.max_length == 2**20 and (
+            s.learning_rate,
+            s.adam_beta2,
+            s.max_length,
+        ) == (8e-5, 0.95, 32_768)
 
 
 # ---- bytes that training really allocates
@@ -78,7 +121,9 @@ def measured(settings):
     from proxy_sft.training.run import start_processes
     from proxy_sft.training.trainer import build_trainer
     prepared, world = prepare(settings), World.from_environment()
-    parts = memory_parts(AutoConfig.from_pretrained(settings.model_dir), settings, world.size, zero_of(settings, world.size))  # as the doctor: before DeepSpeed knows
+    parts = memory_parts(
+        AutoConfig.from_pretrained(settings.model_dir), settings, world.size, zero_of(settings, world.size)
+    )  # as the doctor: before DeepSpeed knows
     start_processes(settings)
     trainer = build_trainer(settings, prepared, checkpoint_facts(settings, prepared.key, world.size), resumed=True)
     trainer.args.save_strategy = trainer.args.eval_strategy = "no"
@@ -111,7 +156,9 @@ def folder(tmp_path_factory):
 
 def test_the_doctors_memory_is_what_one_process_allocates(folder):
     for said, seen in said_and_seen(folder, "plain", 1):
-        assert seen["before the step"] == pytest.approx(said["weights"] + said["gradients"] + said["optimizer"], rel=0.01)
+        assert seen["before the step"] == pytest.approx(
+            said["weights"] + said["gradients"] + said["optimizer"], rel=0.01
+        )
         assert seen["peak"] == pytest.approx(sum(said.values()), rel=0.1)
 
 
@@ -119,11 +166,22 @@ def test_the_doctors_memory_is_what_one_process_allocates(folder):
                                                                                                    "stage3_param_persistence_threshold": 0}, marks=soak)])
 def test_the_doctors_memory_is_what_two_ranks_allocate(folder, stage, rest):
     values = json.loads((ROOT / "ds_config_zero2.json").read_text())
-    values["zero_optimization"] = {"stage": stage, "overlap_comm": stage == 2, "contiguous_gradients": True, "reduce_bucket_size": 100_000, **rest}
+    values["zero_optimization"] = {
+        "stage": stage,
+        "overlap_comm": stage == 2,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": 100_000,
+        **rest,
+    }
     (folder / f"stage{stage}.json").write_text(json.dumps(values))
-    for said, seen in said_and_seen(folder, f"stage{stage}", 2, deepspeed=str(folder / f"stage{stage}.json"), bf16=True):
-        kept = said["weights"] + said["32-bit copy"] + said["optimizer"] + (said["gradients"] if stage == 3 else 0)  # stage 3 keeps their buffer
-        assert seen["after the step"] == pytest.approx(kept, rel=0.1) and said["32-bit copy"] == said["weights"] * (2 if stage == 3 else 1)
+    for said, seen in said_and_seen(
+        folder, f"stage{stage}", 2, deepspeed=str(folder / f"stage{stage}.json"), bf16=True
+    ):
+        # stage 3 keeps their buffer
+        kept = said["weights"] + said["32-bit copy"] + said["optimizer"] + (said["gradients"] if stage == 3 else 0)
+        assert seen["after the step"] == pytest.approx(kept, rel=0.1) and said["32-bit copy"] == said["weights"] * (
+            2 if stage == 3 else 1
+        )
         assert seen["peak"] == pytest.approx(sum(said.values()), rel=0.1)
 
 
@@ -132,7 +190,9 @@ def test_the_doctors_memory_is_what_two_ranks_allocate(folder, stage, rest):
 def outcome(folder, name):
     "Losses, and the final weights."
     log = json.loads((folder / "runs" / name / "trainer_state.json").read_text())["log_history"]
-    return [r["loss"] for r in log if "loss" in r] + [r["eval_loss"] for r in log if "eval_loss" in r], load_file(folder / "runs" / name / "model.safetensors")
+    return [r["loss"] for r in log if "loss" in r] + [r["eval_loss"] for r in log if "eval_loss" in r], load_file(
+        folder / "runs" / name / "model.safetensors"
+    )
 
 
 def same(first, second, rel):
@@ -150,8 +210,27 @@ def test_zero_3_gives_zero_2s_losses_and_a_whole_model(folder):
 
 def launched(folder, name, ranks=2, **given):
     "Through the launcher, one notebook per rank."
-    words = [w for n, v in {**SMALL, "workspace": str(folder), "run_name": name, **given}.items() if n != "report_to" for w in ("-p", n, str(v))]
-    done = subprocess.run([sys.executable, "-c", "import sys; from proxy_sft.commands import main; sys.exit(main())", "run", "nbs/02_train.ipynb", "--nproc", str(ranks), *words], cwd=ROOT, capture_output=True, text=True)
+    words = [
+        w
+        for n, v in {**SMALL, "workspace": str(folder), "run_name": name, **given}.items()
+        if n != "report_to"
+        for w in ("-p", n, str(v))
+    ]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from proxy_sft.commands import main; sys.exit(main())",
+            "run",
+            "nbs/02_train.ipynb",
+            "--nproc",
+            str(ranks),
+            *words,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -179,5 +258,7 @@ def test_one_process_that_offloads_is_one_process_that_does_not(folder):
     "As the profile for 80 GB runs: through torchrun, although there is one process."
     launched(folder, "alone", ranks=1)
     launched(folder, "offloading", ranks=1, deepspeed="ds_zero2_offload.json")
-    assert list((folder / "runs" / "offloading" / "checkpoint-3").glob("global_step*")) and not list((folder / "runs" / "alone" / "checkpoint-3").glob("global_step*"))
+    assert list((folder / "runs" / "offloading" / "checkpoint-3").glob("global_step*")) and not list(
+        (folder / "runs" / "alone" / "checkpoint-3").glob("global_step*")
+    )
     same(outcome(folder, "offloading"), outcome(folder, "alone"), rel=1e-5)

@@ -39,11 +39,22 @@ def check(tools, name="f", **arguments): return defect(check_call, {"name": name
 def test_the_policy_table_is_whole():
     assert len(REASONS) == len(POLICY)
     for policy in POLICY:
-        assert {policy.strict, policy.default} <= {"kept", "repaired", "rejected"} and policy.lenient in ("kept", "repaired", "rejected", "cut")
+        assert {policy.strict, policy.default} <= {"kept", "repaired", "rejected"} and policy.lenient in (
+            "kept",
+            "repaired",
+            "rejected",
+            "cut",
+        )
         order = ("rejected", "cut", "repaired", "kept")
-        assert order.index(policy.strict) <= order.index(policy.default) <= order.index(policy.lenient), f"{policy.code} gets stricter"
+        assert order.index(policy.strict) <= order.index(policy.default) <= order.index(policy.lenient), (
+            f"{policy.code} gets stricter"
+        )
         assert policy.why.endswith(".") and action(policy.code) == policy.default
-    assert action("schema_violation", "lenient") == "kept" and "schema_violation" in repr(POLICY) and "<table>" in POLICY._repr_html_()
+    assert (
+        action("schema_violation", "lenient") == "kept"
+        and "schema_violation" in repr(POLICY)
+        and "<table>" in POLICY._repr_html_()
+    )
     with pytest.raises(KeyError): action("no_such_code")
 
 
@@ -73,8 +84,15 @@ def test_half_a_character_is_read_but_not_written():
 def test_tools_wrapped_and_bare():
     bare = {"name": "f", "description": "d", "parameters": {"type": "dict"}, "strict": True}
     wrapped = {"type": "function", "function": bare}
-    assert parse_tools(json.dumps([bare])) == parse_tools(json.dumps([wrapped])) == parse_tools(json.dumps(wrapped)) == [wrapped]
-    assert list(parse_tools(json.dumps([{"function": bare, "type": "function"}]))[0]) == ["function", "type"], "the data's own order"
+    assert (
+        parse_tools(json.dumps([bare]))
+        == parse_tools(json.dumps([wrapped]))
+        == parse_tools(json.dumps(wrapped))
+        == [wrapped]
+    )
+    assert list(parse_tools(json.dumps([{"function": bare, "type": "function"}]))[0]) == ["function", "type"], (
+        "the data's own order"
+    )
     for nothing in (None, "", " ", "null", "[]"): assert parse_tools(nothing) == []
 
 
@@ -114,9 +132,14 @@ def test_names_and_keys():
     assert check(tools, x="a") is None and check(tools, y="a") == check(tools) == "schema_violation"
     assert check(tools, x="a", z=1) == "schema_violation" and check(tools, name="g", x="a") == "undeclared_function"
     assert check([tool({}, additionalProperties=True)], z=1) is None and check([tool({})], z=1) == "schema_violation"
-    assert check([tool({"x": {"type": "string", "required": True}})]) == "schema_violation", "required as a property's own flag"
+    assert check([tool({"x": {"type": "string", "required": True}})]) == "schema_violation", (
+        "required as a property's own flag"
+    )
     assert check([{"type": "function", "function": {"name": "f"}}]) is None, "no parameters at all"
-    assert check([{"type": "function", "function": {"name": "f", "parameters": {"x": {"type": "int"}}}}], x="a") == "schema_violation", "a bare map"
+    assert (
+        check([{"type": "function", "function": {"name": "f", "parameters": {"x": {"type": "int"}}}}], x="a")
+        == "schema_violation"
+    ), "a bare map"
 
 
 def test_the_rest_of_a_schema():
@@ -125,38 +148,92 @@ def test_the_rest_of_a_schema():
     assert check([tool({"x": {"type": "integer", "minimum": 1, "maximum": 3}})], x=4) == "schema_violation"
     assert check([tool({"x": {"anyOf": [{"type": "str"}, {"type": "int"}]}})], x=1.5) == "schema_violation"
     nested = tool({"x": {"type": "object", "properties": {"y": {"type": "integer"}}, "required": ["y"]}})
-    assert check([nested], x={"y": "a"}) == check([nested], x={}) == "schema_violation" and check([nested], x={"y": 1, "z": 2}) is None
+    assert (
+        check([nested], x={"y": "a"}) == check([nested], x={}) == "schema_violation"
+        and check([nested], x={"y": 1, "z": 2}) is None
+    )
     reference = tool({"x": {"$ref": "#/$defs/Unit"}}, **{"$defs": {"Unit": {"enum": ["C", "F"]}}})
     assert check([reference], x="C") is None and check([reference], x="K") == "schema_violation"
     assert check([tool({"x": {"$ref": "#/nowhere"}})], x=1) is None, "a reference that leads nowhere checks nothing"
-    assert check([tool({"x": {"type": "integer", "default": "3"}})], x="3") is None, "the tool's own default is no fault of the call"
+    assert check([tool({"x": {"type": "integer", "default": "3"}})], x="3") is None, (
+        "the tool's own default is no fault of the call"
+    )
     assert check([tool({"x": {"type": "string", "nullable": True}})], x=None) is None
 
 
 def test_schemas_without_end_or_sense_do_no_harm():
     loop = tool({"x": {"$ref": "#/$defs/a"}}, **{"$defs": {"a": {"$ref": "#/$defs/a"}}})
     assert check([loop], x=1) in ("malformed_tools", "schema_violation", None)
-    for pattern in ("^(a+)+$", "(a|a)*b", "^" + "a*" * 25 + "b", "a?" * 40 + "a" * 40, "(a|aa)" * 40 + "b", "(.*a){20}", r"(a*)\1b"):
-        assert check([tool({"x": {"type": "string", "pattern": pattern}})], x="a" * 60 + "!") is None, "a pattern that takes for ever is not used"
+    for pattern in (
+        "^(a+)+$",
+        "(a|a)*b",
+        "^" + "a*" * 25 + "b",
+        "a?" * 40 + "a" * 40,
+        "(a|aa)" * 40 + "b",
+        "(.*a){20}",
+        r"(a*)\1b",
+    ):
+        assert check([tool({"x": {"type": "string", "pattern": pattern}})], x="a" * 60 + "!") is None, (
+            "a pattern that takes for ever is not used"
+        )
         assert check([tool({}, patternProperties={pattern: {"type": "integer"}, "(": {}})], **{"a" * 60: "x"}) is None
     short = [tool({"x": {"type": "string", "pattern": "^[^@+]+@[a-z.*]+\\.[a-z]{2,}$"}})]
     assert check(short, x="a@b.de") is None and check(short, x="a.b.de") == "schema_violation"
     assert check([tool({}, patternProperties={"^x_": {"type": "integer"}})], x_a="x") == "schema_violation"
-    for nonsense in ({"type": 3}, {"type": ["string", 4]}, {"enum": "abc"}, {"minimum": "a"}, {"pattern": "("}, {"items": 7}, {"required": "x"}, "text", 5):
+    for nonsense in (
+        {"type": 3},
+        {"type": ["string", 4]},
+        {"enum": "abc"},
+        {"minimum": "a"},
+        {"pattern": "("},
+        {"items": 7},
+        {"required": "x"},
+        "text",
+        5,
+    ):
         assert check([tool({"x": nonsense})], x="a") is None
     assert check([tool("text")], x="a") in (None, "schema_violation")
 
 
-KINDS = ["string", "integer", "number", "boolean", "array", "object", "int", "float", "bool", "dict", "list", "tuple", "any", "date"]
+KINDS = [
+    "string",
+    "integer",
+    "number",
+    "boolean",
+    "array",
+    "object",
+    "int",
+    "float",
+    "bool",
+    "dict",
+    "list",
+    "tuple",
+    "any",
+    "date",
+]
 VALUES = ["a", "", 1, 0, -1, 1.0, 1.5, True, False, None, [], ["a"], [1], {}, {"a": 1}, 10**30]
 
 
 def test_the_quick_check_never_lets_through_what_the_validator_refuses():
     chance, quick = random.Random(4), 0
     for _ in range(4000):
-        properties = {key: {"type": chance.choice(KINDS), **chance.choice([{}, {}, {"enum": ["a", "b"]}, {"items": {"type": chance.choice(KINDS)}},
-                                                                           {"description": "d"}, {"default": 1}, {"minimum": 1}])}
-                      for key in chance.sample("xyz", chance.randrange(4))}
+        properties = {
+            key: {
+                "type": chance.choice(KINDS),
+                **chance.choice(
+                    [
+                        {},
+                        {},
+                        {"enum": ["a", "b"]},
+                        {"items": {"type": chance.choice(KINDS)}},
+                        {"description": "d"},
+                        {"default": 1},
+                        {"minimum": 1},
+                    ]
+                ),
+            }
+            for key in chance.sample("xyz", chance.randrange(4))
+        }
         body = tool(properties, [key for key in properties if chance.random() < 0.4])["function"]
         arguments = {key: chance.choice(VALUES) for key in "xyz" if chance.random() < 0.5}
         if not plainly_fits(body["parameters"], arguments): continue
@@ -172,12 +249,15 @@ def test_the_quick_check_never_lets_through_what_the_validator_refuses():
                                                        "additionalProperties", "minimum", "nullable", "const", "not"]), inner, max_size=4)))
 def test_any_schema_makes_a_valid_one(written):
     jsonschema.Draft202012Validator.check_schema(checking_schema(written))
-    if isinstance(written, dict): defect(check_call, {"name": "f", "arguments": {"x": 1}}, [{"function": {"name": "f", "parameters": written}}])
+    if isinstance(written, dict):
+        defect(check_call, {"name": "f", "arguments": {"x": 1}}, [{"function": {"name": "f", "parameters": written}}])
 
 
 def test_the_message_says_where():
     body = tool({"city": {"type": "string"}, "list": {"type": "array", "items": {"type": "integer"}}})["function"]
-    assert violation(body, {"city": 1}).startswith("f: argument city:") and violation(body, {"list": [1, "b"]}).startswith("f: argument list.1:")
+    assert violation(body, {"city": 1}).startswith("f: argument city:") and violation(
+        body, {"list": [1, "b"]}
+    ).startswith("f: argument list.1:")
     assert len(str(DefectError("schema_violation", "x" * 9999))) < 500
 
 
@@ -200,7 +280,8 @@ def test_results_are_dealt_out(contents, results): assert pair_results(CALLS, co
 def test_results_that_cannot_be_dealt_out(contents, reason): assert defect(pair_results, CALLS, contents) == reason
 
 
-def test_a_lone_array_is_one_result(): assert pair_results(CALLS[:1], ["[1, 2]"]) == ["[1, 2]"] and pair_results(CALLS[:1], ["no json"]) == ["no json"]
+def test_a_lone_array_is_one_result():
+    assert pair_results(CALLS[:1], ["[1, 2]"]) == ["[1, 2]"] and pair_results(CALLS[:1], ["no json"]) == ["no json"]
 
 
 @settings(max_examples=200, **QUICK)

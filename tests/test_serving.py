@@ -22,8 +22,23 @@ def served(world):
     settings, _ = world
     port, log = free_port(), settings.workspace_dir / "serve.log"
     with open(log, "wb") as out:
-        process = subprocess.Popen([Path(sys.executable).parent / "transformers", "serve", ".", "--port", str(port), "--host", "127.0.0.1", "--device", "cpu"],
-                                   cwd=settings.run_dir, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+        process = subprocess.Popen(
+            [
+                Path(sys.executable).parent / "transformers",
+                "serve",
+                ".",
+                "--port",
+                str(port),
+                "--host",
+                "127.0.0.1",
+                "--device",
+                "cpu",
+            ],
+            cwd=settings.run_dir,
+            stdout=out,
+            stderr=out,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
     try:
         until = time.monotonic() + 900
         while True:
@@ -41,7 +56,12 @@ def test_tools_in_tool_calls_out(served):
     server = Server(url, model=".", concurrency=2, timeout=600)
     turns = turns_of(**ASKED[1])
     called, said = server.replies(turns, 60)
-    assert called.calls is not None and read_reply(called).calls == [WEATHER] and read_reply(called).parseable and called.stopped
+    assert (
+        called.calls is not None
+        and read_reply(called).calls == [WEATHER]
+        and read_reply(called).parseable
+        and called.stopped
+    )
     assert said.text.startswith("Answer ") and not said.calls and not said.problem
 
 
@@ -60,6 +80,10 @@ def test_smoke_test_as_a_user_runs_it(served, tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(script.parent)!r}); import json, smoke_test\n"
             f"sys.exit(smoke_test.main({url!r}, '.', {asked[0]['content']!r}, json.loads({known!r}), '1'))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and 'call:   weather.now {"city": "Zürich"}' in done.stdout and "answer: Answer " in done.stdout, done
+    assert (
+        done.returncode == 0
+        and 'call:   weather.now {"city": "Zürich"}' in done.stdout
+        and "answer: Answer " in done.stdout
+    ), done
     wrong = subprocess.run([sys.executable, script, url, "another-name"], capture_output=True, text=True)
     assert wrong.returncode != 0

@@ -23,7 +23,13 @@ def test_every_profile_loads_and_survives_being_saved(name, tmp_path):
 def test_layers_defaults_then_profile_then_overrides(tmp_path):
     (tmp_path / "mine.yaml").write_text("extends: demo\nmax_steps: 7\nlearning_rate: 1e-5\n")
     mine = load_settings(str(tmp_path / "mine.yaml"), save_steps=3, max_eval_samples="null", seed=None)
-    assert (mine.max_steps, mine.learning_rate, mine.save_steps, mine.model, mine.max_eval_samples) == (7, 1e-5, 3, "demo", None)
+    assert (mine.max_steps, mine.learning_rate, mine.save_steps, mine.model, mine.max_eval_samples) == (
+        7,
+        1e-5,
+        3,
+        "demo",
+        None,
+    )
     assert mine.seed == Settings.model_fields["seed"].default
 
 
@@ -37,8 +43,12 @@ def test_profiles_that_cannot_be_read_are_refused_in_words(tmp_path, content, wo
 
 
 def test_a_notebooks_variables_are_settings_or_refused():
-    assert notebook_parameters({"max_steps": 3, "profile": "demo", "_mine": 1, "os": __import__("os")}) == {"max_steps": 3, "profile": "demo"}
-    with pytest.raises(SettingsError, match="Did you mean 'max_train_samples'"): notebook_parameters({"max_train_sample": 3})
+    assert notebook_parameters({"max_steps": 3, "profile": "demo", "_mine": 1, "os": __import__("os")}) == {
+        "max_steps": 3,
+        "profile": "demo",
+    }
+    with pytest.raises(SettingsError, match="Did you mean 'max_train_samples'"):
+        notebook_parameters({"max_train_sample": 3})
 
 
 def test_under_nbdev_test_the_default_is_the_demo(monkeypatch):

@@ -20,7 +20,19 @@ from proxy_sft.train import train
 from proxy_sft.training.arguments import TrainError
 from trainings import run_training
 
-SMALL = dict(profile="demo", demo_rows=400, max_train_samples=200, max_eval_samples=4, max_length=640, logging_steps=1, save_steps=3, eval_steps=3, max_steps=3, num_proc=1, eval_tool_calls_seconds=3600.0)
+SMALL = dict(
+    profile="demo",
+    demo_rows=400,
+    max_train_samples=200,
+    max_eval_samples=4,
+    max_length=640,
+    logging_steps=1,
+    save_steps=3,
+    eval_steps=3,
+    max_steps=3,
+    num_proc=1,
+    eval_tool_calls_seconds=3600.0,
+)
 STRAIGHT = dict(gradient_accumulation=2)
 SAME = {  # name: settings, how far the three losses may be from the straight run's (relative)
     "asked": (dict(eval_tool_calls_every=1, eval_tool_calls_turns=4), 0),  # twice the same, and questions on the way
@@ -32,9 +44,12 @@ SAME = {  # name: settings, how far the three losses may be from the straight ru
     "auto": (dict(attention="auto"), 1e-6),
     "eager": (dict(attention="eager"), 1e-5),
     "adamw_torch": (dict(optimizer="adamw_torch"), 1e-5),
-    "adamw_8bit": (dict(optimizer="adamw_8bit"), 1e-2),        # changes numerics: optimizer states in 8 bits
-    "bf16": (dict(bf16=True), 2e-2),                           # changes numerics: products in 16 bits
-    "bfloat16": (dict(bf16=True, weights="bfloat16"), 5e-2),   # changes numerics: weights and optimizer states in 16 bits
+    "adamw_8bit": (dict(optimizer="adamw_8bit"), 1e-2),  # changes numerics: optimizer states in 8 bits
+    "bf16": (dict(bf16=True), 2e-2),  # changes numerics: products in 16 bits
+    "bfloat16": (
+        dict(bf16=True, weights="bfloat16"),
+        5e-2,
+    ),  # changes numerics: weights and optimizer states in 16 bits
 }
 
 
@@ -78,7 +93,9 @@ def test_one_rank_with_eight_micro_batches_is_two_ranks_with_four(folder):
 
 
 def test_training_without_heldout_rows(tmp_path):
-    said = run(tmp_path, "alone", demo_rows=200, max_train_samples=20, max_steps=1, heldout_fraction=0.0, heldout_tools=0.0)
+    said = run(
+        tmp_path, "alone", demo_rows=200, max_train_samples=20, max_steps=1, heldout_fraction=0.0, heldout_tools=0.0
+    )
     assert "held-out" not in said and len(losses(tmp_path, "alone")) == 1
 
 
@@ -86,16 +103,24 @@ def test_every_log_is_a_record_with_all_fields(folder):
     records = [json.loads(line) for line in (folder / "runs" / "straight" / "logs" / "progress.jsonl").open()]
     assert all(set(FIELDS) <= set(r) and r["attention"] == "sdpa" and r["kernels"] == "none" for r in records)
     steps = [r for r in records if r["loss"] is not None]
-    assert [r["step"] for r in steps] == [1, 2, 3] and all(r["tokens_per_second"] > r["supervised_tokens_per_second"] > 0 for r in steps)
+    assert [r["step"] for r in steps] == [1, 2, 3] and all(
+        r["tokens_per_second"] > r["supervised_tokens_per_second"] > 0 for r in steps
+    )
     assert all(0 <= r["data_wait"] <= 1 and r["mfu"] is None for r in steps) and steps[-1]["eta_seconds"] == 0
 
 
 def test_an_attention_that_leaks_is_refused_before_the_first_step(folder):
     "Registered without a mask function, as transformers allows it."
-    AttentionInterface.register("leaking", lambda *args, cu_seq_lens_q=None, position_ids=None, **more: sdpa_attention_forward(*args, **more))
-    with pytest.raises(AttentionError, match="leaking lets packed conversations see each other.*Set attention to auto") as raised:
+    AttentionInterface.register(
+        "leaking", lambda *args, cu_seq_lens_q=None, position_ids=None, **more: sdpa_attention_forward(*args, **more)
+    )
+    with pytest.raises(
+        AttentionError, match="leaking lets packed conversations see each other.*Set attention to auto"
+    ) as raised:
         train(load_settings(**{**SMALL, "workspace": str(folder), "run_name": "leaking", "attention": "leaking"}))
-    packed, separate = (float(str(raised.value).partition(word)[2].split()[0]) for word in ("rows lose ", "rows alone "))
+    packed, separate = (
+        float(str(raised.value).partition(word)[2].split()[0]) for word in ("rows lose ", "rows alone ")
+    )
     assert abs(packed - separate) > 1e-3 and not list((folder / "runs" / "leaking").glob("checkpoint-*"))
 
 
@@ -103,7 +128,9 @@ def test_what_was_chosen_stands_in_the_log_and_in_the_manifest(folder):
     said = run(folder, "chosen", attention="auto", max_steps=1)
     assert "Attention: sdpa, the fastest without a GPU. Checked: packed rows lose" in said
     kept = json.loads((folder / "runs" / "chosen" / "manifest.json").read_text())["speed"]
-    assert kept["attention"] == "sdpa" and kept["attention_check"]["difference"] < 1e-4 < kept["attention_check"]["leak"]
+    assert (
+        kept["attention"] == "sdpa" and kept["attention_check"]["difference"] < 1e-4 < kept["attention_check"]["leak"]
+    )
 
 
 def test_adapters_stop_and_go_on_and_become_a_whole_model(folder):
@@ -112,9 +139,18 @@ def test_adapters_stop_and_go_on_and_become_a_whole_model(folder):
     run(folder, "lora", **given)
     run_dir = folder / "runs" / "lora"
     saved = {f.name for f in (run_dir / "checkpoint-2").iterdir()}
-    assert "adapter_model.safetensors" in saved and not any(n.startswith("model") for n in saved) and (run_dir / "adapter" / "adapter_config.json").is_file()
-    final, base = (AutoModelForCausalLM.from_pretrained(p, local_files_only=True) for p in (run_dir, folder / "models" / "demo"))
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "models" / "demo", local_files_only=True), str(run_dir / "checkpoint-3"))
+    assert (
+        "adapter_model.safetensors" in saved
+        and not any(n.startswith("model") for n in saved)
+        and (run_dir / "adapter" / "adapter_config.json").is_file()
+    )
+    final, base = (
+        AutoModelForCausalLM.from_pretrained(p, local_files_only=True) for p in (run_dir, folder / "models" / "demo")
+    )
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder / "models" / "demo", local_files_only=True),
+        str(run_dir / "checkpoint-3"),
+    )
     ids = torch.arange(40)[None]
     with torch.no_grad():
         torch.testing.assert_close(final(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
@@ -129,7 +165,9 @@ def test_adapters_stop_and_go_on_and_become_a_whole_model(folder):
 def test_adapters_under_zero2_train_as_one_rank_does(folder):
     run(folder, "one", lora_rank=8, gradient_accumulation=2)
     run(folder, "zero", ranks=2, lora_rank=8)
-    assert "Memory: the longest micro-batch" in run(folder, "probed", ranks=2, lora_rank=8, memory_probe="always", sample_steps=3)
+    assert "Memory: the longest micro-batch" in run(
+        folder, "probed", ranks=2, lora_rank=8, memory_probe="always", sample_steps=3
+    )
     assert len((folder / "runs" / "probed" / "logs" / "samples.jsonl").read_text().splitlines()) == 3
     assert losses(folder, "probed") == losses(folder, "zero")
     assert losses(folder, "zero") == pytest.approx(losses(folder, "one"), rel=2e-4)
@@ -145,21 +183,30 @@ def test_out_of_memory_names_three_settings(folder, after):
         if len(seen) > after: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     hook = torch.nn.modules.module.register_module_forward_pre_hook(full)
     try:
-        with pytest.raises(TrainError) as raised: train(load_settings(**{**SMALL, "workspace": str(folder), "run_name": f"full-{after}", "max_length": 2048}))
+        with pytest.raises(TrainError) as raised:
+            train(load_settings(**{**SMALL, "workspace": str(folder), "run_name": f"full-{after}", "max_length": 2048}))
     finally: hook.remove()
     said = str(raised.value)
-    assert said == ("The device is out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. Set activation_checkpointing to full (now none); or optimizer to adamw_8bit "
-                    "(now adamw_torch_fused); or max_length to 1,024 (now 2,048). The complete checkpoints stay.")
+    assert said == (
+        "The device is out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. Set activation_checkpointing to full (now none); or optimizer to adamw_8bit "
+        "(now adamw_torch_fused); or max_length to 1,024 (now 2,048). The complete checkpoints stay."
+    )
 
 
 def test_kernels_that_cannot_run_are_refused(folder):
-    assert "kernels is liger, and there is no GPU. Set kernels to auto or none." in run(folder, "liger", ok=False, kernels="liger")
+    assert "kernels is liger, and there is no GPU. Set kernels to auto or none." in run(
+        folder, "liger", ok=False, kernels="liger"
+    )
 
 
 def rows_apart(query, key, value, ends, scale):
     "What the kernel computes, in plain PyTorch: tokens, heads, width in and out."
-    parts = [F.scaled_dot_product_attention(*(t[a:b].transpose(0, 1)[None] for t in (query, key, value)), is_causal=True, scale=scale, enable_gqa=True)
-             for a, b in zip(ends.tolist(), ends.tolist()[1:])]
+    parts = [
+        F.scaled_dot_product_attention(
+            *(t[a:b].transpose(0, 1)[None] for t in (query, key, value)), is_causal=True, scale=scale, enable_gqa=True
+        )
+        for a, b in zip(ends.tolist(), ends.tolist()[1:])
+    ]
     return torch.cat([part[0].transpose(0, 1) for part in parts])
 
 
@@ -167,7 +214,11 @@ def slopes_apart(slope, query, key, value, scale):
     "The gradients of one row's attention, written out: heads, tokens, width; several heads of queries share one of keys."
     groups = len(query) // len(key)
     keys, values = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
-    weights = (query @ keys.mT * scale).masked_fill(torch.ones(query.shape[1], query.shape[1]).triu(1).bool(), -torch.inf).softmax(-1)
+    weights = (
+        (query @ keys.mT * scale)
+        .masked_fill(torch.ones(query.shape[1], query.shape[1]).triu(1).bool(), -torch.inf)
+        .softmax(-1)
+    )
     inner = slope @ values.mT
     inner = weights * (inner - (inner * weights).sum(-1, keepdim=True)) * scale
     share = lambda t: t.unflatten(0, (len(key), groups)).sum(1)
@@ -177,14 +228,51 @@ def slopes_apart(slope, query, key, value, scale):
 @pytest.fixture(scope="module")
 def kernel():
     "PyTorch's flash-attention for rows of different lengths has no CPU version; this is one."
-    def forward(query, key, value, ends, ends_k, longest, longest_k, dropout, causal, debug, *, scale=None, window_size_left=None, window_size_right=None, **more):
+    def forward(
+        query,
+        key,
+        value,
+        ends,
+        ends_k,
+        longest,
+        longest_k,
+        dropout,
+        causal,
+        debug,
+        *,
+        scale=None,
+        window_size_left=None,
+        window_size_right=None,
+        **more,
+    ):
         calls.append(longest)
         assert causal and dropout == 0 and int(ends.diff().max()) == longest and torch.equal(ends, ends_k)
         empty = torch.empty(0)
         return rows_apart(query, key, value, ends, scale), torch.zeros(query.shape[1], len(query)), empty, empty, empty
 
-    def backward(slope, query, key, value, out, sums, ends, ends_k, longest, longest_k, dropout, causal, state, unused, *, scale=None, **more):
-        made = [slopes_apart(*(t[a:b].transpose(0, 1) for t in (slope, query, key, value)), scale) for a, b in zip(ends.tolist(), ends.tolist()[1:])]
+    def backward(
+        slope,
+        query,
+        key,
+        value,
+        out,
+        sums,
+        ends,
+        ends_k,
+        longest,
+        longest_k,
+        dropout,
+        causal,
+        state,
+        unused,
+        *,
+        scale=None,
+        **more,
+    ):
+        made = [
+            slopes_apart(*(t[a:b].transpose(0, 1) for t in (slope, query, key, value)), scale)
+            for a, b in zip(ends.tolist(), ends.tolist()[1:])
+        ]
         return tuple(torch.cat([part[i].transpose(0, 1) for part in made]) for i in range(3))
 
     calls = []
@@ -197,7 +285,16 @@ def kernel():
 
 def fresh_model():
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.5)
+    config = Qwen3Config(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.5,
+    )
     made = Qwen3ForCausalLM(config)
     add_fused_lm_head(made, outputs=("log_probs",))
     return made
@@ -217,7 +314,8 @@ def test_pytorchs_kernel_for_packed_rows_gets_what_it_needs(model, kernel):
         return torch.autograd.grad(log_probabilities(model, block(ROWS, COLLATE)).sum(), list(model.parameters()))
     found = choose_attention(model, VARLEN, True, COLLATE, ROWS)
     assert found.name == VARLEN and found.check.difference < 1e-5 < 0.1 < found.check.leak
-    for ours, theirs in zip(slopes(VARLEN), slopes("sdpa")): torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    for ours, theirs in zip(slopes(VARLEN), slopes("sdpa")):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("keep, times", [(True, 2), (False, 4)])
@@ -228,19 +326,26 @@ def test_selective_checkpointing_keeps_what_pytorchs_kernel_gave(kernel, keep, t
     made.gradient_checkpointing_enable({"use_reentrant": False})
     kernel.clear()
     batch = block(ROWS, COLLATE)
-    made(**{n: batch[n] for n in ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")}, use_cache=False).logits.sum().backward()
+    made(
+        **{n: batch[n] for n in ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")}, use_cache=False
+    ).logits.sum().backward()
     assert len(kernel) == times, kernel
 
 
 def test_pytorchs_kernel_for_packed_rows_leaves_the_rest_to_sdpa(model, kernel):
     ids = torch.tensor(ROWS[0])[None]
     padded = {"input_ids": F.pad(ids, (5, 0)), "attention_mask": F.pad(torch.ones_like(ids), (5, 0))}
-    by_positions = {"input_ids": torch.tensor(sum(ROWS, []))[None], "position_ids": torch.cat([torch.arange(len(r)) for r in ROWS])[None]}
+    by_positions = {
+        "input_ids": torch.tensor(sum(ROWS, []))[None],
+        "position_ids": torch.cat([torch.arange(len(r)) for r in ROWS])[None],
+    }
     for inputs in (padded, by_positions, {"input_ids": ids}):
         made = []
         for name in (VARLEN, "sdpa"):
             model.set_attn_implementation(name)
-            with torch.no_grad(): made.append(model(**inputs, use_cache=False).logits[:, 5:])  # with a cache, transformers does not look for restarts
+            with torch.no_grad():
+                # with a cache, transformers does not look for restarts
+                made.append(model(**inputs, use_cache=False).logits[:, 5:])
         torch.testing.assert_close(*made, rtol=1e-4, atol=1e-4)
     generated = []
     for name in (VARLEN, "sdpa"):
@@ -251,10 +356,14 @@ def test_pytorchs_kernel_for_packed_rows_leaves_the_rest_to_sdpa(model, kernel):
 
 def test_auto_passes_over_what_leaks_and_says_so(model, monkeypatch):
     "A kernel that is installed and wrong: the list is ours, the check finds it, the next is taken."
-    AttentionInterface.register("blind", lambda *args, cu_seq_lens_q=None, position_ids=None, **more: attention.sdpa_attention_forward(*args, **more))
+    AttentionInterface.register(
+        "blind",
+        lambda *args, cu_seq_lens_q=None, position_ids=None, **more: attention.sdpa_attention_forward(*args, **more),
+    )
     monkeypatch.setattr(attention, "ORDER", ("blind", "flash_attention_2", "eager"))
     monkeypatch.setattr(attention, "unavailable_reason", lambda *args: "")
     found = choose_attention(model, "auto", True, COLLATE, ROWS)
     assert found.name == "eager" and found.check.passed
     monkeypatch.setattr(attention, "ORDER", ("blind",))
-    with pytest.raises(AttentionError, match="blind lets packed conversations see each other"): choose_attention(model, "auto", True, COLLATE, ROWS)
+    with pytest.raises(AttentionError, match="blind lets packed conversations see each other"):
+        choose_attention(model, "auto", True, COLLATE, ROWS)

@@ -22,7 +22,8 @@ def be_a_rank(given: dict, environment: dict, said: str, act: Optional[Callable]
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    for number, name in ((1, "out"), (2, "err")): os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     from proxy_sft.core.settings import load_settings
     from proxy_sft.train import train
     (act or train)(load_settings(**given))
@@ -40,18 +41,37 @@ def stopped_after_a_step(settings) -> None: # an `act`
     train(settings)
 
 
-def run_training(ranks: int = 1, seconds: float = 3600, act: Optional[Callable] = None, **given) -> subprocess.CompletedProcess: # exit code (the first that is not 0), outputs of all ranks
+def run_training(
+    ranks: int = 1,
+    seconds: float = 3600,
+    act: Optional[Callable] = None,
+    **given,
+) -> subprocess.CompletedProcess: # exit code (the first that is not 0), outputs of all ranks
     "Train by the exported library, as one process or several; `act`, a function of a module, takes the settings in place of `train`."
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        if ranks > 1: env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+        if ranks > 1:
+            env.update(
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(free_port()),
+                WORLD_SIZE=str(ranks),
+                LOCAL_WORLD_SIZE=str(ranks),
+            )
         at = lambda rank: {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else env
-        processes = [SERVER.Process(target=be_a_rank, args=(given, at(rank), f"{folder}/{rank}", act)) for rank in range(ranks)]
+        processes = [
+            SERVER.Process(target=be_a_rank, args=(given, at(rank), f"{folder}/{rank}", act)) for rank in range(ranks)
+        ]
         for process in processes: process.start()
         until = time.monotonic() + seconds
-        while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes) and time.monotonic() < until: time.sleep(0.02)
+        while (
+            any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes) and time.monotonic() < until
+        ):
+            time.sleep(0.02)
         for process in processes:
             process.join(60 if any(p.exitcode for p in processes) or time.monotonic() > until else None)
             if process.is_alive(): process.kill(); process.join()
-        said = ["".join(f"{p.read_text(errors='replace')}" for p in sorted(Path(folder).glob(f"*.{name}"))) for name in ("out", "err")]
+        said = [
+            "".join(f"{p.read_text(errors='replace')}" for p in sorted(Path(folder).glob(f"*.{name}")))
+            for name in ("out", "err")
+        ]
         return subprocess.CompletedProcess(given, next((p.exitcode for p in processes if p.exitcode), 0), *said)

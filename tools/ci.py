@@ -15,7 +15,9 @@ LIGHT = {**os.environ, "OMP_NUM_THREADS": "1"}  # three processes share the core
 
 def sources() -> dict[str, str]:
     "Hash of each notebook and each exported module."
-    files = sorted([*ROOT.glob("nbs/**/*.ipynb"), *(f for f in ROOT.glob("proxy_sft/**/*.py") if f.name != "_modidx.py")])
+    files = sorted(
+        [*ROOT.glob("nbs/**/*.ipynb"), *(f for f in ROOT.glob("proxy_sft/**/*.py") if f.name != "_modidx.py")]
+    )
     return {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
@@ -63,14 +65,32 @@ def main() -> None:
     part("nbdev_clean", "nbdev_clean")
     part("nbdev_export", "nbdev_export")
     changed = sorted(n for n in {*before, *sources()} if before.get(n) != sources().get(n))
-    if changed: sys.exit(f"== nbdev_clean or nbdev_export changed {', '.join(changed)}; run both and commit the result.")
+    if changed:
+        sys.exit(f"== nbdev_clean or nbdev_export changed {', '.join(changed)}; run both and commit the result.")
     print("== notebooks and library are in step")
     with tempfile.TemporaryDirectory() as folder:
         log, began = Path(folder) / "pytest.txt", time.monotonic()
         with log.open("w") as out:
-            tests = start(*PYTEST, "tests", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--ignore=tests/test_after_demo.py", stdout=out, stderr=subprocess.STDOUT)
+            tests = start(
+                *PYTEST,
+                "tests",
+                "-n",
+                "2",
+                "--dist",
+                "loadfile",
+                "--no-loadscope-reorder",
+                "--ignore=tests/test_after_demo.py",
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
         print("\n== pytest, two files at a time, runs beside what follows; its lines come after it", flush=True)
-        part("the demo through papermill, then two ranks with ZeRO-2", "python", "tools/demo.py", "workspace", beside=(tests,))
+        part(
+            "the demo through papermill, then two ranks with ZeRO-2",
+            "python",
+            "tools/demo.py",
+            "workspace",
+            beside=(tests,),
+        )
         part("what the demo left behind", *PYTEST, "tests/test_after_demo.py", beside=(tests,))
         part("nbdev_test", "nbdev_test", "--n_workers", "0", beside=(tests,))
         print("\n== pytest", flush=True)

@@ -9,8 +9,11 @@ from pathlib import Path
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 NOTEBOOKS = ("00_download", "01_convert", "02_train", "03_evaluate")
-NOISE = re.compile(r"(Executing|Ending) Cell |(In|Out)put Notebook: |Executing notebook with|.*Kernel is running over TCP|<(IPython[.]core[.]display[.]|Figure size )|\s*$")  # papermill's own words
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}  # threads of a model this small wait for each other where other programs work too
+NOISE = re.compile(
+    r"(Executing|Ending) Cell |(In|Out)put Notebook: |Executing notebook with|.*Kernel is running over TCP|<(IPython[.]core[.]display[.]|Figure size )|\s*$"
+)  # papermill's own words
+# threads of a model this small wait for each other where other programs work too
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}
 
 
 def say(text: str) -> None:
@@ -21,10 +24,17 @@ def run(*command: str) -> None:
     "Run a command of the environment from the repository's root; its failure is ours."
     noisy = command[0] == "papermill"
     program = [sys.executable, str(ROOT / "tools" / "patient_papermill.py")] if noisy else [str(BIN / command[0])]
-    with subprocess.Popen([*program, *command[1:]], cwd=ROOT, env=ENVIRONMENT, text=True, **(dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT) if noisy else {})) as process:
+    with subprocess.Popen(
+        [*program, *command[1:]],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        text=True,
+        **(dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT) if noisy else {}),
+    ) as process:
         for line in process.stdout if noisy else ():
             if not NOISE.match(line): print(line, end="", flush=True)
-    if process.returncode: sys.exit(f"{' '.join(command)} failed with exit code {process.returncode}; its own message stands above.")
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} failed with exit code {process.returncode}; its own message stands above.")
 
 
 def main(workspace: Path) -> None:
@@ -36,8 +46,29 @@ def main(workspace: Path) -> None:
         output = ["--log-output", "--no-progress-bar"] if name == "02_train" else ["--no-progress-bar"]
         run("papermill", f"nbs/{name}.ipynb", str(executed / f"{name}.ipynb"), *common, *output)
     say("02_train on two ranks with DeepSpeed ZeRO-2: proxy-sft run nbs/02_train.ipynb --nproc 2 …")
-    run("proxy-sft", "run", "nbs/02_train.ipynb", "--nproc", "2", *common, "-p", "run_name", "demo-zero2", "-p", "max_steps", "25",
-        "-p", "save_steps", "5", "-p", "eval_steps", "25", "-p", "max_eval_samples", "16")
+    run(
+        "proxy-sft",
+        "run",
+        "nbs/02_train.ipynb",
+        "--nproc",
+        "2",
+        *common,
+        "-p",
+        "run_name",
+        "demo-zero2",
+        "-p",
+        "max_steps",
+        "25",
+        "-p",
+        "save_steps",
+        "5",
+        "-p",
+        "eval_steps",
+        "25",
+        "-p",
+        "max_eval_samples",
+        "16",
+    )
     summary(workspace, executed, time.monotonic() - began)
 
 
@@ -51,7 +82,9 @@ def summary(workspace: Path, executed: Path, seconds: float) -> None:
         say(f"Run {name}, in {os.path.relpath(run_dir, ROOT)}")
         print(TrainResult(run_dir))
         print("window on disk: ", ", ".join(f.name for f in complete_checkpoints(run_dir)))
-    print("\nCan it call tools now? Right answers of those asked, on held-out conversations, before and after training:")
+    print(
+        "\nCan it call tools now? Right answers of those asked, on held-out conversations, before and after training:"
+    )
     metrics = json.loads((workspace / "runs" / "demo" / "evaluation.json").read_text(encoding="utf-8"))["metrics"]
     for name, meaning in METRICS.items():
         before, after = (f"{metrics[m][name]['right']}/{metrics[m][name]['of']}" for m in ("base", "tuned"))

@@ -12,7 +12,8 @@ def joined(outputs: list[dict]) -> list[dict]: # a kernel's prints arrive in pie
     "Outputs with neighbouring pieces of one stream as one."
     found = []
     for out in outputs:
-        if out["output_type"] == "stream" and found and found[-1].get("name") == out["name"]: found[-1]["text"] += out["text"]
+        if out["output_type"] == "stream" and found and found[-1].get("name") == out["name"]:
+            found[-1]["text"] += out["text"]
         else: found.append(dict(out))
     for out in found:
         if out["output_type"] == "stream": out["text"] = "".join(out["text"]).splitlines(keepends=True)
@@ -22,8 +23,22 @@ def joined(outputs: list[dict]) -> list[dict]: # a kernel's prints arrive in pie
 def execute(notebook: Path, kernel_folder: Path = ROOT) -> None:
     "Execute in place, by papermill as a user would, and clean."
     before = {cell["id"]: cell["metadata"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]}
-    done = subprocess.run([sys.executable, ROOT / "tools" / "patient_papermill.py", notebook, notebook, "--no-progress-bar", "--cwd", kernel_folder], cwd=ROOT, env={**os.environ, "IN_TEST": "1"},
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "tools" / "patient_papermill.py",
+            notebook,
+            notebook,
+            "--no-progress-bar",
+            "--cwd",
+            kernel_folder,
+        ],
+        cwd=ROOT,
+        env={**os.environ, "IN_TEST": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     if done.returncode: raise RuntimeError(f"{notebook} failed:\n{done.stderr[-3000:]}")
     found = json.loads(notebook.read_text(encoding="utf-8"))
     for cell in found["cells"]:

@@ -14,7 +14,9 @@ def modules() -> str:
         cells = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
         module = next((m[1] for c in cells if (m := re.search(r"#\| default_exp ([\w.]+)", c))), "")
         quote = next((m[1].strip() for c in cells if (m := re.search(r"(?m)^> (.+)$", c))), "")
-        lines.append(f"| `{path.relative_to(ROOT / 'nbs').with_suffix('')}` | {f'`{module}`' if module else 'not exported'} | {quote} |")
+        lines.append(
+            f"| `{path.relative_to(ROOT / 'nbs').with_suffix('')}` | {f'`{module}`' if module else 'not exported'} | {quote} |"
+        )
     return "\n".join(lines)
 
 

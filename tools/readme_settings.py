@@ -11,7 +11,10 @@ def with_table(text: str) -> str:
     "The README's text with the table that the code gives."
     head, _, rest = text.partition("<!-- settings:")
     mark, _, rest = rest.partition("-->")
-    return f"{head}<!-- settings:{mark}-->\n{settings_table()}\n<!-- /settings -->" + rest.partition("<!-- /settings -->")[2]
+    return (
+        f"{head}<!-- settings:{mark}-->\n{settings_table()}\n<!-- /settings -->"
+        + rest.partition("<!-- /settings -->")[2]
+    )
 
 
 if __name__ == "__main__":

@@ -22,8 +22,20 @@ from ports import free_port  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-TINY = dict(profile="demo", demo_rows=200, max_train_samples=64, max_eval_samples=4, max_length=512, logging_steps=1, save_steps=2, eval_steps=None, max_steps=8,
-            report_to=[], num_proc=1, save_total_limit=2)
+TINY = dict(
+    profile="demo",
+    demo_rows=200,
+    max_train_samples=64,
+    max_eval_samples=4,
+    max_length=512,
+    logging_steps=1,
+    save_steps=2,
+    eval_steps=None,
+    max_steps=8,
+    report_to=[],
+    num_proc=1,
+    save_total_limit=2,
+)
 
 
 # ---- one life, in a forked process
@@ -49,7 +61,15 @@ def be_a_rank(log, rank, ranks, port, hook, given):
     try:
         out = os.open(log.with_suffix(f".{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for n in (1, 2): os.dup2(out, n)
-        if given.pop("torchrun", ranks > 1): os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        if given.pop("torchrun", ranks > 1):
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(ranks),
+                LOCAL_WORLD_SIZE=str(ranks),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )
         from proxy_sft.core.stop_requests import StopRequested
         from proxy_sft.train import train
         if hook: hook(rank)
@@ -65,7 +85,11 @@ def be_a_rank(log, rank, ranks, port, hook, given):
         os._exit(code)
 
 
-def end(pids: list[int], seconds: float = 3600, grace: float = 60) -> list[int]: # exit codes by rank, negative for a signal; the first failure ends the others, as the launcher has it
+def end(
+    pids: list[int],
+    seconds: float = 3600,
+    grace: float = 60,
+) -> list[int]: # exit codes by rank, negative for a signal; the first failure ends the others, as the launcher has it
     "Wait for all ranks of a life."
     codes, until, failed = {}, time.monotonic() + seconds, None
     while len(codes) < len(pids):
@@ -104,7 +128,8 @@ def digest(run_dir: Path) -> str:
     from safetensors.torch import load_file
     h = hashlib.sha256()
     def feed(value):
-        if torch.is_tensor(value): h.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        if torch.is_tensor(value):
+            h.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
         elif isinstance(value, dict):
             for k in sorted(value, key=str):
                 if k not in ("ds_config", "ds_version"): h.update(str(k).encode()); feed(value[k])
@@ -112,7 +137,14 @@ def digest(run_dir: Path) -> str:
             for v in value: feed(v)
         elif isinstance(value, (int, float, str, bool)): h.update(repr(value).encode())
     feed(load_file(run_dir / "model.safetensors"))
-    for path in sorted([*run_dir.glob("optimizer.pt"), *run_dir.glob("scheduler.pt"), *run_dir.glob("rng_state*.pth"), *run_dir.glob("global_step*/*optim_states.pt")]):
+    for path in sorted(
+        [
+            *run_dir.glob("optimizer.pt"),
+            *run_dir.glob("scheduler.pt"),
+            *run_dir.glob("rng_state*.pth"),
+            *run_dir.glob("global_step*/*optim_states.pt"),
+        ]
+    ):
         feed(torch.load(path, weights_only=False, map_location="cpu"))
     log = json.loads((run_dir / "trainer_state.json").read_text())["log_history"]
     feed([(r["step"], r["loss"], r["grad_norm"]) for r in log if "loss" in r])
@@ -128,7 +160,11 @@ class Soak:
 
     def run(self, name, ranks=1, hook=None, seconds=3600, grace=60, **given):
         self.lives += 1
-        return end(life(self.folder / name, ranks, hook, workspace=str(self.folder / "ws"), run_name=name, **given), seconds, grace)
+        return end(
+            life(self.folder / name, ranks, hook, workspace=str(self.folder / "ws"), run_name=name, **given),
+            seconds,
+            grace,
+        )
 
     def dir(self, name): return self.folder / "ws" / "runs" / name
 
@@ -158,37 +194,74 @@ class Soak:
                     whole = self.reference(n, **given)
                     border = max(2, -(-epoch[packing] // (accumulation * n)))
                     for at, place in ((3, "mid-epoch"), (border, "epoch border")):
-                        if at >= (given.get("max_steps") or TINY["max_steps"]): given = {**given, "max_steps": border + 3}; whole = self.reference(n, **given)
+                        if at >= (given.get("max_steps") or TINY["max_steps"]):
+                            given = {**given, "max_steps": border + 3}
+                            whole = self.reference(n, **given)
                         name = f"exact-{n}-{packing}-{accumulation}-{at}"
                         codes = self.run(name, n, stop_at(self.dir(name), at), **given)
                         assert codes == [75] * n, (codes, words(self.folder / name, n)[-2000:])
                         same = self.finish(name, n, **given) == whole
                         right += same
                         rows.append((n, packing, accumulation, place, at, same))
-        return f"{right} of {len(rows)} resumed runs end with the same hash (ranks, packing, accumulation, where, step): {rows}", right == len(rows)
+        return (
+            f"{right} of {len(rows)} resumed runs end with the same hash (ranks, packing, accumulation, where, step): {rows}",
+            right == len(rows),
+        )
 
     def blocks(self):
         from proxy_sft.tokens.preparation import prepare
-        return in_child(lambda: [len(prepare(settings_of(workspace=str(self.folder / "ws"), packing=p, run_name="blocks")).dataset("train")) for p in (False, True)])
+        return in_child(
+            lambda: [
+                len(
+                    prepare(settings_of(workspace=str(self.folder / "ws"), packing=p, run_name="blocks")).dataset(
+                        "train"
+                    )
+                )
+                for p in (False, True)
+            ]
+        )
 
     # another number of ranks
     def worlds(self):
         "Losses after a conversion beside those of the ranks that began: 2 to 1, and 2 to 4."
-        losses = lambda name: {r["step"]: (r["loss"], r["grad_norm"]) for r in json.loads((self.dir(name) / "trainer_state.json").read_text())["log_history"] if "loss" in r}
+        losses = lambda name: {
+            r["step"]: (r["loss"], r["grad_norm"])
+            for r in json.loads((self.dir(name) / "trainer_state.json").read_text())["log_history"]
+            if "loss" in r
+        }
         self.reference(2, gradient_accumulation=2)
         whole, lines = losses(f"straight-{len(self.straight) - 1}"), []
-        assert self.run("worlds", 2, stop_at(self.dir("worlds"), 5), gradient_accumulation=2) == [75, 75], words(self.folder / "worlds", 2)[-2000:]
-        for ranks, more, says in ((4, {}, "2 then, 4 now"), (4, dict(resume_world="convert", gradient_accumulation=2), "4 then, 8 now"), (1, dict(resume_world="convert", gradient_accumulation=4, torchrun=False), "world_size: 2 then, 1 now")):
-            codes, text = self.run("worlds", ranks, **{"gradient_accumulation": 1, **more}), words(self.folder / "worlds", ranks)
+        assert self.run("worlds", 2, stop_at(self.dir("worlds"), 5), gradient_accumulation=2) == [75, 75], words(
+            self.folder / "worlds", 2
+        )[-2000:]
+        for ranks, more, says in (
+            (4, {}, "2 then, 4 now"),
+            (4, dict(resume_world="convert", gradient_accumulation=2), "4 then, 8 now"),
+            (1, dict(resume_world="convert", gradient_accumulation=4, torchrun=False), "world_size: 2 then, 1 now"),
+        ):
+            codes, text = (
+                self.run("worlds", ranks, **{"gradient_accumulation": 1, **more}),
+                words(self.folder / "worlds", ranks),
+            )
             lines.append(("refused", ranks, all(codes) and says in text and "resume_world" in text))
         for ranks in (1, 4):
             name = f"worlds-{ranks}"
             shutil.copytree(self.dir("worlds"), self.dir(name))
             codes = self.run(name, ranks, torchrun=True, resume_world="convert", gradient_accumulation=4 // ranks)
-            assert codes == [0] * ranks and "it is converted for" in words(self.folder / name, ranks), (codes, words(self.folder / name, ranks)[-3000:])
+            assert codes == [0] * ranks and "it is converted for" in words(self.folder / name, ranks), (
+                codes,
+                words(self.folder / name, ranks)[-3000:],
+            )
             found = losses(name)
             far = max(abs(a - b) / b for step in whole for a, b in zip(found[step], whole[step]))
-            lines.append(("2 ranks to", ranks, f"largest relative difference in loss and gradient norm {far:.1e}", far < 1e-4 and found.keys() == whole.keys()))
+            lines.append(
+                (
+                    "2 ranks to",
+                    ranks,
+                    f"largest relative difference in loss and gradient norm {far:.1e}",
+                    far < 1e-4 and found.keys() == whole.keys(),
+                )
+            )
         return f"another number of ranks: {lines}", all(l[-1] for l in lines)
 
     # kill -9 of the whole tree
@@ -202,13 +275,22 @@ class Soak:
             right += self.finish(name, ranks) == whole
             self.check_window(name)
             shutil.rmtree(self.dir(name))
-        return f"{right} of {count} runs that were killed with -9 (all ranks at once, 1 to 3 times each; {inside} kills inside a save) end with the same hash", right == count and inside >= count // 2
+        return (
+            f"{right} of {count} runs that were killed with -9 (all ranks at once, 1 to 3 times each; {inside} kills inside a save) end with the same hash",
+            right == count and inside >= count // 2,
+        )
 
     def killed(self, name, ranks, saving) -> tuple[bool, list[int]]: # whether it was in a save; exit codes
         "A life whose group is killed: where it holds still inside a save, or at a random moment."
         mark, wait = self.folder / f"{name}.held", self.dice.uniform(0.2, 3)
         mark.unlink(missing_ok=True)
-        pids = life(self.folder / name, ranks, hold_inside_save(mark, self.dice.randrange(60)) if saving else None, workspace=str(self.folder / "ws"), run_name=name)
+        pids = life(
+            self.folder / name,
+            ranks,
+            hold_inside_save(mark, self.dice.randrange(60)) if saving else None,
+            workspace=str(self.folder / "ws"),
+            run_name=name,
+        )
         self.lives += 1
         while not os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT): # else it ended by itself
             if mark.exists() or not saving and (wait := wait - 0.01) < 0: break
@@ -230,7 +312,10 @@ class Soak:
             whole = self.reference(ranks)
             pids = life(self.folder / name, ranks, None, workspace=str(self.folder / "ws"), run_name=name)
             self.lives += 1
-            while not (self.dir(name) / "settings.yaml").exists() and not os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT): time.sleep(0.01)
+            while not (self.dir(name) / "settings.yaml").exists() and not os.waitid(
+                os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT
+            ):
+                time.sleep(0.01)
             time.sleep(self.dice.uniform(0, 2.5))
             only = [pids, pids[:1], pids[-1:]][i % 3]
             for pid in only:
@@ -246,7 +331,10 @@ class Soak:
             else: print(name, codes, words(self.folder / name, ranks)[-1500:])
             right += self.finish(name, ranks) == whole
             shutil.rmtree(self.dir(name))
-        return f"{count} SIGTERMs (all ranks, the first only, the last only): {agreed} ended with 75 and one complete checkpoint, {early} had ended before; {right} finish with the same hash", right == count and agreed + early == count
+        return (
+            f"{count} SIGTERMs (all ranks, the first only, the last only): {agreed} ended with 75 and one complete checkpoint, {early} had ended before; {right} finish with the same hash",
+            right == count and agreed + early == count,
+        )
 
     # bit flips
     def flips(self, count=100):
@@ -264,9 +352,18 @@ class Soak:
         for victim in ("COMPLETE", "manifest.json"): # the run goes on from an older one, and says so whatever is set
             path = newest / victim
             path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
-            codes, text = self.run(name, 2, stop_at(self.dir(name), 5), logging_steps=1000, preflight="warn"), words(self.folder / name, 2)
-            assert codes == [75, 75] and (f"WARNING: checkpoint-5 is DAMAGED: its marker COMPLETE does not fit its manifest.json, though it was complete once. It is set aside as {self.dir(name)}"
-                f"/damaged-checkpoint-5. The run goes on from {older.name}; {5 - int(older.name[11:])} steps, up to step 5, are lost and trained again.") in text, (codes, text[-2000:])
+            codes, text = (
+                self.run(name, 2, stop_at(self.dir(name), 5), logging_steps=1000, preflight="warn"),
+                words(self.folder / name, 2),
+            )
+            assert (
+                codes == [75, 75]
+                and (
+                    f"WARNING: checkpoint-5 is DAMAGED: its marker COMPLETE does not fit its manifest.json, though it was complete once. It is set aside as {self.dir(name)}"
+                    f"/damaged-checkpoint-5. The run goes on from {older.name}; {5 - int(older.name[11:])} steps, up to step 5, are lost and trained again."
+                )
+                in text
+            ), (codes, text[-2000:])
             shutil.rmtree(newest)
             shutil.rmtree(self.dir(name) / "damaged-checkpoint-5")
             shutil.copytree(copy, newest)
@@ -278,7 +375,11 @@ class Soak:
             if i % 12 == 0: # a whole start, as a person would do it
                 codes, text = self.run(name, 2, max_steps=5), words(self.folder / name, 2)
                 real += 1
-                detected = "loss" not in text if path.name in ("COMPLETE", "manifest.json") else all(codes) and path.name in text and "learning rate" not in text
+                detected = (
+                    "loss" not in text
+                    if path.name in ("COMPLETE", "manifest.json")
+                    else all(codes) and path.name in text and "learning rate" not in text
+                )
                 if path.name in ("COMPLETE", "manifest.json") and not newest.exists(): detected = True
             else:
                 def check():
@@ -288,22 +389,46 @@ class Soak:
             found += detected
             if not detected: quiet.append(str(path.relative_to(newest)))
             if newest.exists(): path.write_bytes(whole)
-            else: shutil.copytree(copy, newest) # swept away as incomplete: the flipped bit was in the marker or the manifest
+            else:
+                # swept away as incomplete: the flipped bit was in the marker or the manifest
+                shutil.copytree(copy, newest)
             for later in set(self.dir(name).glob("checkpoint-*")) - before: shutil.rmtree(later)
         assert in_child(lambda: checkpoint_to_resume(given, facts) == newest)
-        return f"{found} of {count} bit flips over {len(files)} files found before step 1 ({real} by whole starts, the others by the same check in process); not found: {quiet}", found == count
+        return (
+            f"{found} of {count} bit flips over {len(files)} files found before step 1 ({real} by whole starts, the others by the same check in process); not found: {quiet}",
+            found == count,
+        )
 
     # NaN and Inf
     def broken(self):
         lines = []
-        for ranks, value, where in ((1, "nan", "loss"), (1, "inf", "loss"), (2, "nan", "loss"), (1, "nan", "gradient"), (2, "inf", "gradient")):
+        for ranks, value, where in (
+            (1, "nan", "loss"),
+            (1, "inf", "loss"),
+            (2, "nan", "loss"),
+            (1, "nan", "gradient"),
+            (2, "inf", "gradient"),
+        ):
             name = f"broken-{ranks}-{value}-{where}"
-            codes, text = self.run(name, ranks, spoil(value, where, at=4), save_steps=1), words(self.folder / name, ranks)
+            codes, text = (
+                self.run(name, ranks, spoil(value, where, at=4), save_steps=1),
+                words(self.folder / name, ranks),
+            )
             from proxy_sft.core.atomic_folders import complete_checkpoints
             kept = in_child(lambda: [f.name for f in complete_checkpoints(self.dir(name))])
-            good = all(c == 1 for c in codes) and "at step 4" in text and "Blocks [" in text and kept[-1:] == ["checkpoint-3"]
-            lines.append((ranks, value, where, good, next((l for l in text.splitlines() if "at step 4" in l), text[-600:])[:220]))
-        return f"{sum(l[3] for l in lines)} of {len(lines)} non-finite steps stopped before the next save: {lines}", all(l[3] for l in lines)
+            good = (
+                all(c == 1 for c in codes)
+                and "at step 4" in text
+                and "Blocks [" in text
+                and kept[-1:] == ["checkpoint-3"]
+            )
+            lines.append(
+                (ranks, value, where, good, next((l for l in text.splitlines() if "at step 4" in l), text[-600:])[:220])
+            )
+        return (
+            f"{sum(l[3] for l in lines)} of {len(lines)} non-finite steps stopped before the next save: {lines}",
+            all(l[3] for l in lines),
+        )
 
     # spikes
     def spikes(self):
@@ -321,12 +446,18 @@ class Soak:
         small, _ = self.folder / "small", self.reference()
         size = sum(f.stat().st_size for f in (self.dir("straight-0") / "checkpoint-8").rglob("*"))
         small.mkdir()
-        if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4 * size}", "none", str(small)]).returncode: return "full disk: skipped, a tmpfs cannot be mounted here", True
+        if (
+            os.geteuid()
+            or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4 * size}", "none", str(small)]).returncode
+        ):
+            return "full disk: skipped, a tmpfs cannot be mounted here", True
         lines = []
         try:
             from proxy_sft.core.atomic_folders import complete_checkpoints
             codes = self.run("full-start", output_dir=str(small / "run"), save_total_limit=100)
-            lines.append(("refused before it starts", codes == [1] and "The run would fail" in words(self.folder / "full-start")))
+            lines.append(
+                ("refused before it starts", codes == [1] and "The run would fail" in words(self.folder / "full-start"))
+            )
             for mode in ("stop", "go_on", "race"):
                 run_dir = small / mode
                 ballast = small / "ballast"
@@ -335,13 +466,30 @@ class Soak:
                     ballast.write_bytes(b"x" * max(0, int(free - room)))
                 hook = at_step(run_dir, 3, lambda: fill(size * 0.5))
                 if mode == "race": hook = fill_inside_save(run_dir, small, ballast)
-                codes = self.run(f"full-{mode}", 1, hook, output_dir=str(run_dir), on_full_disk="go_on" if mode == "go_on" else "stop", max_steps=8)
-                text, kept = words(self.folder / f"full-{mode}"), in_child(lambda: [f.name for f in complete_checkpoints(run_dir)])
+                codes = self.run(
+                    f"full-{mode}",
+                    1,
+                    hook,
+                    output_dir=str(run_dir),
+                    on_full_disk="go_on" if mode == "go_on" else "stop",
+                    max_steps=8,
+                )
+                text, kept = (
+                    words(self.folder / f"full-{mode}"),
+                    in_child(lambda: [f.name for f in complete_checkpoints(run_dir)]),
+                )
                 ballast.unlink(missing_ok=True)
                 plain = ("There is no room" in text or "could not be" in text) and kept[:1] == ["checkpoint-2"]
-                again = self.finish(f"full-{mode}", 1, output_dir=str(run_dir)) == self.reference() if mode != "go_on" else True
-                if mode == "go_on": plain = "going on without it" in text and codes == [1] # no room for the last one either
-                lines.append((mode, codes, kept, plain, in_child(lambda: hashes(run_dir)) if mode == "go_on" else again))
+                again = (
+                    self.finish(f"full-{mode}", 1, output_dir=str(run_dir)) == self.reference()
+                    if mode != "go_on"
+                    else True
+                )
+                if mode == "go_on":
+                    plain = "going on without it" in text and codes == [1]  # no room for the last one either
+                lines.append(
+                    (mode, codes, kept, plain, in_child(lambda: hashes(run_dir)) if mode == "go_on" else again)
+                )
                 shutil.rmtree(run_dir)
         finally: subprocess.run(["umount", "-l", str(small)], check=True)
         return f"full disk: {lines}", all(l[-1] and (len(l) == 2 or l[3]) for l in lines)
@@ -349,16 +497,26 @@ class Soak:
     def full_two(self):
         "The disk fills while one rank writes; the other must come to its end by itself, not wait for ever."
         whole, small = self.reference(2), self.folder / "small-two"
-        size = sum(f.stat().st_size for f in (self.dir(f"straight-{len(self.straight) - 1}") / "checkpoint-8").rglob("*"))
+        size = sum(
+            f.stat().st_size for f in (self.dir(f"straight-{len(self.straight) - 1}") / "checkpoint-8").rglob("*")
+        )
         small.mkdir()
-        if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4 * size}", "none", str(small)]).returncode: return "full disk with two ranks: skipped, a tmpfs cannot be mounted here", True
+        if (
+            os.geteuid()
+            or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4 * size}", "none", str(small)]).returncode
+        ):
+            return "full disk with two ranks: skipped, a tmpfs cannot be mounted here", True
         try:
             run_dir, ballast = small / "two", small / "ballast"
-            codes = self.run("full-two", 2, fill_inside_save(run_dir, small, ballast), grace=120, output_dir=str(run_dir))
+            codes = self.run(
+                "full-two", 2, fill_inside_save(run_dir, small, ballast), grace=120, output_dir=str(run_dir)
+            )
             text, kept = words(self.folder / "full-two", 2), in_child(lambda: [f.name for f in complete(run_dir)])
             ballast.unlink(missing_ok=True)
             plain = codes == [1, 1] and "checkpoint-4 could not be written" in text and kept == ["checkpoint-2"]
-            return f"full disk with two ranks: {codes}, {kept} kept", plain and self.finish("full-two", 2, output_dir=str(run_dir)) == whole
+            return f"full disk with two ranks: {codes}, {kept} kept", plain and self.finish(
+                "full-two", 2, output_dir=str(run_dir)
+            ) == whole
         finally: subprocess.run(["umount", "-l", str(small)], check=True)
 
     # what people and schedulers do to a run's folder
@@ -367,17 +525,38 @@ class Soak:
         whole, lines = self.reference(), []
         lines.append(("two at once", self.two_at_once(whole)))
         env = dict(SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
-        first = self.run("odd", 1, with_environment(dict(SLURM_JOB_ID="7"), stop_at(self.dir("odd"), 5)), resume="never")
+        first = self.run(
+            "odd", 1, with_environment(dict(SLURM_JOB_ID="7"), stop_at(self.dir("odd"), 5)), resume="never"
+        )
         again, text = self.run("odd", 1, with_environment(env), resume="never"), words(self.folder / "odd")
-        steps = [r["step"] for r in map(json.loads, (self.dir("odd") / "logs" / "progress.jsonl").read_text().splitlines()) if r.get("loss") is not None]
-        lines.append(("never, repeated", first == [75] and again == [0] and steps == list(range(1, 9)) and digest(self.dir("odd")) == whole))
-        other = self.run("odd-2", 1, stop_at(self.dir("odd-2"), 3)), self.run("odd-2", resume=str(self.dir("odd") / "checkpoint-8"))
+        steps = [
+            r["step"]
+            for r in map(json.loads, (self.dir("odd") / "logs" / "progress.jsonl").read_text().splitlines())
+            if r.get("loss") is not None
+        ]
+        lines.append(
+            (
+                "never, repeated",
+                first == [75] and again == [0] and steps == list(range(1, 9)) and digest(self.dir("odd")) == whole,
+            )
+        )
+        other = (
+            self.run("odd-2", 1, stop_at(self.dir("odd-2"), 3)),
+            self.run("odd-2", resume=str(self.dir("odd") / "checkpoint-8")),
+        )
         lines.append(("another run's last checkpoint", other == ([75], [0]) and digest(self.dir("odd-2")) == whole))
         for file in ("optimizer.pt", "model.safetensors"):
             (self.dir("odd-2") / "checkpoint-3" / file).unlink()
             codes, text = self.run("odd-2"), words(self.folder / "odd-2")
-            lines.append((f"{file} deleted by hand", codes == [1] and "lacks model.safetensors" in text + "lacks model.safetensors" * (file == "optimizer.pt" and "lacks optimizer.pt" in text)
-                          and "Move it away, and the run goes on from checkpoint-2, 1 steps earlier" in text))
+            lines.append(
+                (
+                    f"{file} deleted by hand",
+                    codes == [1]
+                    and "lacks model.safetensors"
+                    in text + "lacks model.safetensors" * (file == "optimizer.pt" and "lacks optimizer.pt" in text)
+                    and "Move it away, and the run goes on from checkpoint-2, 1 steps earlier" in text,
+                )
+            )
         shutil.rmtree(self.dir("odd-2") / "checkpoint-3")
         lines.append(("moved away", self.finish("odd-2") == whole))
         lines.append(("an old checkpoint is in use", self.in_use(whole)))
@@ -389,13 +568,23 @@ class Soak:
         def wait():
             (self.folder / "there").touch()
             while not go.exists(): time.sleep(0.02)
-        pids = life(self.folder / "twice", 1, at_step(run_dir, 3, wait), workspace=str(self.folder / "ws"), run_name="twice")
-        while not (self.folder / "there").exists() and not os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT): time.sleep(0.02)
+        pids = life(
+            self.folder / "twice", 1, at_step(run_dir, 3, wait), workspace=str(self.folder / "ws"), run_name="twice"
+        )
+        while not (self.folder / "there").exists() and not os.waitid(
+            os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT
+        ):
+            time.sleep(0.02)
         second = life(self.folder / "twice-second", 1, None, workspace=str(self.folder / "ws"), run_name="twice")
         codes, text = end(second), words(self.folder / "twice-second")
         go.touch()
         self.lives += 2
-        return end(pids) == [0] and codes == [1] and f"is in use by process {pids[0]} on " in text and digest(run_dir) == whole
+        return (
+            end(pids) == [0]
+            and codes == [1]
+            and f"is in use by process {pids[0]} on " in text
+            and digest(run_dir) == whole
+        )
 
     def in_use(self, whole) -> bool:
         "A file of the checkpoint that goes next cannot be deleted, as one that is read on NFS cannot: a mount on it when we are root, a folder without rights otherwise."
@@ -403,14 +592,23 @@ class Soak:
         def hold():
             held = run_dir / "checkpoint-2" / "scheduler.pt"
             if os.geteuid(): held.parent.chmod(0o500)
-            elif subprocess.run(["mount", "--bind", str(held), str(held)], capture_output=True).returncode: subprocess.run(["chattr", "+i", str(held)], capture_output=True)
+            elif subprocess.run(["mount", "--bind", str(held), str(held)], capture_output=True).returncode:
+                subprocess.run(["chattr", "+i", str(held)], capture_output=True)
         codes, text = self.run("busy", 1, at_step(run_dir, 3, hold)), words(self.folder / "busy")
         for left in run_dir.glob(".gone-*"):
             left.chmod(0o700)
-            subprocess.run(["umount", "-l", str(left / "scheduler.pt")], capture_output=True) if not os.geteuid() else None
+            subprocess.run(
+                ["umount", "-l", str(left / "scheduler.pt")], capture_output=True
+            ) if not os.geteuid() else None
             subprocess.run(["chattr", "-i", str(left / "scheduler.pt")], capture_output=True)
-        if "checkpoint-2 is not needed any more and cannot be deleted now" not in text: return "nothing can be made undeletable here" if codes == [0] else False
-        return codes == [0] and digest(run_dir) == whole and self.finish("busy") == whole and not [*run_dir.glob(".gone-*")]
+        if "checkpoint-2 is not needed any more and cannot be deleted now" not in text:
+            return "nothing can be made undeletable here" if codes == [0] else False
+        return (
+            codes == [0]
+            and digest(run_dir) == whole
+            and self.finish("busy") == whole
+            and not [*run_dir.glob(".gone-*")]
+        )
 
     # a mixed soak
     def mixed(self, count=200):
@@ -421,18 +619,36 @@ class Soak:
             run += 1
             whole = self.reference(ranks)
             for _ in range(self.dice.randint(2, 6)):
-                kind = self.dice.choice(["kill", "kill in a save", "kill one rank", "SIGTERM", "SIGINT to one", "STOP", "bit flip", "lost file", "half a checkpoint"])
+                kind = self.dice.choice(
+                    [
+                        "kill",
+                        "kill in a save",
+                        "kill one rank",
+                        "SIGTERM",
+                        "SIGINT to one",
+                        "STOP",
+                        "bit flip",
+                        "lost file",
+                        "half a checkpoint",
+                    ]
+                )
                 faults += self.fault(kind, name, ranks)
                 kinds[kind] = kinds.get(kind, 0) + 1
             same = self.finish(name, ranks) == whole
             right += same
             silent += not same
             shutil.rmtree(self.dir(name), ignore_errors=True)
-        return f"{faults} faults in {run} runs ({kinds}): {right} runs end with the same hash, {silent} diverged silently", silent == 0
+        return (
+            f"{faults} faults in {run} runs ({kinds}): {right} runs end with the same hash, {silent} diverged silently",
+            silent == 0,
+        )
 
     def fault(self, kind, name, ranks) -> int:
         from proxy_sft.core.atomic_folders import complete_checkpoints
-        run_dir, found = self.dir(name), [self.dir(name) / f for f in in_child(lambda: [f.name for f in complete_checkpoints(self.dir(name))])]
+        run_dir, found = (
+            self.dir(name),
+            [self.dir(name) / f for f in in_child(lambda: [f.name for f in complete_checkpoints(self.dir(name))])],
+        )
         if kind in ("bit flip", "lost file", "half a checkpoint"):
             if not found: return 0
             victim = self.dice.choice([p for p in sorted(found[-1].rglob("*")) if p.is_file()])
@@ -503,7 +719,12 @@ def hold_inside_save(mark, left):
     def hook(rank):
         def look(event, given):
             nonlocal left
-            if rank or event not in ("open", "os.rename", "os.remove", "os.link", "os.mkdir") or ".saving" not in str(given[0]): return
+            if (
+                rank
+                or event not in ("open", "os.rename", "os.remove", "os.link", "os.mkdir")
+                or ".saving" not in str(given[0])
+            ):
+                return
             left -= 1
             if left == 0: mark.touch()
             while left <= 0: time.sleep(60)
@@ -518,7 +739,8 @@ def fill_inside_save(run_dir, small, ballast):
         usual = CompleteCheckpoints._room_for
         def _room_for(self, target):
             answer = usual(self, target)
-            if self.state.global_step == 4 and rank == 0: ballast.write_bytes(b"x" * (shutil.disk_usage(small).free - 300_000))
+            if self.state.global_step == 4 and rank == 0:
+                ballast.write_bytes(b"x" * (shutil.disk_usage(small).free - 300_000))
             return answer
         CompleteCheckpoints._room_for = _room_for
     return hook
@@ -566,11 +788,28 @@ def main() -> int:
         soak = Soak(Path(folder), args.seed)
         for part, _, count in (p.partition("=") for p in args.parts or PARTS):
             began, count = time.monotonic(), int(count or args.count or 0)
-            text, good = getattr(soak, part)(*([count] if count and part in ("flips", "terms", "kills", "mixed") else []))
+            text, good = getattr(soak, part)(
+                *([count] if count and part in ("flips", "terms", "kills", "mixed") else [])
+            )
             bad += not good
-            print(f"{'passed' if good else 'FAILED'} {part} in {time.monotonic() - began:.0f} s, {soak.lives} lives so far: {text}", flush=True)
+            print(
+                f"{'passed' if good else 'FAILED'} {part} in {time.monotonic() - began:.0f} s, {soak.lives} lives so far: {text}",
+                flush=True,
+            )
     if not args.parts:
-        bad += subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/test_launch.py", "tests/test_faults.py", "tests/test_house.py"], cwd=ROOT, env={**os.environ, "PROXY_SFT_SOAK": "1"}).returncode
+        bad += subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "tests/test_launch.py",
+                "tests/test_faults.py",
+                "tests/test_house.py",
+            ],
+            cwd=ROOT,
+            env={**os.environ, "PROXY_SFT_SOAK": "1"},
+        ).returncode
     return int(bool(bad))
 
 

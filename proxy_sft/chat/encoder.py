@@ -76,11 +76,13 @@ def chatml_text(
     for message in messages if system is None else messages[1:]:
         role, content = message["role"], message["content"]
         if type(content) is not str: raise TypeError("a content that is no text")
-        if role == "tool": out.append(f"{'' if last == 'tool' else '<|im_start|>user'}\n<tool_response>\n{content}\n</tool_response>")
+        if role == "tool":
+            out.append(f"{'' if last == 'tool' else '<|im_start|>user'}\n<tool_response>\n{content}\n</tool_response>")
         else:
             if last == "tool": out.append("<|im_end|>\n")
             if role == "assistant":
-                if calls := message.get("tool_calls"): content = "\n".join([content] * bool(content) + [_call_turn(c) for c in calls])
+                if calls := message.get("tool_calls"):
+                    content = "\n".join([content] * bool(content) + [_call_turn(c) for c in calls])
                 out.append(f"<|im_start|>assistant\n{think}{content}<|im_end|>\n")
             elif role == "user" or role == "system": out.append(f"<|im_start|>{role}\n{content}<|im_end|>\n")
             else: raise KeyError(role)
@@ -154,7 +156,10 @@ class Renderer(Coder):
         if self._think is not None:
             try: return chatml_text(messages, _tools_text(self._frame, tools), self._think, generate)
             except (KeyError, IndexError, TypeError): pass  # out of the ordinary
-        try: return self._jinja.render_template("chat", messages=messages, tools=tools or None, add_generation_prompt=generate, **self.options)
+        try:
+            return self._jinja.render_template(
+                "chat", messages=messages, tools=tools or None, add_generation_prompt=generate, **self.options
+            )
         except self._refused: return _render(messages, tools, self.tokenizer, self.source, self.options, generate)  # its error is the reference's
 
 # %% ../../nbs/chat/03_encoder.ipynb #controls-written-export
@@ -170,7 +175,8 @@ def _written_controls(messages: list, answers: list, tools: bool, weights: list)
     if "tool" in roles:  # a run of results is one turn
         results, runs = roles.count("tool"), sum([a == "tool" != b for a, b in zip(roles, [*roles[1:], ""])])
         count += result * results - turn * (results - runs)
-    if True in answers: count += call * sum([len(m.get("tool_calls") or ()) for m in messages if m["role"] == "assistant"])
+    if True in answers:
+        count += call * sum([len(m.get("tool_calls") or ()) for m in messages if m["role"] == "assistant"])
     return count + (frame + turn * (roles[0] != "system") if tools else 0)
 
 
@@ -296,7 +302,9 @@ def _with_rows(ids: np.ndarray, trained: np.ndarray, offsets: np.ndarray, new: d
         pieces += [(ids[offsets[at]:offsets[row]], trained[offsets[at]:offsets[row]]), new[row]]
         lengths[row], at = len(new[row][0]), row + 1
     pieces.append((ids[offsets[at]:], trained[offsets[at]:]))
-    return *(np.concatenate(column) for column in zip(*pieces)), np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    return *(np.concatenate(column) for column in zip(*pieces)), np.concatenate(
+        [np.zeros(1, np.int64), np.cumsum(lengths)]
+    )
 
 
 def _divide(text: str, answer: int, prompt: str) -> tuple[str, str]:
@@ -339,7 +347,11 @@ class ChatEncoder:
         for i in slow:
             out = supervise(*row_parts(rows[i]), self.tokenizer, self.template, self.train_on)
             new[i] = np.array(out["input_ids"], np.int32), np.array(out["labels"], np.int64) != IGNORED
-        return TokenRows(*_with_rows(ids, trained, offsets, new), len(slow), [None if i in new else text for i, text in enumerate(texts)])
+        return TokenRows(
+            *_with_rows(ids, trained, offsets, new),
+            len(slow),
+            [None if i in new else text for i, text in enumerate(texts)],
+        )
 
 # %% ../../nbs/chat/03_encoder.ipynb #verify-export
 def _verify(self, rows: list, sample: int = 16, longest: int = 2, seed: int = 0) -> bool:

@@ -285,7 +285,11 @@ def inspect_command(
         from transformers import AutoTokenizer
         inspection = Inspection(AutoTokenizer.from_pretrained(folder), args.template, args.train_on)
     source = Path(args.raw or (settings.train_file if settings else ""))
-    raw = raw_of({**row, **known}, RowFile(source)) if source.is_file() and (args.view == "raw" or "line" in row) else None
+    raw = (
+        raw_of({**row, **known}, RowFile(source))
+        if source.is_file() and (args.view == "raw" or "line" in row)
+        else None
+    )
     print(f"row {found} of {len(rows)} in {rows.name}")
     print(row_text(RowView(row, inspection, raw, convert, known=known), args.view, _wants_color(args.color)))
     return 0

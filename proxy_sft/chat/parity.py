@@ -188,7 +188,8 @@ def _selected(rows: Any, lines: Any, starts: Optional[np.ndarray]) -> tuple:
     if not known: rows = list(rows)
     elif starts is None: starts = line_starts(rows)
     count = len(starts) - 1 if known else len(rows)
-    if lines is None: return rows, starts, np.flatnonzero(np.diff(starts) > 2) if known else np.arange(count)  # not empty
+    if lines is None:
+        return rows, starts, np.flatnonzero(np.diff(starts) > 2) if known else np.arange(count)  # not empty
     numbers = np.asarray(lines, np.int64).reshape(-1)
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < count:
         raise ChatError(f"lines name rows {numbers.min()} to {numbers.max()}; there are rows 0 to {count - 1}")
@@ -199,7 +200,11 @@ def _some_rows(rows: Any, starts: Optional[np.ndarray], numbers: np.ndarray, sam
     "Rows to compare: a random choice and the longest lines of a file, or all of a list."
     if starts is None: return rows
     longest = numbers[np.argsort(starts[numbers] - starts[numbers + 1], kind="stable")[:4]]
-    some = np.random.default_rng(seed).choice(numbers, min(len(numbers), 4 * sample), replace=False) if len(numbers) else numbers
+    some = (
+        np.random.default_rng(seed).choice(numbers, min(len(numbers), 4 * sample), replace=False)
+        if len(numbers)
+        else numbers
+    )
     return list(_lines(str(rows), starts[np.union1d(longest, some)]))
 
 # %% ../../nbs/chat/07_parity.ipynb #check_parity-function-export

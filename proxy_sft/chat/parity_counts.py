@@ -101,7 +101,8 @@ def _clean_parts(row: dict, pattern: Any) -> Optional[tuple[list, list]]: # None
     plain = columns[1] == "[]" and '"tool_calls"' not in columns[0]  # otherwise there may be numbers that orjson rounds
     try: parts = tuple(map(orjson.loads if plain else json.loads, columns))
     except orjson.JSONDecodeError: parts = row_parts(row)  # NaN, lone surrogates
-    spelt = any(_ESCAPE.search(text) and any(len(m[0]) % 2 for m in _SLASHES.finditer(text)) for text in columns)  # a token may hide behind them
+    # a token may hide behind them
+    spelt = any(_ESCAPE.search(text) and any(len(m[0]) % 2 for m in _SLASHES.finditer(text)) for text in columns)
     return None if spelt and pattern.search(_json_text(parts)) else parts
 
 
@@ -117,14 +118,22 @@ def _shows_all(messages: list, tools: list, text: str) -> bool:
     return all(_json_text(tool) in text for tool in tools)
 
 
-def _prompts_begin(inspection: Inspection, messages: list, tools: list, text: str, turns: list) -> bool: # turns: number of each answer among the row's turns
+def _prompts_begin(
+    inspection: Inspection,
+    messages: list,
+    tools: list,
+    text: str,
+    turns: list,
+) -> bool: # turns: number of each answer among the row's turns
     "Whether the text begins with the prompt that a server builds for each answer, as far as that turn's header."
     asked = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
     for k, turn in zip(asked, turns):
         prompt = inspection.server.text(messages[:k], tools, generate=True)
-        if not (text.startswith(prompt) and prompt.endswith(inspection.asks) and prompt.count("<|im_start|>") == turn + 1): return False
+        if not (
+            text.startswith(prompt) and prompt.endswith(inspection.asks) and prompt.count("<|im_start|>") == turn + 1
+        ):
+            return False
     return True
-
 
 # %% ../../nbs/chat/06_parity_counts.ipynb #spans-export
 class Spans(NamedTuple):
@@ -154,7 +163,13 @@ def spans_of(
 
 
 # %% ../../nbs/chat/06_parity_counts.ipynb #plain-turns-export
-def _turns_in_order(inspection: Inspection, tokens: TokenRows, spans: Spans, sums: np.ndarray, calls: list) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _turns_in_order(
+    inspection: Inspection,
+    tokens: TokenRows,
+    spans: Spans,
+    sums: np.ndarray,
+    calls: list,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Of each row whether its tokens are in order; of its answers the first token behind the header, and the one behind the stop. `sums`: trained tokens before each; `calls`: for each answer of a row whether it has calls; None: not asked."
     (row, _, start, end), ids = (column[spans.role == 2] for column in spans), tokens.ids
     fine = np.bincount(row, minlength=len(tokens)) == [-1 if some is None else len(some) for some in calls]
@@ -170,32 +185,55 @@ def _turns_in_order(inspection: Inspection, tokens: TokenRows, spans: Spans, sum
     begin, behind = np.minimum(begin, end), np.minimum(behind, end)
     learnt = sums[end] - sums[start]
     trained = (learnt == sums[behind] - sums[begin]) & tokens.trained[behind - 1]
-    good &= np.where(chosen, trained, learnt == 0) & (called | (np.searchsorted(opens, begin) == np.searchsorted(opens, behind)))
+    good &= np.where(chosen, trained, learnt == 0) & (
+        called | (np.searchsorted(opens, begin) == np.searchsorted(opens, behind))
+    )
     fine[row[~good]] = False
     return fine & (np.diff(sums[tokens.offsets]) > 0), begin, behind
 
-
 # %% ../../nbs/chat/06_parity_counts.ipynb #plain-rows-export
-def _rows_in_order(inspection: Inspection, rows: list, tokens: TokenRows, texts: list) -> tuple[np.ndarray, Counter]: # of each row whether it is; counts of those
+def _rows_in_order(
+    inspection: Inspection,
+    rows: list,
+    tokens: TokenRows,
+    texts: list,
+) -> tuple[np.ndarray, Counter]: # of each row whether it is; counts of those
     "What can be measured for many rows at once; a row that is not in order in every respect is left to `_measure_row`."
     known = [text is not None and (text.isascii() or unicodedata.is_normalized("NFC", text)) for text in texts]
-    parts = [_clean_parts(row, inspection.server.pattern) if ok and not inspection.server.fallback else None for row, ok in zip(rows, known)]
+    parts = [
+        _clean_parts(row, inspection.server.pattern) if ok and not inspection.server.fallback else None
+        for row, ok in zip(rows, known)
+    ]
     calls = [part and [bool(m.get("tool_calls")) for m in part[0] if m["role"] == "assistant"] for part in parts]
     spans, sums = spans_of(inspection, tokens), np.concatenate([[0], np.cumsum(tokens.trained, dtype=np.int32)])
     fine, begin, behind = _turns_in_order(inspection, tokens, spans, sums, calls)
     answers = np.flatnonzero(spans.role == 2)
-    edges, first = np.searchsorted(spans.row[answers], np.arange(len(rows) + 1)), np.searchsorted(spans.row, np.arange(len(rows)))
+    edges, first = (
+        np.searchsorted(spans.row[answers], np.arange(len(rows) + 1)),
+        np.searchsorted(spans.row, np.arange(len(rows))),
+    )
     for i in np.flatnonzero(fine).tolist():
         (messages, tools), mine = parts[i], slice(edges[i], edges[i + 1])
-        fine[i] = (_prompts_begin(inspection, messages, tools, texts[i], (answers[mine] - first[i]).tolist()) and _shows_all(messages, tools, texts[i])
-                   and not (True in calls[i] and _calls_differ(inspection, messages, tokens.ids, begin[mine], behind[mine])))
+        fine[i] = (
+            _prompts_begin(inspection, messages, tools, texts[i], (answers[mine] - first[i]).tolist())
+            and _shows_all(messages, tools, texts[i])
+            and not (True in calls[i] and _calls_differ(inspection, messages, tokens.ids, begin[mine], behind[mine]))
+        )
     fine &= _decode_to_texts(inspection, tokens, texts, fine)
     return fine, _count_in_order(tokens, spans, sums, fine, [part for part, ok in zip(parts, fine) if ok])
 
 
-def _calls_differ(inspection: Inspection, messages: list, ids: np.ndarray, begin: np.ndarray, behind: np.ndarray) -> bool:
+def _calls_differ(
+    inspection: Inspection,
+    messages: list,
+    ids: np.ndarray,
+    begin: np.ndarray,
+    behind: np.ndarray,
+) -> bool:
     "Whether the calls read off an answer's tokens are others than its message's."
-    wanted = [[_normal(_call_text(call)) for call in m.get("tool_calls") or []] for m in messages if m["role"] == "assistant"]
+    wanted = [
+        [_normal(_call_text(call)) for call in m.get("tool_calls") or []] for m in messages if m["role"] == "assistant"
+    ]
     return any(calls != parse_back(inspection, ids[a:b]) for calls, a, b in zip(wanted, begin, behind) if calls)
 
 
@@ -203,22 +241,32 @@ def _decode_to_texts(inspection: Inspection, tokens: TokenRows, texts: list, fin
     "Whether each row's ids say its text: all together, and one by one when they do not."
     some = tokens.ids if fine.all() else tokens.ids[np.repeat(fine, np.diff(tokens.offsets))]
     if inspection.server.decode(some) == "".join([text for text, ok in zip(texts, fine) if ok]): return fine
-    return np.array([bool(ok) and inspection.server.decode(tokens.ids[a:b]) == text for ok, text, a, b in zip(fine, texts, tokens.offsets, tokens.offsets[1:])])
-
+    return np.array(
+        [
+            bool(ok) and inspection.server.decode(tokens.ids[a:b]) == text
+            for ok, text, a, b in zip(fine, texts, tokens.offsets, tokens.offsets[1:])
+        ]
+    )
 
 # %% ../../nbs/chat/06_parity_counts.ipynb #count-in-order-export
 def _count_in_order(tokens: TokenRows, spans: Spans, sums: np.ndarray, fine: np.ndarray, parts: list) -> Counter:
     "What `_measure_row` counts, for rows in which nothing is wrong."
     ours = fine[spans.row]
     role, start, end = (column[ours] for column in spans[1:])
-    counts = Counter(tokens=int(np.diff(tokens.offsets)[fine].sum()), trained=int(np.diff(sums[tokens.offsets])[fine].sum()))
+    counts = Counter(
+        tokens=int(np.diff(tokens.offsets)[fine].sum()), trained=int(np.diff(sums[tokens.offsets])[fine].sum())
+    )
     for number, name in enumerate((*ROLES, "none")):
         here = role == number
         counts[f"tokens {name}"] = int((end - start)[here].sum())
         counts[f"trained {name}"] = int((sums[end] - sums[start])[here].sum())
     supervised = int(((role == 2) & (sums[end] > sums[start])).sum())
     counts.update({name: supervised for name in ("turns", "supervised", "exact", "stops")})
-    counts.update({"content": sum([isinstance(m.get("content"), str) for messages, _ in parts for m in messages]), "tool": sum([len(tools) for _, tools in parts]),
-                   "calls": sum([bool(m.get("tool_calls")) for messages, _ in parts for m in messages])})
+    counts.update(
+        {
+            "content": sum([isinstance(m.get("content"), str) for messages, _ in parts for m in messages]),
+            "tool": sum([len(tools) for _, tools in parts]),
+            "calls": sum([bool(m.get("tool_calls")) for messages, _ in parts for m in messages]),
+        }
+    )
     return counts
-

@@ -147,7 +147,8 @@ def _plain_text(row: Any) -> str:
 def _known_to_fit(rows: RowFile, query: Query) -> np.ndarray: # bool, one per row
     "Which rows of a converted file fit all that is not text."
     import pyarrow.compute as pc
-    if getattr(rows, "asked", None) == (query.source, query.reason, query.calls, query.longer, query.shorter): return rows.fitting
+    if getattr(rows, "asked", None) == (query.source, query.reason, query.calls, query.longer, query.shorter):
+        return rows.fitting
     fits = np.ones(len(rows), bool)
     if query.longer or query.shorter:
         sizes = np.diff(rows.starts)

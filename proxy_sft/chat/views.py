@@ -286,7 +286,12 @@ class RowView:
     def __init__(self, row: dict, inspection: Optional[Inspection] = None, raw: Optional[dict] = None,
                  convert: Optional[Callable] = None, views: tuple = ("text",), known: Optional[dict] = None): # of `RowFile.known`
         self.row, self.raw, self.views, self.problem = row, raw or raw_row(row), views, ""
-        self.facts, self.messages, self.tools, self.reading = row_facts({"row": self.raw, **row, **(known or {})}), None, [], None
+        self.facts, self.messages, self.tools, self.reading = (
+            row_facts({"row": self.raw, **row, **(known or {})}),
+            None,
+            [],
+            None,
+        )
         try:
             if is_raw(row) or "messages" not in row and "messages_json" not in row:
                 if convert is None or self.raw is None:

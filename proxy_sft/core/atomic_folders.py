@@ -87,7 +87,8 @@ def publish(
     mark: bool = True, # False: the caller marks it, when others have published their parts
 ) -> dict[str, Any]: # the manifest
     "Seal, rename, mark. A target without a marker is replaced; a complete one is never overwritten: `AtomicFolderError`."
-    if is_complete(target): raise AtomicFolderError(f"{target} is complete already; a sealed folder is never overwritten.")
+    if is_complete(target):
+        raise AtomicFolderError(f"{target} is complete already; a sealed folder is never overwritten.")
     manifest = seal(aside, facts)
     if target.exists(): discard(target)
     os.rename(aside, target)
@@ -104,8 +105,10 @@ def is_complete(folder: Path) -> bool:
 def read_manifest(folder: Path) -> dict[str, Any]:
     "The manifest of a complete folder; `AtomicFolderError` when it is not complete."
     if not is_complete(folder):
-        raise AtomicFolderError(f"{folder} is not complete: its marker {COMPLETE} is missing or does not fit {MANIFEST}. "
-                        "It was written by another program, changed, or cut short; delete it, or name another folder.")
+        raise AtomicFolderError(
+            f"{folder} is not complete: its marker {COMPLETE} is missing or does not fit {MANIFEST}. "
+            "It was written by another program, changed, or cut short; delete it, or name another folder."
+        )
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 # %% ../../nbs/core/04_atomic_folders.ipynb #verify
@@ -113,14 +116,20 @@ def verify(folder: Path) -> dict[str, Any]: # the manifest
     "Compare every file with the manifest; `AtomicFolderError` names the first that differs."
     manifest = read_manifest(folder)
     expected, found = manifest["files"], {p.relative_to(folder).as_posix(): p for p in files_in(folder)}
-    if missing := sorted(expected.keys() - found.keys()): raise AtomicFolderError(f"{folder} lacks {missing[0]}, which its manifest lists.")
-    if extra := sorted(found.keys() - expected.keys()): raise AtomicFolderError(f"{folder} holds {extra[0]}, which its manifest does not list.")
+    if missing := sorted(expected.keys() - found.keys()):
+        raise AtomicFolderError(f"{folder} lacks {missing[0]}, which its manifest lists.")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise AtomicFolderError(f"{folder} holds {extra[0]}, which its manifest does not list.")
     def check(name):
         size = found[name].stat().st_size
         if size != expected[name]["size"]:
-            raise AtomicFolderError(f"{found[name]} has {size} bytes; {expected[name]['size']} were written. The file was cut or changed.")
+            raise AtomicFolderError(
+                f"{found[name]} has {size} bytes; {expected[name]['size']} were written. The file was cut or changed."
+            )
         if file_hash(found[name]) != expected[name]["blake3"]:
-            raise AtomicFolderError(f"{found[name]} has the right size and other bytes than were written: the disk or a copy changed them.")
+            raise AtomicFolderError(
+                f"{found[name]} has the right size and other bytes than were written: the disk or a copy changed them."
+            )
     try:
         with ThreadPoolExecutor(4) as pool: list(pool.map(check, expected))
     except OSError as error: raise AtomicFolderError(f"{folder} cannot be read to its end: {error}. The disk fails, or the file belongs to somebody else.") from error
@@ -131,7 +140,9 @@ def checkpoint_step(folder: Path) -> int: # optimizer step
     "The number in `checkpoint-N`."
     return int(folder.name.rpartition("-")[2])
 
-def complete_checkpoints(run_dir: Path, kind: str = "checkpoint") -> list[Path]: # oldest first; kind: checkpoint, or weights
+def complete_checkpoints(
+    run_dir: Path, kind: str = "checkpoint"
+) -> list[Path]: # oldest first; kind: checkpoint, or weights
     "The complete checkpoints of a run."
     folders = [f for f in run_dir.glob(f"{kind}-*") if f.name.rpartition("-")[2].isdigit() and is_complete(f)]
     return sorted(folders, key=checkpoint_step)

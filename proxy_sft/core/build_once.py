@@ -102,7 +102,11 @@ class Claim:
 
     def _record(self) -> bytes: # always one block, so that a rewrite leaves nothing of an earlier one
         self.beat += 1
-        return json.dumps({"process": Process.mine(), "word": self.word, "beat": self.beat, "text": self.text[:1000]}).encode().ljust(4096)
+        return (
+            json.dumps({"process": Process.mine(), "word": self.word, "beat": self.beat, "text": self.text[:1000]})
+            .encode()
+            .ljust(4096)
+        )
 
     def _keep(self):
         "Rewrite the file until released; a claim that others took for dead is lost, and never taken back by force."
@@ -114,7 +118,9 @@ class Claim:
             except OSError: continue  # a disk that fails for a moment must not make us look dead
 
 # %% ../../nbs/core/05_build_once.ipynb #read-claim
-def read_claim(path: Path, patience: int = 1) -> dict[str, Any]: # empty when there is none; `process`, `word`, `beat`, `text`
+def read_claim(
+    path: Path, patience: int = 1
+) -> dict[str, Any]: # empty when there is none; `process`, `word`, `beat`, `text`
     "What a claim says; one that is being written at this moment is read again."
     for attempt in range(patience):
         try: record = json.loads(path.read_bytes())
@@ -187,7 +193,13 @@ class Heartbeat:
     "The builder's side: rewrites `prepare-<rank>.json` once a second until everybody has read the end."
     speaking: dict[Path, "Heartbeat"] = {}  # one voice per file: a new announcer silences the one before
 
-    def __init__(self, folder: Path, ranks: list[int], rank: int = 0, afterwards: float = 600): # run's folder; who waits; who builds; seconds
+    def __init__(
+        self,
+        folder: Path,
+        ranks: list[int],
+        rank: int = 0,
+        afterwards: float = 600,
+    ): # run's folder; who waits; who builds; seconds
         self.folder, self.ranks, self.lock, self.ever_heard = folder, ranks, threading.Lock(), set()
         self.file, self.afterwards, self.ended = folder / f"prepare-{rank}.json", afterwards, float("inf")
         self.record = {"state": "building", "text": "starting", "process": Process.mine(), "beat": 0, "heard": {}}
@@ -242,23 +254,35 @@ def wait_for_owner(
     try: return follow_owner([folder / f"prepare-{b}.json" for b in builders], rank, word, answer, silence, progress)
     finally: mine_file.unlink(missing_ok=True)
 
-def follow_owner(files: list[Path], rank: int, word: str, answer: float, silence: float, progress: Callable[[str], None]) -> str:
+def follow_owner(
+    files: list[Path],
+    rank: int,
+    word: str,
+    answer: float,
+    silence: float,
+    progress: Callable[[str], None],
+) -> str:
     "Read what the builder says until it ends."
     last, quiet, builder = None, 0.0, None
     while True:
         record = next((r for r in map(read_record, files) if r.get("heard", {}).get(str(rank)) == word), {})
         if record: builder = Process(*record["process"])
         if record.get("state") == "done": return record["text"]
-        if record.get("state") == "failed": raise BuildFailedError(f"Rank {rank} stops because the preparing rank failed: {record['text']}")
+        if record.get("state") == "failed":
+            raise BuildFailedError(f"Rank {rank} stops because the preparing rank failed: {record['text']}")
         if record and record["beat"] != last:
             last, quiet = record["beat"], 0.0
             progress(record["text"])
         if builder is None and quiet > answer:
-            raise OwnerNotFoundError(f"Rank {rank} stops: the preparing rank did not answer in {files[0].parent} within {answer:.0f} s. It was never started, "
-                           "or this machine does not see its folder: then set shared_file_system to false.")
+            raise OwnerNotFoundError(
+                f"Rank {rank} stops: the preparing rank did not answer in {files[0].parent} within {answer:.0f} s. It was never started, "
+                "or this machine does not see its folder: then set shared_file_system to false."
+            )
         if builder and (builder.is_gone if builder.can_be_seen else quiet > silence):
             how = "it is not there any more" if builder.can_be_seen else f"it has said nothing for {silence:.0f} s"
-            raise BuildFailedError(f"Rank {rank} stops: the builder died ({builder}; {how}). Look for its last words above; often memory ran out.")
+            raise BuildFailedError(
+                f"Rank {rank} stops: the builder died ({builder}; {how}). Look for its last words above; often memory ran out."
+            )
         time.sleep(0.2)
         quiet += 0.2  # not the clock: we may have been stopped ourselves
 

@@ -23,12 +23,22 @@ def is_number(value: Any) -> bool:
     return not isinstance(value, bool) and bool(re.fullmatch(r"[-+–]?[\d.,]*(e[-+]\d+)? ?[%*]?", cell_text(value)))
 
 # %% ../../nbs/core/08_display.ipynb #html
-def html_table(rows: Sequence[Sequence[Any]], head: Sequence[Any] = ()) -> str: # an HTML element; what is no number is put to the left, the rest stands as the page has it: to the right
+def html_table(
+    rows: Sequence[Sequence[Any]],
+    head: Sequence[Any] = (),
+) -> str: # an HTML element; what is no number is put to the left, the rest stands as the page has it: to the right
     "A table; the columns of numbers stand to the right."
     right = [all(is_number(row[i]) for row in rows) for i in range(max(map(len, [head, *rows])))]
     left = ' style="text-align:left"'
     def line(tag, row):
-        return "<tr>" + "".join(f"<{tag}{'' if number else left}>{escape(cell_text(value))}</{tag}>" for value, number in zip(row, right)) + "</tr>"
+        return (
+            "<tr>"
+            + "".join(
+                f"<{tag}{'' if number else left}>{escape(cell_text(value))}</{tag}>"
+                for value, number in zip(row, right)
+            )
+            + "</tr>"
+        )
     top = f"<thead>{line('th', head)}</thead>" if head else ""
     return f"<table>{top}<tbody>{''.join(line('td', row) for row in rows)}</tbody></table>"
 
@@ -38,7 +48,9 @@ def text_table(rows: Sequence[Sequence[Any]], head: Sequence[Any] = ()) -> str: 
     lines = [[cell_text(value) for value in row] for row in ([head] if head else []) + list(rows)]
     wide = [max(map(len, column)) for column in zip(*lines)]
     right = [all(is_number(row[i]) for row in rows) for i in range(len(wide))]
-    return "\n".join("  ".join(v.rjust(w) if r else v.ljust(w) for v, w, r in zip(line, wide, right)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(v.rjust(w) if r else v.ljust(w) for v, w, r in zip(line, wide, right)).rstrip() for line in lines
+    )
 
 # %% ../../nbs/core/08_display.ipynb #picture
 def small_png(figure: Any) -> bytes: # of a matplotlib figure, which is closed

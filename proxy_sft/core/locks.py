@@ -36,7 +36,9 @@ class RunLock:
             if time.monotonic() < until: time.sleep(0.1); continue
             holder = os.read(self.handle, 1000).decode(errors="replace").strip() or "another process"
             self.release()
-            raise InUseError(f"The run folder {self.path.parent} is in use by {holder}. Stop that run, or choose another run_name or output_dir.")
+            raise InUseError(
+                f"The run folder {self.path.parent} is in use by {holder}. Stop that run, or choose another run_name or output_dir."
+            )
         self.sign()
         return self
 
@@ -56,7 +58,9 @@ def try_once(self: RunLock) -> bool: # True as well where the file system has no
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN): return False
         if error.errno not in NO_LOCKS: raise
-        tell(f"Warning: {self.path.parent} lies on a file system without locks ({error.strerror}): nothing keeps a second start of this run away.")
+        tell(
+            f"Warning: {self.path.parent} lies on a file system without locks ({error.strerror}): nothing keeps a second start of this run away."
+        )
     return True
 
 @patch

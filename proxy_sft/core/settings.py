@@ -31,22 +31,42 @@ class Group(BaseModel):
 class Places(Group):
     "What to download, and the folders of a run."
     model: str = Field("Qwen/Qwen3-8B", min_length=1, description="hub name, local folder, or the word demo")
-    model_revision: str = Field("main", min_length=1, description="branch, tag or commit of the model; the commit is recorded")
-    dataset: str = Field("allenai/Dolci-Instruct-SFT", min_length=1, description="hub name, local file or folder, or the word demo")
-    dataset_revision: str = Field("main", min_length=1, description="branch, tag or commit of the dataset; the commit is recorded")
-    workspace: str = Field("workspace", min_length=1, description="folder for models, data and runs; relative to the repository")
-    run_name: Optional[str] = Field(None, min_length=1, description="name of the run's folder; the profile's name when not set")
-    output_dir: Optional[str] = Field(None, min_length=1, description="folder of the run; workspace/runs/<run_name> when not set")
+    model_revision: str = Field(
+        "main", min_length=1, description="branch, tag or commit of the model; the commit is recorded"
+    )
+    dataset: str = Field(
+        "allenai/Dolci-Instruct-SFT", min_length=1, description="hub name, local file or folder, or the word demo"
+    )
+    dataset_revision: str = Field(
+        "main", min_length=1, description="branch, tag or commit of the dataset; the commit is recorded"
+    )
+    workspace: str = Field(
+        "workspace", min_length=1, description="folder for models, data and runs; relative to the repository"
+    )
+    run_name: Optional[str] = Field(
+        None, min_length=1, description="name of the run's folder; the profile's name when not set"
+    )
+    output_dir: Optional[str] = Field(
+        None, min_length=1, description="folder of the run; workspace/runs/<run_name> when not set"
+    )
     max_rows: Optional[int] = Field(None, ge=1, description="download: stop after so many rows, for a taste")
-    bfcl: Optional[str] = Field(None, min_length=1, description="folder of the Berkeley leaderboard's files (BFCL v4), asked by 03_evaluate when set")
+    bfcl: Optional[str] = Field(
+        None,
+        min_length=1,
+        description="folder of the Berkeley leaderboard's files (BFCL v4), asked by 03_evaluate when set",
+    )
     demo_rows: int = Field(1600, ge=200, description="demo: conversations that are generated")
 
 # %% ../../nbs/core/01_settings.ipynb #conversion
 class Conversion(Group):
     "How `01_convert` reads, repairs, rejects and splits rows."
-    strictness: Literal["strict", "default", "lenient"] = Field("default", description="how defects are treated, see the policy table in data/03_schema")
+    strictness: Literal["strict", "default", "lenient"] = Field(
+        "default", description="how defects are treated, see the policy table in data/03_schema"
+    )
     tool_rows_only: bool = Field(False, description="convert only rows that declare tools")
-    tool_chat_ratio: Optional[float] = Field(None, gt=0, description="tool rows kept per chat row; all rows when not set")
+    tool_chat_ratio: Optional[float] = Field(
+        None, gt=0, description="tool rows kept per chat row; all rows when not set"
+    )
     include_sources: Optional[list[str]] = Field(None, description="only rows of these sources")
     exclude_sources: list[str] = Field([], description="no rows of these sources")
     drop_duplicates: bool = Field(False, description="drop exact duplicates, counted")
@@ -57,16 +77,34 @@ class Conversion(Group):
 # %% ../../nbs/core/01_settings.ipynb #rendering
 class Rendering(Group):
     "How `tokens/05_preparation` renders, masks, cuts and packs conversations."
-    template: str = Field("nothink", min_length=1, description="chat template: nothink, stock, empty_think, or a path to a .jinja file")
-    train_on: Literal["all", "last", "calls"] = Field("all", description="assistant turns that are trained: all, the last, those with calls")
-    max_length: int = Field(32768, ge=16, description="tokens per block; longer conversations are cut at an exchange border")
-    cut: Literal["keep_oldest", "keep_newest"] = Field("keep_oldest", description="which exchanges of a too long conversation stay")
+    template: str = Field(
+        "nothink", min_length=1, description="chat template: nothink, stock, empty_think, or a path to a .jinja file"
+    )
+    train_on: Literal["all", "last", "calls"] = Field(
+        "all", description="assistant turns that are trained: all, the last, those with calls"
+    )
+    max_length: int = Field(
+        32768, ge=16, description="tokens per block; longer conversations are cut at an exchange border"
+    )
+    cut: Literal["keep_oldest", "keep_newest"] = Field(
+        "keep_oldest", description="which exchanges of a too long conversation stay"
+    )
     packing: bool = Field(True, description="fill each block with whole conversations that do not see each other")
-    padding_free: bool = Field(False, description="without packing: conversations of a micro-batch end to end instead of padded to the longest")
-    max_train_samples: Optional[int] = Field(None, ge=1, description="train on so many conversations, a seeded choice; all when not set")
-    max_eval_samples: Optional[int] = Field(512, ge=1, description="held-out conversations whose loss is measured; all when null")
-    num_proc: Optional[int] = Field(None, ge=1, description="processes that convert and prepare; all cores when not set")
-    shared_file_system: Literal["auto", "true", "false"] = Field("auto", description="whether all machines see one workspace; auto probes")
+    padding_free: bool = Field(
+        False, description="without packing: conversations of a micro-batch end to end instead of padded to the longest"
+    )
+    max_train_samples: Optional[int] = Field(
+        None, ge=1, description="train on so many conversations, a seeded choice; all when not set"
+    )
+    max_eval_samples: Optional[int] = Field(
+        512, ge=1, description="held-out conversations whose loss is measured; all when null"
+    )
+    num_proc: Optional[int] = Field(
+        None, ge=1, description="processes that convert and prepare; all cores when not set"
+    )
+    shared_file_system: Literal["auto", "true", "false"] = Field(
+        "auto", description="whether all machines see one workspace; auto probes"
+    )
     parity: Literal["require", "warn"] = Field("require", description="what a failed parity check does to the run")
 
 # %% ../../nbs/core/01_settings.ipynb #training
@@ -78,53 +116,105 @@ class Training(Group):
     batch_size: int = Field(1, ge=1, description="blocks per device and micro-batch")
     gradient_accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step")
     learning_rate: float = Field(8e-5, gt=0, description="peak learning rate")
-    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field("linear", description="learning-rate schedule")
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="learning-rate schedule"
+    )
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     adam_beta2: float = Field(0.999, gt=0, lt=1, description="AdamW second-moment decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
     optimizer: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adamw_bf16"] = Field(
-        "adamw_torch_fused", description="AdamW: fused, plain, states in 8 bits (bitsandbytes), those paged to the host, or all in bfloat16 with stochastic rounding (torchao)")
+        "adamw_torch_fused",
+        description="AdamW: fused, plain, states in 8 bits (bitsandbytes), those paged to the host, or all in bfloat16 with stochastic rounding (torchao)",
+    )
     lora_rank: Optional[int] = Field(None, ge=1, description="train LoRA adapters of this rank instead of all weights")
-    lora_alpha: Optional[int] = Field(None, ge=1, description="the adapters' scale times their rank; twice the rank when not set")
-    lora_targets: str = Field("all-linear", min_length=1, description="layers that get an adapter: all-linear, or names with commas")
-    quantize: Literal["none", "nf4"] = Field("none", description="frozen weights in 4 bits (QLoRA, with lora_rank; bitsandbytes)")
-    full_sequence_loss: bool = Field(False, description="train every token instead of assistant tokens only (upstream's recipe)")
+    lora_alpha: Optional[int] = Field(
+        None, ge=1, description="the adapters' scale times their rank; twice the rank when not set"
+    )
+    lora_targets: str = Field(
+        "all-linear", min_length=1, description="layers that get an adapter: all-linear, or names with commas"
+    )
+    quantize: Literal["none", "nf4"] = Field(
+        "none", description="frozen weights in 4 bits (QLoRA, with lora_rank; bitsandbytes)"
+    )
+    full_sequence_loss: bool = Field(
+        False, description="train every token instead of assistant tokens only (upstream's recipe)"
+    )
 
 # %% ../../nbs/core/01_settings.ipynb #hardware
 class Hardware(Group):
     "Numerics, memory and processes."
     bf16: bool = Field(True, description="bfloat16 arithmetic")
-    weights: Literal["auto", "bfloat16", "float32"] = Field("auto", description="precision in which weights are kept; auto: bfloat16 under DeepSpeed, else 32 bits")
-    attention: str = Field("auto", min_length=1, description="attention implementation; auto takes the fastest exact one that is installed")
-    kernels: Literal["auto", "none", "liger"] = Field("auto", description="kernels of normalisation, feed-forward and positions; auto: liger where installed, on a GPU")
+    weights: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="precision in which weights are kept; auto: bfloat16 under DeepSpeed, else 32 bits"
+    )
+    attention: str = Field(
+        "auto", min_length=1, description="attention implementation; auto takes the fastest exact one that is installed"
+    )
+    kernels: Literal["auto", "none", "liger"] = Field(
+        "auto",
+        description="kernels of normalisation, feed-forward and positions; auto: liger where installed, on a GPU",
+    )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "selective", description="activations that the backward pass computes anew: none, all but attention, all")
-    memory_probe: Literal["auto", "always", "never"] = Field("auto", description="the longest blocks go forwards and backwards before the first step; auto: on a GPU")
-    deepspeed: Optional[str] = Field("ds_config_zero2.json", min_length=1, description="DeepSpeed configuration under torchrun; null for plain DDP")
+    memory_probe: Literal["auto", "always", "never"] = Field(
+        "auto", description="the longest blocks go forwards and backwards before the first step; auto: on a GPU"
+    )
+    deepspeed: Optional[str] = Field(
+        "ds_config_zero2.json", min_length=1, description="DeepSpeed configuration under torchrun; null for plain DDP"
+    )
     dataloader_workers: int = Field(2, ge=0, description="processes per rank that read blocks")
     device: Literal["auto", "cpu"] = Field("auto", description="cpu never touches a GPU")
-    preflight: Literal["require", "warn"] = Field("require", description="what a failed finding of the doctor does to the run")
-    gpu_hour_price: Optional[float] = Field(None, gt=0, description="price of one GPU for one hour, for the doctor's estimate of cost")
+    preflight: Literal["require", "warn"] = Field(
+        "require", description="what a failed finding of the doctor does to the run"
+    )
+    gpu_hour_price: Optional[float] = Field(
+        None, gt=0, description="price of one GPU for one hour, for the doctor's estimate of cost"
+    )
 
 # %% ../../nbs/core/01_settings.ipynb #record
 class Record(Group):
     "Checkpoints, resume, logging."
     save_steps: int = Field(100, ge=1, description="optimizer steps between checkpoints")
     save_total_limit: int = Field(4, ge=1, description="complete checkpoints kept")
-    resume: str = Field("auto", min_length=1, description="auto goes on from the newest complete checkpoint; never starts anew; or a path")
-    resume_world: Literal["refuse", "convert"] = Field("refuse", description="a checkpoint of another number of ranks: refuse it, or convert DeepSpeed's states where each step takes the same rows")
-    eval_steps: Optional[int] = Field(100, ge=1, description="optimizer steps between held-out losses; null for start and end only")
-    eval_tool_calls_every: Optional[int] = Field(None, ge=1, description="optimizer steps between questions to the model in training; null for never")
+    resume: str = Field(
+        "auto",
+        min_length=1,
+        description="auto goes on from the newest complete checkpoint; never starts anew; or a path",
+    )
+    resume_world: Literal["refuse", "convert"] = Field(
+        "refuse",
+        description="a checkpoint of another number of ranks: refuse it, or convert DeepSpeed's states where each step takes the same rows",
+    )
+    eval_steps: Optional[int] = Field(
+        100, ge=1, description="optimizer steps between held-out losses; null for start and end only"
+    )
+    eval_tool_calls_every: Optional[int] = Field(
+        None, ge=1, description="optimizer steps between questions to the model in training; null for never"
+    )
     eval_tool_calls_turns: int = Field(64, ge=1, description="held-out turns that are asked then")
     eval_tool_calls_seconds: float = Field(120.0, gt=0, description="longest time that asking may take")
-    sample_steps: Optional[int] = Field(None, ge=1, description="optimizer steps between samples: answers to a few held-out turns in log and logs/samples.jsonl; null for never")
+    sample_steps: Optional[int] = Field(
+        None,
+        ge=1,
+        description="optimizer steps between samples: answers to a few held-out turns in log and logs/samples.jsonl; null for never",
+    )
     sample_turns: int = Field(3, ge=1, description="held-out turns that are asked for samples")
     logging_steps: int = Field(1, ge=1, description="optimizer steps between log lines")
-    save_weights_steps: Optional[int] = Field(None, ge=1, description="optimizer steps between saves of the weights alone, without optimizer; none when not set")
-    on_full_disk: Literal["stop", "go_on"] = Field("stop", description="too little room for a checkpoint: stop, or go on without it and say so")
-    max_hours: Optional[float] = Field(None, gt=0, description="save and stop, to be started again, after so many hours")
-    skip_loss_spikes: Optional[float] = Field(None, gt=1, description="skip steps whose loss is so many times the median of the last 50; counted")
+    save_weights_steps: Optional[int] = Field(
+        None,
+        ge=1,
+        description="optimizer steps between saves of the weights alone, without optimizer; none when not set",
+    )
+    on_full_disk: Literal["stop", "go_on"] = Field(
+        "stop", description="too little room for a checkpoint: stop, or go on without it and say so"
+    )
+    max_hours: Optional[float] = Field(
+        None, gt=0, description="save and stop, to be started again, after so many hours"
+    )
+    skip_loss_spikes: Optional[float] = Field(
+        None, gt=1, description="skip steps whose loss is so many times the median of the last 50; counted"
+    )
     report_to: list[str] = Field(["tensorboard"], description="loggers: tensorboard, trackio, wandb, swanlab, mlflow")
 
 # %% ../../nbs/core/01_settings.ipynb #settings
@@ -143,9 +233,11 @@ class Settings(Record, Hardware, Training, Rendering, Conversion, Places):
         return value
 
     @property
-    def is_demo(self) -> bool: return self.model == "demo" or self.dataset == "demo"  # something is made here instead of fetched
+    def is_demo(self) -> bool:
+        return self.model == "demo" or self.dataset == "demo"  # something is made here instead of fetched
     @property
-    def end_to_end(self) -> bool: return self.packing or self.padding_free  # conversations of a micro-batch share a row of the batch
+    def end_to_end(self) -> bool:
+        return self.packing or self.padding_free  # conversations of a micro-batch share a row of the batch
     @property
     def root(self) -> Path: return repository_root()
     @property
@@ -168,7 +260,9 @@ class Settings(Record, Hardware, Training, Rendering, Conversion, Places):
 def repository_root(start: Optional[Path] = None) -> Path: # folder to start from; the current one when not given
     "The nearest folder upwards that holds this project's `settings.ini`, else the starting folder."
     start = Path(start or Path.cwd()).resolve()
-    return next((f for f in [start, *start.parents] if (f / "settings.ini").is_file() and (f / "configs").is_dir()), start)
+    return next(
+        (f for f in [start, *start.parents] if (f / "settings.ini").is_file() and (f / "configs").is_dir()), start
+    )
 
 def in_folder(base: Path, name: str) -> Path: # an absolute path
     "`name` as it is when absolute (or from `~`), else below `base`."
@@ -208,12 +302,16 @@ def read_profile(name: str) -> dict[str, Any]: # setting -> value, `extends` alr
     "The values of a profile, by name or by path to a `.yaml` file; `SettingsError` when it cannot be read."
     path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else configs_dir() / f"{name}.yaml"
     if not path.is_file():
-        raise SettingsError(f"There is no profile {name!r}: no file {path.name} was found.{did_you_mean(name, profile_names())} "
-                            f"Profiles: {', '.join(profile_names())}, or a path that ends in .yaml.")
+        raise SettingsError(
+            f"There is no profile {name!r}: no file {path.name} was found.{did_you_mean(name, profile_names())} "
+            f"Profiles: {', '.join(profile_names())}, or a path that ends in .yaml."
+        )
     try: values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error: raise SettingsError(f"Profile {path} is not valid YAML: {error}. Mend the line it names.") from error
     if not isinstance(values, dict):
-        raise SettingsError(f"Profile {path} holds a {type(values).__name__}; expected lines of the form `name: value`.")
+        raise SettingsError(
+            f"Profile {path} holds a {type(values).__name__}; expected lines of the form `name: value`."
+        )
     parent = values.pop("extends", None)
     if parent == name: raise SettingsError(f"Profile {path} extends itself. Name another profile, or drop the line.")
     return {**read_profile(str(parent)), **values} if parent else values
@@ -224,7 +322,8 @@ def load_settings(
     **overrides, # settings by name; None: as the profile says; the word "null": no value
 ) -> Settings: # checked and frozen
     "Defaults, then the profile, then the overrides; `SettingsError` for anything unknown or of the wrong type."
-    if not isinstance(profile, str): raise SettingsError(f"profile is {profile!r}; expected a name such as {', '.join(profile_names())}.")
+    if not isinstance(profile, str):
+        raise SettingsError(f"profile is {profile!r}; expected a name such as {', '.join(profile_names())}.")
     profile = profile or ("demo" if os.environ.get("IN_TEST") else "qwen3_8b")
     given = {name: (None if value == "null" else value) for name, value in overrides.items() if value is not None}
     check_names(given, "the overrides")
@@ -248,8 +347,10 @@ def plain_words(error: ValidationError, overrides: dict[str, Any], profile: str)
     for e in error.errors():
         name = str(e["loc"][0])
         source = "the overrides" if name in overrides else f"profile {profile!r}"
-        lines.append(f"Setting {name!r} in {source} is {str(e['input'])[:80]!r} ({type(e['input']).__name__}): {e['msg']}. "
-                     f"It means: {Settings.model_fields[name].description}.")
+        lines.append(
+            f"Setting {name!r} in {source} is {str(e['input'])[:80]!r} ({type(e['input']).__name__}): {e['msg']}. "
+            f"It means: {Settings.model_fields[name].description}."
+        )
     return "\n".join(lines)
 
 # %% ../../nbs/core/01_settings.ipynb #notebook-parameters
@@ -262,7 +363,9 @@ def notebook_parameters(
     known = list(Settings.model_fields)
     for name, value in namespace.items():
         if isinstance(value, plain) and name not in known and name not in ipython and not name.startswith("_"):
-            raise SettingsError(f"Unknown parameter {name!r} (value {str(value)[:60]!r}).{did_you_mean(name, [*known, *extra])}")
+            raise SettingsError(
+                f"Unknown parameter {name!r} (value {str(value)[:60]!r}).{did_you_mean(name, [*known, *extra])}"
+            )
     return {name: namespace[name] for name in known if name in namespace}
 
 # %% ../../nbs/core/01_settings.ipynb #table
@@ -288,7 +391,9 @@ def save_settings(settings: Settings, folder: Path) -> Path: # the written file
     folder.mkdir(parents=True, exist_ok=True)
     target, aside = folder / "settings.yaml", folder / ".settings.yaml.part"
     values = settings.model_dump(exclude={"profile"})
-    aside.write_text(f"# resolved from profile {settings.profile}\n" + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    aside.write_text(
+        f"# resolved from profile {settings.profile}\n" + yaml.safe_dump(values, sort_keys=False), encoding="utf-8"
+    )
     os.replace(aside, target)
     return target
 
@@ -297,7 +402,10 @@ def deepspeed_file(settings: Settings) -> Path: # raises SettingsError
     "The DeepSpeed configuration that the settings name: in the repository, or beside the profiles of an installed package."
     path = in_folder(settings.root, settings.deepspeed)
     path = path if path.is_file() else configs_dir() / settings.deepspeed
-    if not path.is_file(): raise SettingsError(f"There is no DeepSpeed configuration {settings.deepspeed}; looked in {settings.root} and {path.parent}.")
+    if not path.is_file():
+        raise SettingsError(
+            f"There is no DeepSpeed configuration {settings.deepspeed}; looked in {settings.root} and {path.parent}."
+        )
     return path
 
 # %% ../../nbs/core/01_settings.ipynb #zero
@@ -310,4 +418,7 @@ def zero_settings(settings: Settings) -> dict[str, Any]: # empty without DeepSpe
 
 def offloads(settings: Settings) -> bool: # worth DeepSpeed even with one process
     "Whether optimizer states or weights lie in the host's memory."
-    return any((zero_settings(settings).get(f"offload_{what}") or {}).get("device", "none") != "none" for what in ("optimizer", "param"))
+    return any(
+        (zero_settings(settings).get(f"offload_{what}") or {}).get("device", "none") != "none"
+        for what in ("optimizer", "param")
+    )

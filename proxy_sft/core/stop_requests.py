@@ -84,16 +84,27 @@ def stop_reason(
     if names := [n for n in _heard if n != "began"]: return f"{names[0]} was received"
     files = [run_dir / STOP_FILE, *([Path(f)] if (f := os.environ.get("PROXY_SFT_STOP_FILE")) else [])]
     for file in files:
-        if file.exists(): return f"{file.name} lies in {file.parent}{'' if len(files) > 1 else ' (delete it before the next start)'}"
+        if file.exists():
+            return f"{file.name} lies in {file.parent}{'' if len(files) > 1 else ' (delete it before the next start)'}"
     if max_hours and "began" in _heard and time.monotonic() - _heard["began"] > max_hours * 3600:
         return f"max_hours, {max_hours:g}, have passed"
     return ""
 
 def resume_advice(resume: str = "auto") -> str: # the setting of this run
     "A sentence for whoever reads that a run was stopped."
-    return "The same command goes on from there." if resume == "auto" else f"The same command with `-p resume auto` goes on from there; with {resume}, as now, it would not."
+    return (
+        "The same command goes on from there."
+        if resume == "auto"
+        else f"The same command with `-p resume auto` goes on from there; with {resume}, as now, it would not."
+    )
 
-def raise_if_stop_requested(run_dir: Path, max_hours: Optional[float] = None, doing: str = "") -> None: # what is being done, for the message
+def raise_if_stop_requested(
+    run_dir: Path,
+    max_hours: Optional[float] = None,
+    doing: str = "",
+) -> None: # what is being done, for the message
     "Raise `StopRequested` when there is a reason to."
     if reason := stop_reason(run_dir, max_hours):
-        raise StopRequested(f"Stopped{' while ' if doing else ''}{doing}, because {reason}. The same command goes on from there.")
+        raise StopRequested(
+            f"Stopped{' while ' if doing else ''}{doing}, because {reason}. The same command goes on from there."
+        )

@@ -80,7 +80,9 @@ def report_lines(report: ConvertReport) -> list[str]:
     def listed(counts):
         return ", ".join(f"{code} {n:,}" for code, n in sorted(counts.items(), key=lambda c: (-c[1], c[0]))) or "none"
     share, rejected = report.kept / max(report.rows, 1), sum(report.rejected.values())
-    first = f"{report.rows:,} rows: {report.kept:,} kept ({share:.1%}; {report.heldout:,} held out), {rejected:,} rejected"
+    first = (
+        f"{report.rows:,} rows: {report.kept:,} kept ({share:.1%}; {report.heldout:,} held out), {rejected:,} rejected"
+    )
     lines = [first, f"repaired: {listed(report.repaired)}", f"flagged: {listed(report.flags)}"]
     unseen = report.facts.get("unseen_tools", [])
     if unseen:
@@ -119,9 +121,16 @@ def counted_facts(counts: Counter) -> dict:
         if what == "kept": of["kept"] += n
         if what == "rejected": of["rejected"][code] = of["rejected"].get(code, 0) + n
     kept, rejected = sums["kept"].total(), sums["rejected"].total()
-    return {"rows": kept + rejected, "kept": kept, "heldout": sums["kept"]["heldout"], "rejected": dict(sums["rejected"]),
-            "repaired": dict(sums["repaired"]), "flags": dict(sums["flag"]), "by_source": by_source,
-            "unseen_tools": sorted(sums["unseen_tool"])}
+    return {
+        "rows": kept + rejected,
+        "kept": kept,
+        "heldout": sums["kept"]["heldout"],
+        "rejected": dict(sums["rejected"]),
+        "repaired": dict(sums["repaired"]),
+        "flags": dict(sums["flag"]),
+        "by_source": by_source,
+        "unseen_tools": sorted(sums["unseen_tool"]),
+    }
 
 def split_facts(choices: Choices) -> dict:
     "What decides whether a row is held out, as report.json tells it."
@@ -151,7 +160,13 @@ class Output:
         self.flushing, self.waiting = self.disk.submit(os.fsync, self.stream.fileno()), 0
 
 # %% ../../nbs/data/07_conversion.ipynb #convert-write-parts
-def write_parts(files: list[Path], aside: Path, choices: Choices, num_proc: int, progress: bool) -> tuple[Counter, bytes, dict, dict]:
+def write_parts(
+    files: list[Path],
+    aside: Path,
+    choices: Choices,
+    num_proc: int,
+    progress: bool,
+) -> tuple[Counter, bytes, dict, dict]:
     "Convert all parts into files below `aside`; the counts, the marks of all kept rows, the outputs and the inputs' hashers by path."
     counts, marks, hashers = Counter(), bytearray(), {}
     bar = Progress(sum(path.stat().st_size for path in files), progress)
@@ -164,7 +179,9 @@ def write_parts(files: list[Path], aside: Path, choices: Choices, num_proc: int,
         stack.enter_context(disk)  # ends before the files are closed
         facts = {side: FactsWriter(facts_file(aside / f"{side}.jsonl")) for side in Piece().facts}
         num_proc = num_proc if enough_work(files) else 1
-        for part, piece in stack.enter_context(contextlib.closing(converted_parts(parts_of(files, hashers), choices, num_proc, aside))):
+        for part, piece in stack.enter_context(
+            contextlib.closing(converted_parts(parts_of(files, hashers), choices, num_proc, aside))
+        ):
             for name, lines in piece.files.items(): outputs[name].write(lines)
             for side, columns in piece.facts.items(): facts[side].add(columns)
             if choices.selects: marks += b"".join(piece.marks.values())
@@ -256,8 +273,13 @@ def convert_file(
         check_sums(aside, outputs, facts, files)
         if not choices.splits:
             for path in aside.glob("heldout.*"): path.unlink()
-        facts |= {"choices": choices.__dict__, "split": split_facts(choices), "inputs": hashes(files, hashers),
-                  "files": hashes(sorted(aside.iterdir()), {path: output.hasher for path, output in outputs.items()}), **(about or {})}
+        facts |= {
+            "choices": choices.__dict__,
+            "split": split_facts(choices),
+            "inputs": hashes(files, hashers),
+            "files": hashes(sorted(aside.iterdir()), {path: output.hasher for path, output in outputs.items()}),
+            **(about or {}),
+        }
         publish(aside, target, facts)
     return report_from(facts, target.parent)
 
@@ -266,7 +288,9 @@ def hashable(value):
     "A list as a tuple, a set as a sorted one, anything else as it is."
     return tuple(sorted(value) if isinstance(value, set) else value) if isinstance(value, (list, set)) else value
 
-def hashes(files: list[Path], hashers: dict = {}) -> list[dict]: # hashers: of files hashed while they were read or written
+def hashes(
+    files: list[Path], hashers: dict = {}
+) -> list[dict]: # hashers: of files hashed while they were read or written
     "Name, size and BLAKE3 hash of each file."
     def of(path): return hashers[path].hexdigest() if path in hashers else file_hash(path)
     return [{"name": path.name, "bytes": path.stat().st_size, "blake3": of(path)} for path in files]
@@ -280,14 +304,22 @@ def check_choices(choices: Choices, target: Path, files: list[Path]) -> None:
     if choices.strictness not in STRICTNESSES:
         raise ConvertError("bad_choice", f"strictness is {choices.strictness!r}; expected strict, default or lenient.")
     if not 0 <= choices.heldout_fraction < 1:
-        raise ConvertError("bad_choice", f"heldout_fraction is {choices.heldout_fraction}; expected a share from 0 up to, "
-                                         "not including, 1.")
-    if isinstance(choices.heldout_tools, str) or not (isinstance(choices.heldout_tools, tuple) or 0 <= choices.heldout_tools < 1):
-        raise ConvertError("bad_choice", f"heldout_tools is {choices.heldout_tools!r}; expected a share of all tools from 0 "
-                                         "up to, not including, 1, or a list of names.")
+        raise ConvertError(
+            "bad_choice",
+            f"heldout_fraction is {choices.heldout_fraction}; expected a share from 0 up to, not including, 1.",
+        )
+    if isinstance(choices.heldout_tools, str) or not (
+        isinstance(choices.heldout_tools, tuple) or 0 <= choices.heldout_tools < 1
+    ):
+        raise ConvertError(
+            "bad_choice",
+            f"heldout_tools is {choices.heldout_tools!r}; expected a share of all tools from 0 "
+            "up to, not including, 1, or a list of names.",
+        )
     if choices.tool_chat_ratio is not None and not choices.tool_chat_ratio > 0:
-        raise ConvertError("bad_choice", f"tool_chat_ratio is {choices.tool_chat_ratio}; expected tool rows per chat row, "
-                                         "more than 0.")
+        raise ConvertError(
+            "bad_choice", f"tool_chat_ratio is {choices.tool_chat_ratio}; expected tool rows per chat row, more than 0."
+        )
 
 # %% ../../nbs/data/07_conversion.ipynb #convert-code
 def code_version() -> str: # 16 hex digits

@@ -50,7 +50,8 @@ class Part:
     place: str = ""  # a file that holds the lines as they are, "" where there is none
     start: int = 0  # where they stand in it
     size: int = 0  # how many bytes they are
-    ends: Optional[np.ndarray] = field(default=None, compare=False, repr=False)  # where the lines end, where that is known
+    # where the lines end, where that is known
+    ends: Optional[np.ndarray] = field(default=None, compare=False, repr=False)
 
 def lines_of(part: Part) -> bytes:
     "The part's lines; another process reads them itself where it can, instead of being sent them."
@@ -92,8 +93,11 @@ def read_odd_line(part: Part, number: int, line: bytes) -> dict:
 def not_json(part: Part, number: int, line: bytes, found: str) -> ConvertError:
     "The error for a line that is not a row."
     text = line[:80].decode("utf-8", "replace")
-    return ConvertError("not_json", f"{part.path}, line {number}: found {found}: {text!r}. Expected one JSON object with `messages` per "
-                                    "line. Was the file cut off, or is it another file? Download it again, or mend the line.")
+    return ConvertError(
+        "not_json",
+        f"{part.path}, line {number}: found {found}: {text!r}. Expected one JSON object with `messages` per "
+        "line. Was the file cut off, or is it another file? Download it again, or mend the line.",
+    )
 
 def keep_memory() -> None:
     "Have the C library keep what a part frees for the next part, instead of giving it back and fetching it anew: 200 page faults each."
@@ -152,8 +156,10 @@ def input_files(
     for path in map(Path, source if isinstance(source, (list, tuple)) else [source]):
         inside = sorted(p for p in path.iterdir() if p.name.endswith(ENDINGS)) if path.is_dir() else [path]
         if not path.exists():
-            raise ConvertError("missing_file", f"there is no {path}. Run nbs/00_download.ipynb first, name another file, "
-                                               "or take `-p profile demo`.")
+            raise ConvertError(
+                "missing_file",
+                f"there is no {path}. Run nbs/00_download.ipynb first, name another file, or take `-p profile demo`.",
+            )
         if not inside: raise ConvertError("missing_file", f"the folder {path} holds no {', '.join(ENDINGS[::2])} file.")
         found += inside
     for path in found:
@@ -208,7 +214,8 @@ def parts_of(
                 line += part[1]
             continue
         plain, at, hasher = path.suffix not in (".gz", ".zst"), 0, blake3()
-        last = path.stat().st_size - 8 * BLOCK_BYTES if plain else float("inf")  # small parts from here: all end at one time
+        # small parts from here: all end at one time
+        last = path.stat().st_size - 8 * BLOCK_BYTES if plain else float("inf")
         with opened(path) as stream:
             while block := stream.read(BLOCK_BYTES if at < last else BLOCK_BYTES // 4):
                 block += stream.readline()
@@ -277,7 +284,8 @@ class Helper:
 
     def collect(self, wait: bool = False) -> None: # wait: until there is something
         "Take what is made."
-        while self.tasks and self.news.poll(None if wait else 0): self.tasks.popleft().made, wait = self.ends.recv(), False
+        while self.tasks and self.news.poll(None if wait else 0):
+            self.tasks.popleft().made, wait = self.ends.recv(), False
 
 # %% ../../nbs/data/06_files.ipynb #convert-processes-order
 @contextlib.contextmanager
@@ -338,7 +346,9 @@ class Progress:
     def __init__(self, total: int, show: bool = True):
         from tqdm.auto import tqdm  # here, since helpers need none
         shape = "{percentage:3.0f}%|{bar:20}| {elapsed} of {remaining} more{postfix}"
-        self.bar = tqdm(total=total, disable=not show or bars_are_hidden(), delay=2, **bar_pace(), bar_format=shape, desc="convert")
+        self.bar = tqdm(
+            total=total, disable=not show or bars_are_hidden(), delay=2, **bar_pace(), bar_format=shape, desc="convert"
+        )
         self.rows, self.rejected, self.start = 0, 0, time.monotonic()
 
     def add(self, size: int, counts: Counter) -> None:

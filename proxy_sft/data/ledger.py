@@ -81,7 +81,9 @@ def left_out(row: dict, choices: Choices) -> Optional[str]: # a key of `LEFT_OUT
 # %% ../../nbs/data/05_ledger.ipynb #convert-mark
 MARK = struct.Struct("<16sQQ?")  # remembered of a kept row: content hash, hash for the mix, line, has tools
 
-def content_hash(messages: bytes, tools: bytes, seed: int) -> tuple[bytes, int, int]: # identity, held-out roll, mix roll
+def content_hash(
+    messages: bytes, tools: bytes, seed: int
+) -> tuple[bytes, int, int]: # identity, held-out roll, mix roll
     "Hash a converted row: who it is, and two dice that depend on nothing else but the seed."
     return IDENTITY.unpack(blake3(b"\0".join((messages, tools)), key=hash_key(seed)).digest(32))
 
@@ -130,7 +132,9 @@ class Piece:
         "Enter a converted row, who it was, and what was repaired in it."
         talk, messages, tools = read
         selects = choices.selects
-        identity, roll, mix = content_hash(messages, tools, choices.seed) if selects or choices.heldout_fraction else NO_HASH
+        identity, roll, mix = (
+            content_hash(messages, tools, choices.seed) if selects or choices.heldout_fraction else NO_HASH
+        )
         unseen = heldout_tools_of(talk, choices) if choices.heldout_tools else ()
         side = "heldout" if unseen or is_heldout(roll, choices.heldout_fraction) else "train"
         if selects: self.marks[side].append(MARK.pack(identity, mix, line, bool(talk.tools)))
@@ -167,7 +171,13 @@ def as_string(text: bytes) -> bytes:
 
 def row_line(messages: bytes, tools: bytes) -> tuple[bytes, ...]: # pieces of the line
     "A converted row as a line, without a trip through text."
-    return b'{"messages_json":"', as_string(messages), b'","tools_json":"', as_string(tools) if len(tools) > 2 else tools, b'"}\n'
+    return (
+        b'{"messages_json":"',
+        as_string(messages),
+        b'","tools_json":"',
+        as_string(tools) if len(tools) > 2 else tools,
+        b'"}\n',
+    )
 
 def excerpt(row: dict, index: int) -> str: # at most 200 characters
     "The message that a reject is about, calls first."
@@ -180,10 +190,13 @@ def keep_usual(piece: Piece, row: Row, line: int, choices: Choices) -> bool: # F
     "Keep a row that is wanted and has no defect."
     if choices.leaves_out and left_out(msgspec.to_builtins(row), choices): return False
     read = read_usual(row, choices.strictness)
-    if read: piece.keep(row.id, row.source_dataset or row.dataset_source or row.source or "unknown", line, read, choices)
+    if read:
+        piece.keep(row.id, row.source_dataset or row.dataset_source or row.source or "unknown", line, read, choices)
     return read is not None
 
-def convert_into(piece: Piece, row, line: int, choices: Choices) -> None: # row: a `Row` where it has that shape, else any value
+def convert_into(
+    piece: Piece, row, line: int, choices: Choices
+) -> None: # row: a `Row` where it has that shape, else any value
     "Convert one row, or say why not."
     if type(row) is Row:
         if keep_usual(piece, row, line, choices): return
@@ -214,7 +227,10 @@ class FactsWriter:
     "Writes the facts of rows as Parquet, some thousands at a time."
     def __init__(self, path: Path):
         import pyarrow.parquet
-        self.writer, self.waiting = pyarrow.parquet.ParquetWriter(path, facts_schema(), compression="zstd"), [[] for _ in facts_schema()]
+        self.writer, self.waiting = (
+            pyarrow.parquet.ParquetWriter(path, facts_schema(), compression="zstd"),
+            [[] for _ in facts_schema()],
+        )
 
     def add(self, columns: list) -> None: # in the order of `facts_schema`; [] for no rows
         "Take the facts of some rows."
@@ -263,7 +279,8 @@ def row_facts(
     import pyarrow.parquet
     converted_file, path = Path(converted_file), facts_file(Path(converted_file))
     for name in (converted_file, path):
-        if not name.is_file(): raise ConvertError("no_row_facts", f"there is no {name}. Run nbs/01_convert.ipynb again.")
+        if not name.is_file():
+            raise ConvertError("no_row_facts", f"there is no {name}. Run nbs/01_convert.ipynb again.")
     try: found = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error: raise unreadable(path, error, "convert it anew") from error
     size = int((found.metadata.metadata or {}).get(b"bytes", -1))

@@ -148,7 +148,9 @@ def read_calls(talk: Talk,
         reason = "positional_arguments" if error.reason.startswith("positional") else "malformed_calls"
         raise DefectError(reason, str(error), index) from None
     if len(text) > 3500 and holds_huge_integer([call["arguments"] for call in calls]):
-        raise DefectError("malformed_calls", "an integer of more than 4,300 digits, which Python's reader of JSON refuses", index)
+        raise DefectError(
+            "malformed_calls", "an integer of more than 4,300 digits, which Python's reader of JSON refuses", index
+        )
     for note, position in notes:
         talk.meet(CALL_NOTES.get(note, "call_layout"), index, f"{note} at character {position}: {text[:100]}")
     for call in calls:
@@ -160,8 +162,9 @@ def read_calls(talk: Talk,
 
 NOTHING = ({},)
 FOLDED = {strictness: action("constant_expression", strictness) == "repaired" for strictness in STRICTNESSES}
+# prose where calls should be: read as no call, it would be lost
 CALL_NOTES = {"xml_tags": "xml_tags", "positional": "positional_arguments", "tuple": "tuple",
-              "constant_expression": "constant_expression", "plain_text": "malformed_calls"}  # prose where calls should be: read as no call, it would be lost
+              "constant_expression": "constant_expression", "plain_text": "malformed_calls"}
 
 # %% ../../nbs/data/04_rows.ipynb #convert-turn
 def read_turn(talk: Talk, start: int, end: int) -> tuple[str, str, list[dict]]: # text, reasoning, calls
@@ -279,7 +282,8 @@ def read_tools(talk: Talk) -> None:
     lists = [(i, functions) for i, message in enumerate(talk.source) if (functions := tools_of(message))]
     if not lists: return
     index, functions = lists[0]
-    if type(functions) is not str: raise DefectError("malformed_tools", f"expected text, found a {kind(functions)}", index)
+    if type(functions) is not str:
+        raise DefectError("malformed_tools", f"expected text, found a {kind(functions)}", index)
     if any(other != functions for _, other in lists):
         raise DefectError("tools_elsewhere", "two messages bring different tools", lists[1][0])
     if talk.source[index].get("role") != "system": talk.meet("tools_elsewhere", index)
@@ -327,7 +331,9 @@ def mended(message: dict) -> dict:
     if type(text) is not str: return message
     return {**message, "content": text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")}
 
-def read_closely(source: list[dict], strictness: str) -> tuple[Talk, bytes, bytes]: # the talk, messages and tools as JSON
+def read_closely(
+    source: list[dict], strictness: str
+) -> tuple[Talk, bytes, bytes]: # the talk, messages and tools as JSON
     "Read a row's messages, whatever is wrong with them, and write them as JSON."
     talk = Talk(source, strictness)
     read_tools(talk)
@@ -422,12 +428,15 @@ def usual_messages(talk: Talk, tools: list[dict]) -> Optional[list[dict]]: # Non
 ASKED = ("user", "tool")
 
 # %% ../../nbs/data/04_rows.ipynb #convert-usual-calls
-def add_usual_calls(talk: Talk, messages: list[dict], at: int) -> Optional[int]: # behind the results; None: look closely
+def add_usual_calls(
+    talk: Talk, messages: list[dict], at: int
+) -> Optional[int]: # behind the results; None: look closely
     "Write the calls of the message before `at`, and the results that follow."
     calls, contents = read_calls(talk, at - 1, talk.source[at - 1].function_calls), []
     for message in talk.source[at:]:
         if message.role != "environment" and message.role != "tool": break
-        if message.function_calls or message.functions or message.content is None or "\0" in message.content: return None
+        if message.function_calls or message.functions or message.content is None or "\0" in message.content:
+            return None
         contents.append(message.content)
     if not calls or len(contents) not in (1, len(calls)): return None
     messages.append({"role": "assistant", "content": "",
@@ -450,7 +459,8 @@ def read_usual(row: Row, strictness: str) -> Optional[tuple[Talk, bytes, bytes]]
     return talk, messages, tools
 
 # %% ../../nbs/data/04_rows.ipynb #convert-usual-tools
-TOOLS_READ = {}  # tools read lately, by the length of their text: (text, tools, functions, JSON); some rows share theirs
+# tools read lately, by the length of their text: (text, tools, functions, JSON); some rows share theirs
+TOOLS_READ = {}
 TOOLS_KEPT = 32  # few: what is kept pushes what is in use out of the processor's cache
 
 def read_usual_tools(talk: Talk, first: Message) -> Optional[bytes]: # as JSON; None: look closely

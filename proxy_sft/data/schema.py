@@ -46,63 +46,333 @@ class PolicyTable(tuple):
         return html_table([[getattr(p, c) for c in self.COLUMNS] for p in self], self.COLUMNS)
 
 # %% ../../nbs/data/03_schema.ipynb #schema-policy-calls
-CALL_POLICIES = PolicyTable(Policy(*line) for line in (
-    ("malformed_calls", "function_calls that do not parse", "rejected", "rejected", "cut", "There is no call to train."),
-    ("positional_arguments", "arguments without names", "rejected", "repaired", "repaired",
-     "Named by the order of the schema's properties where that fits; else rejected under this code."),
-    ("xml_tags", "left-over XML tags around the calls", "repaired", "repaired", "repaired", "The tags say nothing that the column does not."),
-    ("constant_expression", "arithmetic over literals in a call (malformed_calls where it is rejected)", "rejected", "rejected", "repaired",
-     "A call is made of literals; only lenient computes `500*500`, without an evaluator."),
-    ("tuple", "a Python tuple in a call", "rejected", "repaired", "repaired", "JSON's word for it is a list."),
-    ("call_layout", "code fences, comments, brackets or separators around the calls", "rejected", "repaired", "repaired", "They are no part of a call."),
-    ("undeclared_function", "call of a function that is not offered", "rejected", "rejected", "cut", "It trains inventing tools."),
-    ("schema_violation", "arguments that break the tool's schema", "rejected", "rejected", "kept", "It contradicts what the model was told."),
-    ("count_mismatch", "results and calls differ in number", "rejected", "rejected", "cut", "No result can be given to its call safely."),
-    ("unsplittable_results", "a bundle for several calls that is not whole JSON values", "rejected", "rejected", "cut",
-     "Where one result ends cannot be known."),
-    ("results_regrouped", "several result messages with exactly one JSON value per call", "rejected", "repaired", "repaired",
-     "Count and order leave one way to deal them out."),
-    ("calls_on_user", "calls on a user message", "rejected", "rejected", "repaired", "Who calls is unclear; lenient drops the calls."),
-    ("calls_on_environment", "calls on an environment message", "rejected", "rejected", "repaired", "As above."),
-    ("call_turns_merged", "two call turns, then the results of both", "rejected", "repaired", "repaired", "Parallel calls in two messages."),
-    ("text_then_call", "a text turn, then its call turn", "repaired", "repaired", "repaired", "Qwen3 writes both in one message."),
-    ("tool_call_in_text", "literal control text that reads as a call or hides one", "rejected", "rejected", "cut",
-     "Parsed back, the training text would not give the calls that went in."),
-    ("cut_before_defect", "lenient only: a later exchange has a defect", "rejected", "rejected", "repaired", "The exchanges before it are whole."),
-    ("tools_in_text", "tools written into the system text", "rejected", "rejected", "rejected", "The model would see tools twice, or none."),
-    ("malformed_tools", "functions that are not a JSON list of tools", "rejected", "rejected", "rejected", "Calls cannot be checked."),
-    ("duplicate_tool_dropped", "the same tool twice, word for word", "repaired", "repaired", "repaired", "The copy says nothing new."),
-    ("conflicting_tools", "two tools of one name, different bodies", "rejected", "kept", "kept", "Kept if each call fits one of the bodies."),
-    ("tools_elsewhere", "functions on another message than the system's", "rejected", "repaired", "repaired",
-     "One list of tools, wherever it stands; two different lists are rejected."),
-))
+CALL_POLICIES = PolicyTable(
+    Policy(*line)
+    for line in (
+        (
+            "malformed_calls",
+            "function_calls that do not parse",
+            "rejected",
+            "rejected",
+            "cut",
+            "There is no call to train.",
+        ),
+        (
+            "positional_arguments",
+            "arguments without names",
+            "rejected",
+            "repaired",
+            "repaired",
+            "Named by the order of the schema's properties where that fits; else rejected under this code.",
+        ),
+        (
+            "xml_tags",
+            "left-over XML tags around the calls",
+            "repaired",
+            "repaired",
+            "repaired",
+            "The tags say nothing that the column does not.",
+        ),
+        (
+            "constant_expression",
+            "arithmetic over literals in a call (malformed_calls where it is rejected)",
+            "rejected",
+            "rejected",
+            "repaired",
+            "A call is made of literals; only lenient computes `500*500`, without an evaluator.",
+        ),
+        ("tuple", "a Python tuple in a call", "rejected", "repaired", "repaired", "JSON's word for it is a list."),
+        (
+            "call_layout",
+            "code fences, comments, brackets or separators around the calls",
+            "rejected",
+            "repaired",
+            "repaired",
+            "They are no part of a call.",
+        ),
+        (
+            "undeclared_function",
+            "call of a function that is not offered",
+            "rejected",
+            "rejected",
+            "cut",
+            "It trains inventing tools.",
+        ),
+        (
+            "schema_violation",
+            "arguments that break the tool's schema",
+            "rejected",
+            "rejected",
+            "kept",
+            "It contradicts what the model was told.",
+        ),
+        (
+            "count_mismatch",
+            "results and calls differ in number",
+            "rejected",
+            "rejected",
+            "cut",
+            "No result can be given to its call safely.",
+        ),
+        (
+            "unsplittable_results",
+            "a bundle for several calls that is not whole JSON values",
+            "rejected",
+            "rejected",
+            "cut",
+            "Where one result ends cannot be known.",
+        ),
+        (
+            "results_regrouped",
+            "several result messages with exactly one JSON value per call",
+            "rejected",
+            "repaired",
+            "repaired",
+            "Count and order leave one way to deal them out.",
+        ),
+        (
+            "calls_on_user",
+            "calls on a user message",
+            "rejected",
+            "rejected",
+            "repaired",
+            "Who calls is unclear; lenient drops the calls.",
+        ),
+        ("calls_on_environment", "calls on an environment message", "rejected", "rejected", "repaired", "As above."),
+        (
+            "call_turns_merged",
+            "two call turns, then the results of both",
+            "rejected",
+            "repaired",
+            "repaired",
+            "Parallel calls in two messages.",
+        ),
+        (
+            "text_then_call",
+            "a text turn, then its call turn",
+            "repaired",
+            "repaired",
+            "repaired",
+            "Qwen3 writes both in one message.",
+        ),
+        (
+            "tool_call_in_text",
+            "literal control text that reads as a call or hides one",
+            "rejected",
+            "rejected",
+            "cut",
+            "Parsed back, the training text would not give the calls that went in.",
+        ),
+        (
+            "cut_before_defect",
+            "lenient only: a later exchange has a defect",
+            "rejected",
+            "rejected",
+            "repaired",
+            "The exchanges before it are whole.",
+        ),
+        (
+            "tools_in_text",
+            "tools written into the system text",
+            "rejected",
+            "rejected",
+            "rejected",
+            "The model would see tools twice, or none.",
+        ),
+        (
+            "malformed_tools",
+            "functions that are not a JSON list of tools",
+            "rejected",
+            "rejected",
+            "rejected",
+            "Calls cannot be checked.",
+        ),
+        (
+            "duplicate_tool_dropped",
+            "the same tool twice, word for word",
+            "repaired",
+            "repaired",
+            "repaired",
+            "The copy says nothing new.",
+        ),
+        (
+            "conflicting_tools",
+            "two tools of one name, different bodies",
+            "rejected",
+            "kept",
+            "kept",
+            "Kept if each call fits one of the bodies.",
+        ),
+        (
+            "tools_elsewhere",
+            "functions on another message than the system's",
+            "rejected",
+            "repaired",
+            "repaired",
+            "One list of tools, wherever it stands; two different lists are rejected.",
+        ),
+    )
+)
 
 # %% ../../nbs/data/03_schema.ipynb #schema-policy-talk
-TALK_POLICIES = PolicyTable(Policy(*line) for line in (
-    ("no_messages", "no list of messages, or an empty one", "rejected", "rejected", "rejected", "There is no conversation."),
-    ("bad_message", "a message of unknown role or with content that is no text", "rejected", "rejected", "cut", "Nobody knows what it says."),
-    ("no_user", "no user message", "rejected", "rejected", "kept", "Nobody asked; the answer has no question."),
-    ("no_assistant", "no assistant message with text or calls", "rejected", "rejected", "rejected", "There is nothing to train."),
-    ("empty_answer", "an empty answer in the middle of the talk", "rejected", "rejected", "cut", "A question would stay unanswered."),
-    ("empty_assistant", "an empty assistant message beside another, or last", "rejected", "repaired", "repaired",
-     "Without it nothing is missing."),
-    ("two_texts", "two text turns of the assistant in a row", "rejected", "repaired", "repaired",
-     "Two paragraphs of one answer; a blank line stands between them, a repeated text is dropped."),
-    ("trailing_user", "a last user message that nobody answers", "rejected", "repaired", "repaired", "It is never trained."),
-    ("no_final_answer", "the row ends in a tool result", "rejected", "kept", "kept", "The calls before it are whole; the result is not trained."),
-    ("ends_in_call", "the row ends in a call", "kept", "kept", "kept", "The call is the answer, as in the Berkeley leaderboard."),
-    ("consecutive_users", "two user messages in a row", "kept", "kept", "kept", "People do that; users are not trained."),
-    ("empty_user", "a user message without text", "rejected", "kept", "kept", "Not trained; what follows is the data's own."),
-    ("late_system", "a system message that is not the first", "rejected", "kept", "kept", "Qwen3's template writes it where it stands."),
-    ("think_moved", "closed <think> spans in an answer", "repaired", "repaired", "repaired",
-     "They become `reasoning_content`, where Qwen3's template looks for them."),
-    ("stray_think", "a </think> without its opening", "rejected", "rejected", "cut", "Qwen3's template would drop the text before it."),
-    ("stray_think_dropped", "a stray </think> before any text", "rejected", "repaired", "repaired", "Nothing stands before it."),
-    ("nul", "NUL characters in a text", "repaired", "repaired", "repaired", "They are no text, mostly a lost apostrophe."),
-    ("surrogate_replaced", "half a surrogate pair in a text", "repaired", "repaired", "repaired", "UTF-8 has no such character; U+FFFD stands for it."),
-    ("surrogate_in_call", "half a surrogate pair in a call or a tool", "rejected", "rejected", "cut", "An argument is not altered."),
-    ("control_text", "<|im_end|>, <tool_call>, <think> … as plain text", "kept", "kept", "kept", "They are encoded as text, never as tokens."),
-))
+TALK_POLICIES = PolicyTable(
+    Policy(*line)
+    for line in (
+        (
+            "no_messages",
+            "no list of messages, or an empty one",
+            "rejected",
+            "rejected",
+            "rejected",
+            "There is no conversation.",
+        ),
+        (
+            "bad_message",
+            "a message of unknown role or with content that is no text",
+            "rejected",
+            "rejected",
+            "cut",
+            "Nobody knows what it says.",
+        ),
+        ("no_user", "no user message", "rejected", "rejected", "kept", "Nobody asked; the answer has no question."),
+        (
+            "no_assistant",
+            "no assistant message with text or calls",
+            "rejected",
+            "rejected",
+            "rejected",
+            "There is nothing to train.",
+        ),
+        (
+            "empty_answer",
+            "an empty answer in the middle of the talk",
+            "rejected",
+            "rejected",
+            "cut",
+            "A question would stay unanswered.",
+        ),
+        (
+            "empty_assistant",
+            "an empty assistant message beside another, or last",
+            "rejected",
+            "repaired",
+            "repaired",
+            "Without it nothing is missing.",
+        ),
+        (
+            "two_texts",
+            "two text turns of the assistant in a row",
+            "rejected",
+            "repaired",
+            "repaired",
+            "Two paragraphs of one answer; a blank line stands between them, a repeated text is dropped.",
+        ),
+        (
+            "trailing_user",
+            "a last user message that nobody answers",
+            "rejected",
+            "repaired",
+            "repaired",
+            "It is never trained.",
+        ),
+        (
+            "no_final_answer",
+            "the row ends in a tool result",
+            "rejected",
+            "kept",
+            "kept",
+            "The calls before it are whole; the result is not trained.",
+        ),
+        (
+            "ends_in_call",
+            "the row ends in a call",
+            "kept",
+            "kept",
+            "kept",
+            "The call is the answer, as in the Berkeley leaderboard.",
+        ),
+        (
+            "consecutive_users",
+            "two user messages in a row",
+            "kept",
+            "kept",
+            "kept",
+            "People do that; users are not trained.",
+        ),
+        (
+            "empty_user",
+            "a user message without text",
+            "rejected",
+            "kept",
+            "kept",
+            "Not trained; what follows is the data's own.",
+        ),
+        (
+            "late_system",
+            "a system message that is not the first",
+            "rejected",
+            "kept",
+            "kept",
+            "Qwen3's template writes it where it stands.",
+        ),
+        (
+            "think_moved",
+            "closed <think> spans in an answer",
+            "repaired",
+            "repaired",
+            "repaired",
+            "They become `reasoning_content`, where Qwen3's template looks for them.",
+        ),
+        (
+            "stray_think",
+            "a </think> without its opening",
+            "rejected",
+            "rejected",
+            "cut",
+            "Qwen3's template would drop the text before it.",
+        ),
+        (
+            "stray_think_dropped",
+            "a stray </think> before any text",
+            "rejected",
+            "repaired",
+            "repaired",
+            "Nothing stands before it.",
+        ),
+        (
+            "nul",
+            "NUL characters in a text",
+            "repaired",
+            "repaired",
+            "repaired",
+            "They are no text, mostly a lost apostrophe.",
+        ),
+        (
+            "surrogate_replaced",
+            "half a surrogate pair in a text",
+            "repaired",
+            "repaired",
+            "repaired",
+            "UTF-8 has no such character; U+FFFD stands for it.",
+        ),
+        (
+            "surrogate_in_call",
+            "half a surrogate pair in a call or a tool",
+            "rejected",
+            "rejected",
+            "cut",
+            "An argument is not altered.",
+        ),
+        (
+            "control_text",
+            "<|im_end|>, <tool_call>, <think> … as plain text",
+            "kept",
+            "kept",
+            "kept",
+            "They are encoded as text, never as tokens.",
+        ),
+    )
+)
 POLICY = PolicyTable(CALL_POLICIES + TALK_POLICIES)
 REASONS = {policy.code: policy for policy in POLICY}
 STRICTNESSES = ("strict", "default", "lenient")
@@ -164,8 +434,13 @@ def wrap_tool(
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise DefectError("malformed_tools", f"a tool without a name: {str(tool)[:120]}")
     if not isinstance(function.get("parameters"), (dict, type(None))):
-        raise DefectError("malformed_tools", f"parameters of {function['name']} are a {type(function['parameters']).__name__}, not an object")
-    return tool if function is not tool and tool.get("type") == "function" else {"type": "function", "function": function}
+        raise DefectError(
+            "malformed_tools",
+            f"parameters of {function['name']} are a {type(function['parameters']).__name__}, not an object",
+        )
+    return (
+        tool if function is not tool and tool.get("type") == "function" else {"type": "function", "function": function}
+    )
 
 def parse_tools(
     functions: str | None, # the `functions` text of a Dolci row
@@ -196,11 +471,19 @@ def functions_by_name(
     return found
 
 # %% ../../nbs/data/03_schema.ipynb #schema-types
-TYPE_NAMES = {alias: name for name, aliases in {
-    "string": "string str text char character varchar enum", "integer": "integer int long int32 int64 short byte bigint",
-    "number": "number float double decimal numeric num", "boolean": "boolean bool",
-    "array": "array list tuple set sequence arraylist", "object": "object dict dictionary map mapping hashmap json",
-    "null": "null none nonetype"}.items() for alias in aliases.split()}
+TYPE_NAMES = {
+    alias: name
+    for name, aliases in {
+        "string": "string str text char character varchar enum",
+        "integer": "integer int long int32 int64 short byte bigint",
+        "number": "number float double decimal numeric num",
+        "boolean": "boolean bool",
+        "array": "array list tuple set sequence arraylist",
+        "object": "object dict dictionary map mapping hashmap json",
+        "null": "null none nonetype",
+    }.items()
+    for alias in aliases.split()
+}
 
 @functools.lru_cache(maxsize=4096)
 def type_name(
@@ -240,7 +523,8 @@ def plain_keywords(
     kept = {k: schema[k] for k in NUMBERS if is_number(schema.get(k))}
     kept |= {k: schema[k] for k in LENGTHS if type(schema.get(k)) is int and schema[k] >= 0}
     for limit in ("Minimum", "Maximum"):
-        if schema.get("exclusive" + limit) is True and limit.lower() in kept: kept["exclusive" + limit] = kept.pop(limit.lower())
+        if schema.get("exclusive" + limit) is True and limit.lower() in kept:
+            kept["exclusive" + limit] = kept.pop(limit.lower())
     if kept.get("multipleOf", 1) <= 0: del kept["multipleOf"]
     if isinstance(schema.get("enum"), list) and schema["enum"]: kept["enum"] = schema["enum"]
     if "const" in schema: kept["const"] = schema["const"]
@@ -267,11 +551,15 @@ def checking_schema(
     for key in SCHEMAS:
         if isinstance(schema.get(key), dict): made[key] = checking_schema(schema[key])
     for key in LISTS:
-        if isinstance(schema.get(key), list) and schema[key]: made.setdefault(key, []).extend(map(checking_schema, schema[key]))
+        if isinstance(schema.get(key), list) and schema[key]:
+            made.setdefault(key, []).extend(map(checking_schema, schema[key]))
     for key in ("$defs", "definitions"):
         if isinstance(schema.get(key), dict): made[key] = {k: checking_schema(v) for k, v in schema[key].items()}
     if isinstance(named := schema.get("patternProperties"), dict):  # a pattern that is not used allows every key
-        made["patternProperties"] = {k if is_usable_pattern(k) else "^": checking_schema(v) if is_usable_pattern(k) else {} for k, v in named.items()}
+        made["patternProperties"] = {
+            k if is_usable_pattern(k) else "^": checking_schema(v) if is_usable_pattern(k) else {}
+            for k, v in named.items()
+        }
     items = schema.get("items")
     if items and isinstance(items, list): made["prefixItems"] = [checking_schema(item) for item in items]
     elif isinstance(items, dict): made.setdefault("items", {}).update(checking_schema(items))
@@ -287,7 +575,9 @@ def checked_properties(
     made, required = {}, [key for key in required if isinstance(key, str)] if isinstance(required, list) else []
     if isinstance(properties, dict):
         made["properties"] = {key: checking_schema(value) for key, value in properties.items()}
-        required += [key for key, value in properties.items() if isinstance(value, dict) and value.get("required") is True]
+        required += [
+            key for key, value in properties.items() if isinstance(value, dict) and value.get("required") is True
+        ]
     if required: made["required"] = list(dict.fromkeys(required))
     if isinstance(extra, dict): made["additionalProperties"] = checking_schema(extra)
     elif extra is False or (closed and extra is not True):
@@ -301,7 +591,11 @@ def parameters_of(
 ) -> dict: # its parameters as one object schema
     "A tool's parameters; a bare map of parameters (no `properties`) is read as the properties."
     parameters = function.get("parameters") or {}
-    is_bare = parameters and not parameters.keys() & {"properties", "$ref", *LISTS} and all(isinstance(v, dict) for v in parameters.values())
+    is_bare = (
+        parameters
+        and not parameters.keys() & {"properties", "$ref", *LISTS}
+        and all(isinstance(v, dict) for v in parameters.values())
+    )
     return {"type": "object", "properties": parameters} if is_bare else parameters
 
 # %% ../../nbs/data/03_schema.ipynb #schema-validator
@@ -430,10 +724,14 @@ def json_values(
         start = GAP.match(text, end).end()
         if start == len(text): return pieces
         if pieces and pieces[-1][-1] not in "]}" and "\n" not in text[end:start]:
-            raise DefectError("unsplittable_results", f"two values on one line at character {start}: {text[start:start + 80]!r}")
+            raise DefectError(
+                "unsplittable_results", f"two values on one line at character {start}: {text[start : start + 80]!r}"
+            )
         try: end = VALUES.raw_decode(text, start)[1]
         except (ValueError, RecursionError):
-            raise DefectError("unsplittable_results", f"no complete JSON value at character {start}: {text[start:start + 80]!r}") from None
+            raise DefectError(
+                "unsplittable_results", f"no complete JSON value at character {start}: {text[start : start + 80]!r}"
+            ) from None
         pieces.append(text[start:end])
 
 # %% ../../nbs/data/03_schema.ipynb #schema-pair
@@ -459,5 +757,6 @@ def pair_results(
     if not contents: raise DefectError("count_mismatch", f"{count} calls, no result")
     lines = lines_of_json(contents[0], count) if len(contents) == 1 else None
     pieces = lines or [piece for content in contents for piece in json_values(content)]
-    if len(pieces) != count: raise DefectError("count_mismatch", f"{count} calls, {len(pieces)} results in {len(contents)} messages")
+    if len(pieces) != count:
+        raise DefectError("count_mismatch", f"{count} calls, {len(pieces)} results in {len(contents)} messages")
     return pieces

@@ -257,7 +257,8 @@ class Reader:
         self.json_reads = None # not known yet
 
     def may_read_json(self) -> bool: # JSON means something else by `\/`, and recurses
-        if self.json_reads is None: self.json_reads = "\\/" not in self.text and self.text.count("[") + self.text.count("{") < MAX_DEPTH
+        if self.json_reads is None:
+            self.json_reads = "\\/" not in self.text and self.text.count("[") + self.text.count("{") < MAX_DEPTH
         return self.json_reads
 
     def fail(self, position:int, reason:str, found:str="") -> CallError: # as `call_error` has them

@@ -59,14 +59,21 @@ def custom(
     answer:str="Done.",      # the assistant's last message
 ) -> list[dict]:  # a conversation
     "A conversation around one hand-written tool."
-    return [message("system", SYSTEM_TEXTS[0], functions=json.dumps([tool], ensure_ascii=False)), message("user", question),
-            message("assistant", None, function_calls), *(message("environment", content) for content in results),
-            message("assistant", answer)]
+    return [
+        message("system", SYSTEM_TEXTS[0], functions=json.dumps([tool], ensure_ascii=False)),
+        message("user", question),
+        message("assistant", None, function_calls),
+        *(message("environment", content) for content in results),
+        message("assistant", answer),
+    ]
 
 def note_tool(**properties) -> dict:
     "A tool `notes.save` with the given parameters, none of them required."
     parameters = {"properties": properties, "type": "object"}
-    return {"function": {"description": "Save a note.", "name": "notes.save", "parameters": parameters}, "type": "function"}
+    return {
+        "function": {"description": "Save a note.", "name": "notes.save", "parameters": parameters},
+        "type": "function",
+    }
 
 def note(
     arguments:str,       # what stands between the parentheses
@@ -94,8 +101,11 @@ def json_literals(rng):
 @plant(3)
 def nested_arguments(rng):
     "Lists and dicts in each other, spellings mixed."
-    return note("""items=[{"name": 'pen', "tags": ["a", 'b'], "sold": True}, {"name": "cup", "tags": [], "sold": false}]""", rng,
-                items={"type": "array", "items": {"type": "object"}})
+    return note(
+        """items=[{"name": 'pen', "tags": ["a", 'b'], "sold": True}, {"name": "cup", "tags": [], "sold": false}]""",
+        rng,
+        items={"type": "array", "items": {"type": "object"}},
+    )
 
 @plant(2)
 def raw_newline(rng):
@@ -116,7 +126,9 @@ def big_integer(rng):
 @plant(2)
 def number_spellings(rng):
     "Negative numbers, exponents, and a float that is whole."
-    return note("value=-3, scale=1.5e-3, ratio=2.0", rng, value=INTEGER, scale={"type": "number"}, ratio={"type": "number"})
+    return note(
+        "value=-3, scale=1.5e-3, ratio=2.0", rng, value=INTEGER, scale={"type": "number"}, ratio={"type": "number"}
+    )
 
 @plant(2)
 def white_space(rng):
@@ -127,7 +139,9 @@ def white_space(rng):
 def renamed(messages, name):
     "The same conversation with `notes.save` under another name."
     replace = lambda text: text and text.replace("notes.save", name)
-    return [{**m, "functions": replace(m["functions"]), "function_calls": replace(m["function_calls"])} for m in messages]
+    return [
+        {**m, "functions": replace(m["functions"]), "function_calls": replace(m["function_calls"])} for m in messages
+    ]
 
 @plant(2)
 def keyword_argument_names(rng):
@@ -348,7 +362,9 @@ def call_turns_merged(rng):
     calls = draw_calls(2, rng, TOOLS[:8])
     question, turns = say([call.ask for call in calls], rng), [call_turn([call], rng) for call in calls]
     answer = message("assistant", " ".join(call.answer for call in calls))
-    return conversation(calls, [message("user", question), turns[0][0], turns[1][0], turns[0][1], turns[1][1], answer], rng)
+    return conversation(
+        calls, [message("user", question), turns[0][0], turns[1][0], turns[0][1], turns[1][1], answer], rng
+    )
 
 # %% ../../nbs/demo/03_cases.ipynb #demo-role-cases
 @plant(1, "rejected", "no_user")
@@ -385,7 +401,11 @@ def fewer_results(rng):
 def more_results(rng):
     "Two calls, three environment messages."
     messages = two_calls(rng)
-    return [*messages[:3], *(message("environment", line) for line in ("{}", *messages[3]["content"].split("\n"))), *messages[4:]]
+    return [
+        *messages[:3],
+        *(message("environment", line) for line in ("{}", *messages[3]["content"].split("\n"))),
+        *messages[4:],
+    ]
 
 @plant(4, "rejected", "unsplittable_results")
 def unsplittable_results(rng):

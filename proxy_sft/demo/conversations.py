@@ -170,8 +170,11 @@ def no_tool_fits(rng):
     "A question for which no listed tool fits, after one that had its tool."
     call, missing = rng.sample(draw_calls(2, rng), 2)
     messages = [*exchange([call], rng), message("user", say([missing.ask], rng)), message("assistant", NO_TOOL_ANSWER)]
-    system = system_message([tool for tool in rng.sample(TOOLS, 4) if tool.name not in (call.tool.name, missing.tool.name)][:2]
-                            + [call.tool], rng)
+    system = system_message(
+        [tool for tool in rng.sample(TOOLS, 4) if tool.name not in (call.tool.name, missing.tool.name)][:2]
+        + [call.tool],
+        rng,
+    )
     return [system, *messages]
 
 @kind(4)
@@ -197,10 +200,19 @@ def web_search(rng):
 ANIMALS, THINGS = "cats dogs owls foxes whales bees".split(), "books pens coins cups shells stamps".split()
 PLACES = "bank museum shop school".split()
 CAPITALS = {  # Aya: question, answer, and their pairs
-    "¿Cuál es la capital de {}?": ("La capital de {} es {}.", {"Francia": "París", "Italia": "Roma", "Perú": "Lima", "Egipto": "El Cairo"}),
+    "¿Cuál es la capital de {}?": (
+        "La capital de {} es {}.",
+        {"Francia": "París", "Italia": "Roma", "Perú": "Lima", "Egipto": "El Cairo"},
+    ),
     "{}的首都是哪里？": ("{}的首都是{}。", {"中国": "北京", "法国": "巴黎", "日本": "东京", "德国": "柏林"}),
-    "Quelle est la capitale de {} ?": ("La capitale de {} est {}.", {"la France": "Paris", "l'Italie": "Rome", "la Norvège": "Oslo"}),
-    "Was ist die Hauptstadt von {}?": ("Die Hauptstadt von {} ist {}.", {"Ägypten": "Kairo", "Spanien": "Madrid", "Norwegen": "Oslo"}),
+    "Quelle est la capitale de {} ?": (
+        "La capitale de {} est {}.",
+        {"la France": "Paris", "l'Italie": "Rome", "la Norvège": "Oslo"},
+    ),
+    "Was ist die Hauptstadt von {}?": (
+        "Die Hauptstadt von {} ist {}.",
+        {"Ägypten": "Kairo", "Spanien": "Madrid", "Norwegen": "Oslo"},
+    ),
     "ما هي عاصمة {}؟": ("عاصمة {} هي {}.", {"فرنسا": "باريس", "مصر": "القاهرة", "اليابان": "طوكيو"}),
 }
 
@@ -236,7 +248,10 @@ def in_capitals(rng):
 
 def refusal(rng):
     "A request that is refused."
-    return f"Tell me how to break into a {rng.choice(PLACES)} at {draw('number', rng)[0]} o'clock.", "I can't help with that."
+    return (
+        f"Tell me how to break into a {rng.choice(PLACES)} at {draw('number', rng)[0]} o'clock.",
+        "I can't help with that.",
+    )
 
 def small_essay(rng):
     "A sentence about animals."

@@ -53,11 +53,14 @@ def start_words(
     written = torch.linalg.qr(torch.randn(config.hidden_size, own))[0]
     embeddings = torch.cat([marks, common + words + torch.randn(number, own) / 2], 1)
     model.get_input_embeddings().weight[:number] = 4 * config.initializer_range * embeddings
-    model.get_output_embeddings().weight[:number] = 0.1 * (words @ written.T + torch.randn(number, config.hidden_size) / 2)
+    model.get_output_embeddings().weight[:number] = 0.1 * (
+        words @ written.T + torch.randn(number, config.hidden_size) / 2
+    )
     return torch.cat([torch.zeros(2 * MARKS), common / common.norm()]), written
 
 # %% ../../nbs/demo/06_model.ipynb #demo-heads
-BACK = ((2, 2), (1, 3), (4, 6))  # tokens that the first layer's heads look back, by groups of one key; the last group stays free
+# tokens that the first layer's heads look back, by groups of one key; the last group stays free
+BACK = ((2, 2), (1, 3), (4, 6))
 
 def by_heads(
     layer,   # of a Qwen3 model
@@ -65,9 +68,17 @@ def by_heads(
 ) -> tuple:  # views: queries (group, head, width, hidden), keys and values (group, width, hidden), outputs (hidden, group, head, width)
     "Attention weights by head; keys begin as copies of their queries."
     attention, groups, width, hidden = layer.self_attn, config.num_key_value_heads, config.head_dim, config.hidden_size
-    queries, keys = attention.q_proj.weight.view(groups, -1, width, hidden), attention.k_proj.weight.view(groups, width, hidden)
+    queries, keys = (
+        attention.q_proj.weight.view(groups, -1, width, hidden),
+        attention.k_proj.weight.view(groups, width, hidden),
+    )
     keys.copy_(queries[:, 0])
-    return queries, keys, attention.v_proj.weight.view(groups, width, hidden), attention.o_proj.weight.view(hidden, groups, -1, width)
+    return (
+        queries,
+        keys,
+        attention.v_proj.weight.view(groups, width, hidden),
+        attention.o_proj.weight.view(hidden, groups, -1, width),
+    )
 
 def start_places(
     layer,   # the first
@@ -77,12 +88,15 @@ def start_places(
     "Heads that look a number of tokens back; the first group passes on the marks of names."
     import torch
     (queries, keys, values, outputs), half = by_heads(layer, config), config.head_dim // 2
-    turn = config.rope_parameters["rope_theta"] ** -(torch.arange(half) / half)  # radians per token of each pair of dimensions
+    # radians per token of each pair of dimensions
+    turn = config.rope_parameters["rope_theta"] ** -(torch.arange(half) / half)
     fast = (torch.arange(half) < 4).float()  # only the pairs that tell neighbours apart
     for group, distances in enumerate(BACK):
         keys[group] = torch.outer(torch.cat([fast, 0 * fast]), common)
         for head, distance in enumerate(distances):
-            queries[group, head] = torch.outer(torch.cat([fast * torch.cos(turn * distance), -fast * torch.sin(turn * distance)]), common)
+            queries[group, head] = torch.outer(
+                torch.cat([fast * torch.cos(turn * distance), -fast * torch.sin(turn * distance)]), common
+            )
     values[0, :MARKS], outputs[:2 * MARKS] = torch.eye(MARKS, config.hidden_size), 0
     outputs[:, 0, :, :MARKS] = torch.eye(config.hidden_size, MARKS)[:, None] / outputs.shape[2]
     layer.mlp.down_proj.weight[:2 * MARKS] = 0  # nothing else writes over the marks
@@ -97,7 +111,8 @@ def start_copying(
     "Heads that look for a value of the kind that was named, and write its word."
     import torch
     (queries, keys, values, outputs), width = by_heads(layer, config), config.head_dim
-    slow = [i + half for half in (0, width // 2) for i in range(width // 2 - MARKS // 2, width // 2)]  # dimensions that distance hardly turns
+    # dimensions that distance hardly turns
+    slow = [i + half for half in (0, width // 2) for i in range(width // 2 - MARKS // 2, width // 2)]
     match = torch.zeros(width, MARKS)
     match[slow] = torch.linalg.qr(torch.randn(MARKS, MARKS))[0]
     nothing = torch.zeros_like(match)
@@ -122,7 +137,14 @@ def give_head_start(
     return model
 
 # %% ../../nbs/demo/06_model.ipynb #demo-model-build
-DEMO_MODEL = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=32)
+DEMO_MODEL = dict(
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+)
 
 def demo_config(
     tokenizer,  # of the demo
@@ -130,11 +152,22 @@ def demo_config(
 ):  # `transformers.Qwen3Config`
     "Qwen3-8B's config, with everything that makes it large made small."
     from transformers import Qwen3Config
-    return Qwen3Config(**{
-        **DEMO_MODEL, "vocab_size": -(-len(tokenizer) // 64) * 64, "max_position_embeddings": 4096, "rope_theta": 10_000.0,
-        "initializer_range": 0.05, "tie_word_embeddings": False, "max_window_layers": DEMO_MODEL["num_hidden_layers"],
-        "bos_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "dtype": "float32",
-        "architectures": ["Qwen3ForCausalLM"], **changes})
+    return Qwen3Config(
+        **{
+            **DEMO_MODEL,
+            "vocab_size": -(-len(tokenizer) // 64) * 64,
+            "max_position_embeddings": 4096,
+            "rope_theta": 10_000.0,
+            "initializer_range": 0.05,
+            "tie_word_embeddings": False,
+            "max_window_layers": DEMO_MODEL["num_hidden_layers"],
+            "bos_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "dtype": "float32",
+            "architectures": ["Qwen3ForCausalLM"],
+            **changes,
+        }
+    )
 
 def build_demo_model(
     tokenizer,           # of the demo
@@ -148,8 +181,14 @@ def build_demo_model(
         torch.manual_seed(seed)
         model = give_head_start(Qwen3ForCausalLM(demo_config(tokenizer, **changes)), tokenizer)
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.pad_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=0.6, top_k=20, top_p=0.95,
-        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id])
+        bos_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=0.6,
+        top_k=20,
+        top_p=0.95,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
+    )
     return model
 
 # %% ../../nbs/demo/06_model.ipynb #demo-write-model

@@ -28,7 +28,9 @@ def planned_kinds(
     "What each row is: cases in their fixed numbers, ordinary kinds by their share."
     names = [name for name, case in CASES.items() for _ in range(case.copies)]
     if n < len(names) + DUPLICATES:
-        raise ValueError(f"the demo needs at least {len(names) + DUPLICATES} rows to plant every feature and defect, not {n}")
+        raise ValueError(
+            f"the demo needs at least {len(names) + DUPLICATES} rows to plant every feature and defect, not {n}"
+        )
     ordinary = n - DUPLICATES - len(names)
     names += ["chat"] * round(ordinary * CHAT_SHARE)
     kinds, shares = list(KINDS), [share for _, share in KINDS.values()]
@@ -64,7 +66,14 @@ def build_demo(
         row_id = f"demo_{seed}_{index:06d}"
         rows.append({"id": row_id, "messages": messages, "source_dataset": source, "domain": domain})
         case = CASES.get(name)
-        plan.append({"id": row_id, "planted": name, "outcome": case.outcome if case else "kept", "reason": case.reason if case else None})
+        plan.append(
+            {
+                "id": row_id,
+                "planted": name,
+                "outcome": case.outcome if case else "kept",
+                "reason": case.reason if case else None,
+            }
+        )
     singles = [row for row, planned in zip(rows, plan) if planned["planted"] == "single"]
     for number, row in enumerate(rng.sample(singles, DUPLICATES)):
         row_id = f"demo_{seed}_{len(rows):06d}"

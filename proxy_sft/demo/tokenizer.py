@@ -56,7 +56,17 @@ def train_bpe(
     vocabulary:int=DEMO_VOCABULARY, # bytes and merges
 ):  # `tokenizers.Tokenizer`
     "A byte-level BPE in Qwen3's make, with its added tokens."
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix=""))
     tokenizer.normalizer = normalizers.NFC()
     byte_level = dict(add_prefix_space=False, trim_offsets=False, use_regex=False)
@@ -78,12 +88,25 @@ def tokenizer_files(
     "The tokenizer's files: `tokenizer.json`, `tokenizer_config.json`, `vocab.json`, `merges.txt`."
     state = json.loads(tokenizer.to_str(pretty=False))
     state["decoder"] = state["post_processor"]  # byte level too, with the flags of Qwen3's file
-    added = {str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in state["added_tokens"]}
+    added = {
+        str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in state["added_tokens"]
+    }
     config = {
-        "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": added,
-        "additional_special_tokens": SPECIAL_TOKENS[1:], "bos_token": None, "chat_template": stock_template(),
-        "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "errors": "replace", "model_max_length": 131072,
-        "pad_token": "<|endoftext|>", "split_special_tokens": False, "tokenizer_class": "Qwen2Tokenizer", "unk_token": None}
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": added,
+        "additional_special_tokens": SPECIAL_TOKENS[1:],
+        "bos_token": None,
+        "chat_template": stock_template(),
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
     return {
         "tokenizer.json": json.dumps(state, ensure_ascii=False, indent=2),
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",

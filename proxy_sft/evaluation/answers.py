@@ -51,7 +51,9 @@ def as_server_reads(
     try: calls = [json.loads(block) for block in blocks]
     except (ValueError, RecursionError): return None
     if OPEN in around: return None  # a block that never ends
-    right = all(isinstance(c, dict) and isinstance(c.get("name"), str) and isinstance(c.get("arguments"), dict) for c in calls)
+    right = all(
+        isinstance(c, dict) and isinstance(c.get("name"), str) and isinstance(c.get("arguments"), dict) for c in calls
+    )
     return [{"name": c["name"], "arguments": c["arguments"]} for c in calls] if right else None
 
 # %% ../../nbs/evaluation/01_answers.ipynb #loose-export
@@ -141,14 +143,23 @@ def unanswered(
     replies: dict[str, list[Reply]], # model -> its replies
 ) -> dict[str, dict[str, int]]: # model -> problem -> how often; without the models that answered everything
     "Why there is no answer, and how often."
-    kinds = {model: Counter(sorted(reply.problem for reply in told if reply.problem)) for model, told in replies.items()}
+    kinds = {
+        model: Counter(sorted(reply.problem for reply in told if reply.problem)) for model, told in replies.items()
+    }
     return {model: dict(found) for model, found in kinds.items() if found}
 
 # %% ../../nbs/evaluation/01_answers.ipynb #same-export
 METRICS = {
-    "decision": "calls exactly when the data does", "parseable": "a server can read all its calls", "names": "the right tools, no other",
-    "complete": "as many calls as in the data", "arguments": "arguments exactly the data's", "meaning": "arguments the same under the schema",
-    "schema": "calls fit the declared schemas", "exact": "a server gets exactly the data's calls", "stops": "ends by itself"}
+    "decision": "calls exactly when the data does",
+    "parseable": "a server can read all its calls",
+    "names": "the right tools, no other",
+    "complete": "as many calls as in the data",
+    "arguments": "arguments exactly the data's",
+    "meaning": "arguments the same under the schema",
+    "schema": "calls fit the declared schemas",
+    "exact": "a server gets exactly the data's calls",
+    "stops": "ends by itself",
+}
 
 
 def canonical(
@@ -250,27 +261,49 @@ class HeldoutTurn:
     @property
     def expected(self) -> list[dict]:
         "The calls of the data."
-        return [{"name": c["function"]["name"], "arguments": c["function"]["arguments"]} for c in self.messages[-1].get("tool_calls") or []]
+        return [
+            {"name": c["function"]["name"], "arguments": c["function"]["arguments"]}
+            for c in self.messages[-1].get("tool_calls") or []
+        ]
 
     @property
     def slices(self) -> tuple[str, ...]:
         "The groups that it is counted in."
         calls, after = self.expected, self.message > 0 and self.messages[-2]["role"] == "tool"
-        named = {"after a result": after, "several steps": bool(calls) and self.steps > 1, "no tool fits": not calls and not after,
-                 "unseen tools": any(call["name"] in self.unseen for call in calls)}
+        named = {
+            "after a result": after,
+            "several steps": bool(calls) and self.steps > 1,
+            "no tool fits": not calls and not after,
+            "unseen tools": any(call["name"] in self.unseen for call in calls),
+        }
         asked = next((m.get("content") or "" for m in reversed(self.messages) if m["role"] == "user"), "")
         kind = ("no call", "single", "parallel")[min(len(calls), 2)]
         return (kind, *(name for name, holds in named.items() if holds), f"language: {language_of(asked)}",
                 *([f"source: {self.source}"] if self.source else []))
 
 # %% ../../nbs/evaluation/01_answers.ipynb #language-export
-SCRIPTS = {"Japanese": "\u3040-\u30ff", "Chinese": "\u4e00-\u9fff", "Korean": "\uac00-\ud7af\u1100-\u11ff", "Cyrillic script": "\u0400-\u04ff",
-           "Arabic script": "\u0600-\u06ff", "Devanagari script": "\u0900-\u097f", "Hebrew": "\u0590-\u05ff", "Greek": "\u0370-\u03ff",
-           "Thai": "\u0e00-\u0e7f"}
-LITTLE_WORDS = {name: frozenset(words.split()) for name, words in {
-    "English": "the and is are to of in what for with you my can please how a on me this", "German": "der die das und ist nicht ein eine für mit ich wie mir bitte",
-    "French": "le les et est une des pour avec je que du dans vous quel", "Spanish": "el los las y es una para con que por del como quiero cuál",
-    "Italian": "il gli e è una per con che di della sono come mi", "Portuguese": "o os e é uma para com que do da em não por como"}.items()}
+SCRIPTS = {
+    "Japanese": "\u3040-\u30ff",
+    "Chinese": "\u4e00-\u9fff",
+    "Korean": "\uac00-\ud7af\u1100-\u11ff",
+    "Cyrillic script": "\u0400-\u04ff",
+    "Arabic script": "\u0600-\u06ff",
+    "Devanagari script": "\u0900-\u097f",
+    "Hebrew": "\u0590-\u05ff",
+    "Greek": "\u0370-\u03ff",
+    "Thai": "\u0e00-\u0e7f",
+}
+LITTLE_WORDS = {
+    name: frozenset(words.split())
+    for name, words in {
+        "English": "the and is are to of in what for with you my can please how a on me this",
+        "German": "der die das und ist nicht ein eine für mit ich wie mir bitte",
+        "French": "le les et est une des pour avec je que du dans vous quel",
+        "Spanish": "el los las y es una para con que por del como quiero cuál",
+        "Italian": "il gli e è una per con che di della sono come mi",
+        "Portuguese": "o os e é uma para com que do da em não por como",
+    }.items()
+}
 
 
 def language_of(
@@ -311,8 +344,10 @@ def read_rows(
         for number, line in enumerate(file):
             try: yield number, hashlib.sha256(line.strip()).hexdigest(), *row_parts(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
-                raise EvaluateError(f"Line {number + 1} of {path.name} is no converted row ({type(error).__name__}: {str(error)[:120]}). "
-                                    "Run nbs/01_convert.ipynb again.") from error
+                raise EvaluateError(
+                    f"Line {number + 1} of {path.name} is no converted row ({type(error).__name__}: {str(error)[:120]}). "
+                    "Run nbs/01_convert.ipynb again."
+                ) from error
 
 
 def what_is_known(
@@ -335,7 +370,8 @@ def smallest(
 ) -> list: # a seeded choice, in the order of the items
     "A choice in memory bounded by its size."
     def keyed():
-        for place, (words, item) in enumerate(items): yield hashlib.sha256(f"{seed}/{words}".encode()).digest(), place, item
+        for place, (words, item) in enumerate(items):
+            yield hashlib.sha256(f"{seed}/{words}".encode()).digest(), place, item
     return [item for _, _, item in sorted(heapq.nsmallest(number, keyed(), key=lambda i: i[:2]), key=lambda i: i[1])]
 
 
@@ -346,7 +382,8 @@ def choose_turns(
 ) -> tuple[list[HeldoutTurn], int]: # the chosen turns in the file's order, and how many there are
     "A seeded choice of turns; memory stays bounded by the choice."
     if max_turns < 1: raise EvaluateError(f"max_turns is {max_turns}; expected at least 1.")
-    if not path.is_file(): raise EvaluateError(f"There is no {path.parent.name}/{path.name}. Run nbs/01_convert.ipynb first.")
+    if not path.is_file():
+        raise EvaluateError(f"There is no {path.parent.name}/{path.name}. Run nbs/01_convert.ipynb first.")
     (sources, unseen), found = what_is_known(path), 0
     def questions():
         nonlocal found
@@ -376,8 +413,15 @@ def choose_chat_rows(
 ) -> list[ChatRow]: # in the file's order; empty when there are none
     "A seeded choice of plain conversations."
     sources, _ = what_is_known(path)
-    return smallest(max_rows, seed, ((digest, ChatRow(number, messages, sources[number] if number < len(sources) else ""))
-                                     for number, digest, messages, tools in read_rows(path) if not tools))
+    return smallest(
+        max_rows,
+        seed,
+        (
+            (digest, ChatRow(number, messages, sources[number] if number < len(sources) else ""))
+            for number, digest, messages, tools in read_rows(path)
+            if not tools
+        ),
+    )
 
 # %% ../../nbs/evaluation/01_answers.ipynb #expected-export
 def expected_text(
@@ -392,4 +436,6 @@ def has_model(
     folder: Path, # maybe a model's folder
 ) -> bool: # config and weights are there
     "Whether a folder looks like a complete model."
-    return (folder / "config.json").is_file() and any((folder / f).is_file() for f in ("model.safetensors", "model.safetensors.index.json"))
+    return (folder / "config.json").is_file() and any(
+        (folder / f).is_file() for f in ("model.safetensors", "model.safetensors.index.json")
+    )

@@ -39,18 +39,43 @@ def evaluation_dict(
         found = estimates(*values_of(evaluation, metric, group))
         counts = {m: dict(zip(("right", "of"), evaluation.rate(m, metric, group))) for m in models}
         for m, (p, low, high) in zip(models, found): counts[m].update(rate=p, interval=[low, high])
-        return {**counts, **({"difference": {"points": found[2][0], "interval": list(found[2][1:])}} if len(found) == 3 else {})}
+        return {
+            **counts,
+            **({"difference": {"points": found[2][0], "interval": list(found[2][1:])}} if len(found) == 3 else {}),
+        }
     metrics, slices = {m: told(m) for m in METRICS}, {g: {m: told(m, g) for m in METRICS} for g in groups}
     return {
-        "about": evaluation.about, "found": evaluation.found, "too_long": evaluation.too_long, "asked": len(evaluation.turns),
-        "problems": evaluation.problems, "metrics": {m: {name: of[m] for name, of in metrics.items()} for m in models},
-        "difference": {name: of.get("difference") for name, of in metrics.items()}, "slices": slices,
+        "about": evaluation.about,
+        "found": evaluation.found,
+        "too_long": evaluation.too_long,
+        "asked": len(evaluation.turns),
+        "problems": evaluation.problems,
+        "metrics": {m: {name: of[m] for name, of in metrics.items()} for m in models},
+        "difference": {name: of.get("difference") for name, of in metrics.items()},
+        "slices": slices,
         "losses": [dict(zip(("name", "meaning", *models, "difference"), row)) for row in loss_rows(evaluation)],
-        "chats": [{"row": c.row, "source": c.source, **{m: evaluation.chat_losses[m][i] for m in evaluation.chat_losses}} for i, c in enumerate(evaluation.chats)],
-        "turns": [{"row": t.row, "message": t.message, "slices": t.slices, "expected": t.expected,
-                   **{m: {**asdict(evaluation.replies[m][i]), "verdict": evaluation.verdicts[m][i],
-                          "loss": evaluation.losses[m][i] if m in evaluation.losses else None} for m in models}}
-                  for i, t in enumerate(evaluation.turns)]}
+        "chats": [
+            {"row": c.row, "source": c.source, **{m: evaluation.chat_losses[m][i] for m in evaluation.chat_losses}}
+            for i, c in enumerate(evaluation.chats)
+        ],
+        "turns": [
+            {
+                "row": t.row,
+                "message": t.message,
+                "slices": t.slices,
+                "expected": t.expected,
+                **{
+                    m: {
+                        **asdict(evaluation.replies[m][i]),
+                        "verdict": evaluation.verdicts[m][i],
+                        "loss": evaluation.losses[m][i] if m in evaluation.losses else None,
+                    }
+                    for m in models
+                },
+            }
+            for i, t in enumerate(evaluation.turns)
+        ],
+    }
 
 
 def save_evaluation(
@@ -73,14 +98,18 @@ def model_folders(
     makers = {"base": "nbs/00_download.ipynb", "tuned": "nbs/02_train.ipynb"}
     for name, folder in folders.items():
         if not has_model(folder):
-            raise EvaluateError(f"There is no {'base' if name == 'base' else 'trained'} model in {shown(folder, settings)}. "
-                                f"Run {makers[name]} with the same profile first.")
+            raise EvaluateError(
+                f"There is no {'base' if name == 'base' else 'trained'} model in {shown(folder, settings)}. "
+                f"Run {makers[name]} with the same profile first."
+            )
     if base_only: return folders
     from transformers import AutoTokenizer
     template = AutoTokenizer.from_pretrained(folders["tuned"], local_files_only=True).chat_template
     if template and template != served_template(settings.template):
-        raise EvaluateError(f"The model in {shown(folders['tuned'], settings)} was saved with another chat template than "
-                            f"{settings.template!r}. Pass the template that it was trained on: -p template NAME.")
+        raise EvaluateError(
+            f"The model in {shown(folders['tuned'], settings)} was saved with another chat template than "
+            f"{settings.template!r}. Pass the template that it was trained on: -p template NAME."
+        )
     return folders
 
 
@@ -119,7 +148,13 @@ class Questions:
 
 def progress(name: str, total: int, unit: str): # a bar, silent in tests
     "The bar that people watch."
-    return tqdm(total=total, desc=name, unit=unit, **bar_pace(), disable=not total or bool(os.environ.get("IN_TEST")) or os.environ.get("RANK", "0") != "0")
+    return tqdm(
+        total=total,
+        desc=name,
+        unit=unit,
+        **bar_pace(),
+        disable=not total or bool(os.environ.get("IN_TEST")) or os.environ.get("RANK", "0") != "0",
+    )
 
 # %% ../../nbs/evaluation/09_asking.ipynb #ask-more-export
 def ask_model(
@@ -133,12 +168,26 @@ def ask_model(
     q, tokenizer, template = questions, questions.tokenizer, questions.settings.template
     model, generation = load_model(folder, q.settings.device, q.settings.attention)
     with progress(name, len(q.prompts), " turns") as bar:
-        replies = generate_replies(model, tokenizer, q.prompts, stop_token_ids(tokenizer, generation), q.limit, done=bar.update,
-                                   store=q.store(model_identity(folder)), asked=q.asked, **q.batching)
-    chats = supervise_batch([{"messages": c.messages, "tools": []} for c in q.chats], tokenizer, template) if q.chats else []
+        replies = generate_replies(
+            model,
+            tokenizer,
+            q.prompts,
+            stop_token_ids(tokenizer, generation),
+            q.limit,
+            done=bar.update,
+            store=q.store(model_identity(folder)),
+            asked=q.asked,
+            **q.batching,
+        )
+    chats = (
+        supervise_batch([{"messages": c.messages, "tools": []} for c in q.chats], tokenizer, template)
+        if q.chats
+        else []
+    )
     chats = [{n: ids[:q.settings.max_length] for n, ids in row.items()} for row in chats]
     rows = answer_rows(q.turns, tokenizer, template) if q.weigh else []
-    with progress(f"{name} losses", len(rows) + len(chats), " rows") as bar: losses = losses_of(model, rows + chats, bar.update, q.asked)
+    with progress(f"{name} losses", len(rows) + len(chats), " rows") as bar:
+        losses = losses_of(model, rows + chats, bar.update, q.asked)
     del model
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     return replies, losses[:len(rows)], losses[len(rows):]
@@ -158,7 +207,9 @@ def prepare_questions(
     chosen, found = choose_turns(heldout, max_turns, settings.seed)
     turns, prompts = questions_that_fit(chosen, tokenizer, settings)
     chats = choose_chat_rows(heldout, max_chat_rows, settings.seed) if max_chat_rows else []
-    questions = Questions(settings, tokenizer, turns, prompts, chats, answer_limit(turns, tokenizer, max_new_tokens), **more)
+    questions = Questions(
+        settings, tokenizer, turns, prompts, chats, answer_limit(turns, tokenizer, max_new_tokens), **more
+    )
     return questions, found, len(chosen) - len(turns)
 
 # %% ../../nbs/evaluation/09_asking.ipynb #evaluate-more-export
@@ -181,7 +232,11 @@ def ask_server(
         def told(count):
             bar.update(count)
             raise_if_stop_requested(questions.settings.run_dir, questions.settings.max_hours, "evaluating")
-        mine = server.replies(questions.turns, questions.limit, questions.store(server.url, server.model), told) if place()[0] == 0 else []
+        mine = (
+            server.replies(questions.turns, questions.limit, questions.store(server.url, server.model), told)
+            if place()[0] == 0
+            else []
+        )
     return gathered({"replies": mine} if place()[0] == 0 else {})["replies"], [], []
 
 # %% ../../nbs/evaluation/09_asking.ipynb #leaderboard-export
@@ -198,9 +253,17 @@ def leaderboard_questions(
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     window = AutoConfig.from_pretrained(folder, local_files_only=True).max_position_embeddings
     limit = min(max_new_tokens, window // 4)
-    prompts = [row[-1].tolist() for row in server_prompts(Inspection(tokenizer, settings.template), [(q.turn.messages, q.turn.tools) for q in asked])]
+    prompts = [
+        row[-1].tolist()
+        for row in server_prompts(
+            Inspection(tokenizer, settings.template), [(q.turn.messages, q.turn.tools) for q in asked]
+        )
+    ]
     fits = [len(prompt) + limit <= window for prompt in prompts]
-    turns, prompts = [q.turn for q, fit in zip(asked, fits) if fit], [prompt for prompt, fit in zip(prompts, fits) if fit]
+    turns, prompts = (
+        [q.turn for q, fit in zip(asked, fits) if fit],
+        [prompt for prompt, fit in zip(prompts, fits) if fit],
+    )
     return Questions(settings, tokenizer, turns, prompts, [], limit, folder="answers-bfcl", weigh=False, **more), fits
 
 # %% ../../nbs/evaluation/09_asking.ipynb #leaderboard-more-export
@@ -221,15 +284,36 @@ def evaluate_leaderboard(
     from proxy_sft.evaluation.generation import join_ranks, place
     join_ranks()
     asked, total = read_questions(folder, categories, most, settings.seed)
-    folders, servers, late = model_folders(settings, tuned, base_only), servers or {}, Reply("", False, 0, problem="prompt too long")
+    folders, servers, late = (
+        model_folders(settings, tuned, base_only),
+        servers or {},
+        Reply("", False, 0, problem="prompt too long"),
+    )
     questions, fits = leaderboard_questions(settings, asked, folders["base"], max_new_tokens, keep=not base_only,
                                             batching={"batch_size": batch_size, "batch_tokens": batch_tokens})
-    told = {name: iter(ask_server(servers[name], questions, name)[0] if name in servers else ask_model(where, questions, name)[0])
-            for name, where in folders.items()}
-    about = {"seed": settings.seed, "template": settings.template, "limit": questions.limit, "most": most,
-             "models": {name: servers[name].url if name in servers else shown(where, settings) for name, where in folders.items()}}
-    board = judge_questions(asked, {name: [next(replies) if fit else late for fit in fits] for name, replies in told.items()}, total=total, about=about)
+    told = {
+        name: iter(
+            ask_server(servers[name], questions, name)[0] if name in servers else ask_model(where, questions, name)[0]
+        )
+        for name, where in folders.items()
+    }
+    about = {
+        "seed": settings.seed,
+        "template": settings.template,
+        "limit": questions.limit,
+        "most": most,
+        "models": {
+            name: servers[name].url if name in servers else shown(where, settings) for name, where in folders.items()
+        },
+    }
+    board = judge_questions(
+        asked,
+        {name: [next(replies) if fit else late for fit in fits] for name, replies in told.items()},
+        total=total,
+        about=about,
+    )
     if base_only: return board
-    if place()[0] == 0: write_flushed(settings.run_dir / "bfcl.json", json.dumps(leaderboard_dict(board), indent=1) + "\n")
+    if place()[0] == 0:
+        write_flushed(settings.run_dir / "bfcl.json", json.dumps(leaderboard_dict(board), indent=1) + "\n")
     forget_answers(questions)
     return board

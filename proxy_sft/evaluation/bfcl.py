@@ -34,13 +34,20 @@ class Category:
 
 
 CATEGORIES = {
-    "simple_python": Category("Python Simple AST"), "simple_java": Category("Java Simple AST", language="Java"),
-    "simple_javascript": Category("JavaScript Simple AST", language="JavaScript"), "multiple": Category("Non-Live Multiple AST"),
-    "parallel": Category("Non-Live Parallel AST", "several"), "parallel_multiple": Category("Non-Live Parallel Multiple AST", "several"),
+    "simple_python": Category("Python Simple AST"),
+    "simple_java": Category("Java Simple AST", language="Java"),
+    "simple_javascript": Category("JavaScript Simple AST", language="JavaScript"),
+    "multiple": Category("Non-Live Multiple AST"),
+    "parallel": Category("Non-Live Parallel AST", "several"),
+    "parallel_multiple": Category("Non-Live Parallel Multiple AST", "several"),
     "irrelevance": Category("Irrelevance Detection, non-live", "no call"),
-    "live_simple": Category("Live Simple AST"), "live_multiple": Category("Live Multiple AST"),
-    "live_parallel": Category("Live Parallel AST", "several"), "live_parallel_multiple": Category("Live Parallel Multiple AST", "several"),
-    "live_irrelevance": Category("Irrelevance Detection, live", "no call"), "live_relevance": Category("Relevance Detection", "some call")}
+    "live_simple": Category("Live Simple AST"),
+    "live_multiple": Category("Live Multiple AST"),
+    "live_parallel": Category("Live Parallel AST", "several"),
+    "live_parallel_multiple": Category("Live Parallel Multiple AST", "several"),
+    "live_irrelevance": Category("Irrelevance Detection, live", "no call"),
+    "live_relevance": Category("Relevance Detection", "some call"),
+}
 
 # %% ../../nbs/evaluation/06_bfcl.ipynb #summaries-export
 SUMMARIES = {
@@ -58,7 +65,8 @@ def summaries(
     known = {name: right / of for name, (right, of) in counts.items() if of}
     for name, parts in SUMMARIES.items():
         if not all(part in known for part in parts): continue
-        if name == "Live Acc": known[name] = sum(counts[part][0] for part in parts) / sum(counts[part][1] for part in parts)
+        if name == "Live Acc":
+            known[name] = sum(counts[part][0] for part in parts) / sum(counts[part][1] for part in parts)
         else: known[name] = sum(known[part] for part in parts) / len(parts)
     return {name: known.get(name) for name in SUMMARIES}
 
@@ -165,10 +173,19 @@ def java_value(
         return [part.strip()[1:-1] if items in ("char", "String") else java_item(part.strip(), items) for part in parts]
     if name != "HashMap": return text
     filled = inside(text, r"new\s+HashMap<.*?>\s*\(\)", r"\s*\{", "}")
-    return text if filled is None else {key: java_item(value.strip()) for key, value in re.findall(r'put\("(.*?)",\s*(.*?)\)', filled)}
+    return (
+        text
+        if filled is None
+        else {key: java_item(value.strip()) for key, value in re.findall(r'put\("(.*?)",\s*(.*?)\)', filled)}
+    )
 
 
-def inside(text: str, made: str, opening: str, closing: str) -> Optional[str]: # empty for an empty collection, None for none
+def inside(
+    text: str,
+    made: str,
+    opening: str,
+    closing: str,
+) -> Optional[str]: # empty for an empty collection, None for none
     "What stands in the braces behind a Java collection's constructor."
     begun = re.search(made + opening, text, re.DOTALL)
     filled, closed, _ = text[begun.end():].partition(closing) if begun else ("", "", "")
@@ -203,7 +220,11 @@ def script_array(
     row = r"\[[^\[\]\n]*\]\s*"
     rows = rf"\s*({row}(?:,\s*{row})*)"
     nested = re.match(rf"\[{rows}\]|new\s+Array\({rows}\)", text)
-    if nested: return [[loose_value(part.strip(), "'\"") for part in one.split(",")] for one in re.findall(r"\[(.*?)\]", nested[1] or nested[2])]
+    if nested:
+        return [
+            [loose_value(part.strip(), "'\"") for part in one.split(",")]
+            for one in re.findall(r"\[(.*?)\]", nested[1] or nested[2])
+        ]
     found = re.match(r"\[([^\]\n]*)\]|new\s+Array\(([^)\n]*)\)", text)
     if not found: return text
     parts = [part.strip() for part in next(group for group in found.groups() if group is not None).split(",")]
@@ -218,15 +239,45 @@ def script_object(
     found = re.match(r"\{([^}\n]*)\}", text)
     if not found: return text
     pairs = [part.partition(":") for part in re.split(r",\s*(?=[^,]+:)", found[1]) if ":" in part]
-    return {key.strip().strip("'\""): script_array(value.strip()) if value.strip()[:1] == "[" and value.strip()[-1:] == "]"
-            else loose_value(value.strip().strip("'\"").strip(), "'\"") for key, _, value in pairs if key}
+    return {
+        key.strip().strip("'\""): script_array(value.strip())
+        if value.strip()[:1] == "[" and value.strip()[-1:] == "]"
+        else loose_value(value.strip().strip("'\"").strip(), "'\"")
+        for key, _, value in pairs
+        if key
+    }
 
 # %% ../../nbs/evaluation/06_bfcl.ipynb #kinds-export
 KINDS = {
-    "Python": {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict, "any": str},
-    "Java": {**dict.fromkeys(("byte", "short", "integer", "long"), int), **dict.fromkeys(("float", "double"), float), "boolean": bool,
-             **dict.fromkeys(("Array", "ArrayList"), list), "HashMap": dict, **dict.fromkeys(("char", "String", "any"), str)},
-    "JavaScript": {"String": str, "integer": int, "Bigint": int, "float": float, "Boolean": bool, "dict": dict, "array": list, "any": str}}
+    "Python": {
+        "string": str,
+        "integer": int,
+        "float": float,
+        "boolean": bool,
+        "array": list,
+        "tuple": list,
+        "dict": dict,
+        "any": str,
+    },
+    "Java": {
+        **dict.fromkeys(("byte", "short", "integer", "long"), int),
+        **dict.fromkeys(("float", "double"), float),
+        "boolean": bool,
+        **dict.fromkeys(("Array", "ArrayList"), list),
+        "HashMap": dict,
+        **dict.fromkeys(("char", "String", "any"), str),
+    },
+    "JavaScript": {
+        "String": str,
+        "integer": int,
+        "Bigint": int,
+        "float": float,
+        "Boolean": bool,
+        "dict": dict,
+        "array": list,
+        "any": str,
+    },
+}
 FROM_SOURCE = {"Java": java_value, "JavaScript": script_value}
 MOST_SOURCE = 2000  # characters; longer text is no answer to any question, and is not read
 
@@ -238,13 +289,17 @@ def why_value_is_wrong(
     language: str = "Python",
 ) -> str: # empty for a right one
     "The verdict on one argument."
-    name, items = declared["type"], declared["items"]["type"] if declared["type"] in ("array", "tuple", "Array", "ArrayList") else None
+    name, items = (
+        declared["type"],
+        declared["items"]["type"] if declared["type"] in ("array", "tuple", "Array", "ArrayList") else None,
+    )
     kind, inner = KINDS[language][name], items and KINDS[language][items]
     if language in FROM_SOURCE:
         if not isinstance(value, str): return f"{type(value).__name__} instead of {language} source in a string"
         value = FROM_SOURCE[language](value, name, items) if len(value) <= MOST_SOURCE else value
     elif kind is float and type(value) is int and abs(value) < 10**300: value = float(value)
-    if not has_kind(value, kind, inner, allowed): return f"{type(value).__name__} is no {name}" + (f" of {items}" if items else "")
+    if not has_kind(value, kind, inner, allowed):
+        return f"{type(value).__name__} is no {name}" + (f" of {items}" if items else "")
     return "" if is_among(value, kind, inner, allowed) else f"{str(value)[:80]!r} is none of {str(allowed)[:120]}"
 
 # %% ../../nbs/evaluation/06_bfcl.ipynb #call-export
@@ -278,7 +333,8 @@ def why_calls_are_wrong(
     left, language, by_name = list(calls), CATEGORIES[category].language, {f["name"]: f for f in reversed(functions)}
     for answer in answers:
         reasons = [why_call_is_wrong(call, by_name[next(iter(answer))], answer, language) for call in left]
-        if "" not in reasons: return reasons[0] if len(reasons) == 1 else f"no call fits {next(iter(answer))}: {'; '.join(reasons)}"
+        if "" not in reasons:
+            return reasons[0] if len(reasons) == 1 else f"no call fits {next(iter(answer))}: {'; '.join(reasons)}"
         left.pop(reasons.index(""))
     return ""
 
@@ -293,16 +349,27 @@ class Question:
     answers: list[dict]   # one per expected call: name -> parameter -> the values that are right
 
 
-SCHEMA_TYPES = {**dict.fromkeys(("float", "double", "number"), "number"), **dict.fromkeys(("dict", "object", "HashMap"), "object"),
-                **dict.fromkeys(("array", "tuple", "list"), "array"), "integer": "integer", "boolean": "boolean", "string": "string", "any": "string"}
+SCHEMA_TYPES = {
+    **dict.fromkeys(("float", "double", "number"), "number"),
+    **dict.fromkeys(("dict", "object", "HashMap"), "object"),
+    **dict.fromkeys(("array", "tuple", "list"), "array"),
+    "integer": "integer",
+    "boolean": "boolean",
+    "string": "string",
+    "any": "string",
+}
 
 
 def json_schema(schema: Any) -> Any: # the same with JSON Schema's names of types
     "A schema that a server accepts; types without a name there become strings, as in the leaderboard's own requests."
     if isinstance(schema, list): return [json_schema(part) for part in schema]
     if not isinstance(schema, dict): return schema
-    plain = {key: value if key in ("default", "enum", "required") else json_schema(value) for key, value in schema.items()}
-    return {**plain, "type": SCHEMA_TYPES.get(schema["type"], "string")} if isinstance(schema.get("type"), str) else plain
+    plain = {
+        key: value if key in ("default", "enum", "required") else json_schema(value) for key, value in schema.items()
+    }
+    return (
+        {**plain, "type": SCHEMA_TYPES.get(schema["type"], "string")} if isinstance(schema.get("type"), str) else plain
+    )
 
 # %% ../../nbs/evaluation/06_bfcl.ipynb #hints-export
 SYNTAX = {"Python": "Python 3", "Java": "Java 8 SDK", "JavaScript": "JavaScript"}
@@ -313,11 +380,16 @@ def as_source(declared: dict, language: str) -> dict: # a string, its type in wo
     kind, said = declared["type"], declared.get("description", "")
     said += (f" This parameter can be of any type of {language} object in string representation." if kind == "any" else
              f" This is {language} {kind} type parameter in string representation.")
-    if kind in ("ArrayList", "Array", "array"): said += f" The list elements are of type {declared['items']['type']}; they are not in string representation."
+    if kind in ("ArrayList", "Array", "array"):
+        said += f" The list elements are of type {declared['items']['type']}; they are not in string representation."
     if kind == "dict" and "properties" in declared:
         said += f" The dictionary entries have the following schema; they are not in string representation. {json.dumps(declared['properties'])}"
     dropped = {"items"} if kind in ("ArrayList", "Array", "array") else {"properties"} if kind == "dict" else set()
-    return {**{key: value for key, value in declared.items() if key not in dropped}, "description": said, "type": "string"}
+    return {
+        **{key: value for key, value in declared.items() if key not in dropped},
+        "description": said,
+        "type": "string",
+    }
 
 
 def tool_of(
@@ -326,17 +398,32 @@ def tool_of(
 ) -> dict: # as a server is told
     "A function as a tool."
     parameters = function["parameters"]
-    if language != "Python": parameters = {**parameters, "properties": {n: as_source(p, language) for n, p in parameters["properties"].items()}}
-    properties = {name: json_schema({"type": "string", **declared}) for name, declared in parameters["properties"].items()}
-    return {"type": "function", "function": {**function, "description": function.get("description", "") + f" Note that the provided function is in {SYNTAX[language]} syntax.",
-                                             "parameters": {**parameters, "type": "object", "properties": properties}}}
+    if language != "Python":
+        parameters = {
+            **parameters,
+            "properties": {n: as_source(p, language) for n, p in parameters["properties"].items()},
+        }
+    properties = {
+        name: json_schema({"type": "string", **declared}) for name, declared in parameters["properties"].items()
+    }
+    return {
+        "type": "function",
+        "function": {
+            **function,
+            "description": function.get("description", "")
+            + f" Note that the provided function is in {SYNTAX[language]} syntax.",
+            "parameters": {**parameters, "type": "object", "properties": properties},
+        },
+    }
 
 # %% ../../nbs/evaluation/06_bfcl.ipynb #read-export
 def read_entries(path: Path) -> dict[str, dict]: # id -> entry, in the file's order; EvaluateError for what is none
     "A file of the leaderboard: one JSON object with an id per line."
     if not path.is_file():
-        raise EvaluateError(f"There is no {'possible_answer/' * (path.parent.name == 'possible_answer')}{path.name}. Give the folder with the BFCL_v4_*.json files and their possible_answer folder, "
-                            "such as bfcl_eval/data of the package bfcl-eval, or name fewer categories.")
+        raise EvaluateError(
+            f"There is no {'possible_answer/' * (path.parent.name == 'possible_answer')}{path.name}. Give the folder with the BFCL_v4_*.json files and their possible_answer folder, "
+            "such as bfcl_eval/data of the package bfcl-eval, or name fewer categories."
+        )
     found = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip(): continue
@@ -358,7 +445,10 @@ def read_category(
     if asks in ("one", "several"):
         answers = read_entries(Path(folder) / "possible_answer" / name)
         odd = sorted(entries.keys() ^ answers.keys())
-        if odd: raise EvaluateError(f"{len(odd)} ids of {name} and possible_answer/{name} have no counterpart in the other, the first is {odd[0]}. Are both of one release?")
+        if odd:
+            raise EvaluateError(
+                f"{len(odd)} ids of {name} and possible_answer/{name} have no counterpart in the other, the first is {odd[0]}. Are both of one release?"
+            )
     return [question_of(row, entry, answers.get(id), category) for row, (id, entry) in enumerate(entries.items())]
 
 # %% ../../nbs/evaluation/06_bfcl.ipynb #question-of-export
@@ -374,14 +464,27 @@ def question_of(
     if id.rsplit("_", 1)[0] != category: refuse(f"its id is not one of {category}")
     try:
         (messages,), functions, answers = entry["question"], entry["function"], answer["ground_truth"] if answer else []
-        turn = HeldoutTurn(row, len(messages), [*messages, {"role": "assistant", "content": ""}], [tool_of(f, kind.language) for f in functions])
-        expected = [next(iter(one)) for one in answers if len(one) == 1 and all(isinstance(v, list) for v in one[next(iter(one))].values())]
+        turn = HeldoutTurn(
+            row,
+            len(messages),
+            [*messages, {"role": "assistant", "content": ""}],
+            [tool_of(f, kind.language) for f in functions],
+        )
+        expected = [
+            next(iter(one))
+            for one in answers
+            if len(one) == 1 and all(isinstance(v, list) for v in one[next(iter(one))].values())
+        ]
         types = [(p["type"], p["items"]["type"] if p["type"] in ("array", "tuple", "Array", "ArrayList") else "any")
                  for f in functions if f["name"] in expected for p in f["parameters"]["properties"].values()]
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error: refuse(f"question, function or ground_truth has another form ({error!r})")
-    if len(expected) != len(answers) or (answer and not answers): refuse("a possible answer is missing, or is no list of values per parameter")
-    if kind.asks == "one" and len(answers) != 1: refuse(f"it has {len(answers)} possible answers where one call is asked for")
-    strange = [name for name in expected if name not in [f["name"] for f in functions]] + [t for pair in types for t in pair if t not in KINDS[kind.language]]
+    if len(expected) != len(answers) or (answer and not answers):
+        refuse("a possible answer is missing, or is no list of values per parameter")
+    if kind.asks == "one" and len(answers) != 1:
+        refuse(f"it has {len(answers)} possible answers where one call is asked for")
+    strange = [name for name in expected if name not in [f["name"] for f in functions]] + [
+        t for pair in types for t in pair if t not in KINDS[kind.language]
+    ]
     if strange: refuse(f"{strange[0]!r} is no declared function, or no type of {kind.language} that is known here")
     return Question(id, category, turn, functions, answers)
 
@@ -390,7 +493,10 @@ def chosen_categories(names: str = "") -> list[str]: # in the leaderboard's orde
     "Names parted by commas; all thirteen when empty; EvaluateError for an unknown one, with the nearest name."
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
-        if name not in CATEGORIES: raise EvaluateError(f"{name!r} is no category that is asked here.{did_you_mean(name, list(CATEGORIES))} Known: {', '.join(CATEGORIES)}.")
+        if name not in CATEGORIES:
+            raise EvaluateError(
+                f"{name!r} is no category that is asked here.{did_you_mean(name, list(CATEGORIES))} Known: {', '.join(CATEGORIES)}."
+            )
     return [name for name in CATEGORIES if not wanted or name in wanted]
 
 
@@ -402,7 +508,11 @@ def read_questions(
 ) -> tuple[list[Question], dict[str, int]]: # the questions; category -> how many its file holds
     "What the leaderboard asks."
     files = {name: read_category(folder, name) for name in chosen_categories(categories)}
-    chosen = [q for questions in files.values() for q in (smallest(most, seed, ((q.id, q) for q in questions)) if most else questions)]
+    chosen = [
+        q
+        for questions in files.values()
+        for q in (smallest(most, seed, ((q.id, q) for q in questions)) if most else questions)
+    ]
     return chosen, {name: len(questions) for name, questions in files.items()}
 
 # %% ../../nbs/evaluation/06_bfcl.ipynb #judge-export
@@ -431,12 +541,19 @@ class Leaderboard:
 
     def counts(self, model: str) -> dict[str, tuple[int, int]]: # category -> right, asked
         "Right answers by category."
-        found = {name: [not v for q, v in zip(self.questions, self.verdicts[model]) if q.category == name] for name in self.total}
+        found = {
+            name: [not v for q, v in zip(self.questions, self.verdicts[model]) if q.category == name]
+            for name in self.total
+        }
         return {name: (sum(right), len(right)) for name, right in found.items()}
 
     def failures(self, model: str, category: str = "") -> list[int]: # indices of questions
         "What a model got wrong."
-        return [i for i, (q, v) in enumerate(zip(self.questions, self.verdicts[model])) if v and category in ("", q.category)]
+        return [
+            i
+            for i, (q, v) in enumerate(zip(self.questions, self.verdicts[model]))
+            if v and category in ("", q.category)
+        ]
 
     @property
     def problems(self) -> dict[str, dict[str, int]]: # model -> problem -> questions
@@ -453,15 +570,24 @@ def judge_questions(
     **more: Any, # further fields of Leaderboard
 ) -> Leaderboard: # with verdicts
     "Score replies, wherever they come from."
-    return Leaderboard(questions, replies, {m: [why_wrong(q, r) for q, r in zip(questions, told, strict=True)] for m, told in replies.items()}, **more)
+    return Leaderboard(
+        questions,
+        replies,
+        {m: [why_wrong(q, r) for q, r in zip(questions, told, strict=True)] for m, told in replies.items()},
+        **more,
+    )
 
 # %% ../../nbs/evaluation/06_bfcl.ipynb #table-export
 def leaderboard_head(board: Leaderboard) -> str: # one sentence or more
     "What was asked, and what was not answered."
-    silent = "".join(f" No answer from {model} to {sum(kinds.values())} of them, counted as wrong: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}."
-                         for model, kinds in board.problems.items())
-    return (f"Berkeley Function-Calling Leaderboard v4, {len(board.questions)} of {sum(board.total.values())} questions of "
-            f"{len(board.total)} categories.{silent} Right of asked, with 95 % intervals.")
+    silent = "".join(
+        f" No answer from {model} to {sum(kinds.values())} of them, counted as wrong: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}."
+        for model, kinds in board.problems.items()
+    )
+    return (
+        f"Berkeley Function-Calling Leaderboard v4, {len(board.questions)} of {sum(board.total.values())} questions of "
+        f"{len(board.total)} categories.{silent} Right of asked, with 95 % intervals."
+    )
 
 
 def leaderboard_rows(board: Leaderboard) -> list[list[str]]: # cells; the first row is the head
@@ -469,7 +595,10 @@ def leaderboard_rows(board: Leaderboard) -> list[list[str]]: # cells; the first 
     models, counts = list(board.replies), {model: board.counts(model) for model in board.replies}
     rows = [["category", "on the leaderboard", "questions", *models]]
     for name, total in board.total.items():
-        cells = [f"{r}/{n} {100 * r / n:.2f} % [{100 * wilson(r, n)[0]:.0f}, {100 * wilson(r, n)[1]:.0f}]" for r, n in (counts[m][name] for m in models)]
+        cells = [
+            f"{r}/{n} {100 * r / n:.2f} % [{100 * wilson(r, n)[0]:.0f}, {100 * wilson(r, n)[1]:.0f}]"
+            for r, n in (counts[m][name] for m in models)
+        ]
         rows.append([name, CATEGORIES[name].column, f"{counts[models[0]][name][1]} of {total}", *cells])
     shares = {model: summaries(counts[model]) for model in models}
     for name in SUMMARIES:
@@ -493,10 +622,27 @@ def leaderboard_html(board: Leaderboard) -> str: # everything escaped
 def leaderboard_dict(board: Leaderboard) -> dict: # plain JSON values
     "The leaderboard as it is written."
     models, counts = list(board.replies), {model: board.counts(model) for model in board.replies}
-    return {"about": board.about, "problems": board.problems,
-            "categories": {name: {"column": CATEGORIES[name].column, "in_file": total, **{
-                m: {"right": counts[m][name][0], "of": counts[m][name][1], "interval": list(wilson(*counts[m][name]))} for m in models}}
-                for name, total in board.total.items()},
-            "summaries": {name: {m: summaries(counts[m])[name] for m in models} for name in SUMMARIES},
-            "questions": [{"id": q.id, **{m: {**asdict(board.replies[m][i]), "wrong": board.verdicts[m][i]} for m in models}}
-                          for i, q in enumerate(board.questions)]}
+    return {
+        "about": board.about,
+        "problems": board.problems,
+        "categories": {
+            name: {
+                "column": CATEGORIES[name].column,
+                "in_file": total,
+                **{
+                    m: {
+                        "right": counts[m][name][0],
+                        "of": counts[m][name][1],
+                        "interval": list(wilson(*counts[m][name])),
+                    }
+                    for m in models
+                },
+            }
+            for name, total in board.total.items()
+        },
+        "summaries": {name: {m: summaries(counts[m])[name] for m in models} for name in SUMMARIES},
+        "questions": [
+            {"id": q.id, **{m: {**asdict(board.replies[m][i]), "wrong": board.verdicts[m][i]} for m in models}}
+            for i, q in enumerate(board.questions)
+        ],
+    }

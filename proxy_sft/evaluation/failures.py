@@ -26,11 +26,15 @@ def show_turn(
 ) -> str: # lines
     "One turn: what was asked last, what the data answers, what the models answered and what was wrong with it."
     turn = evaluation.turns[index]
-    asked = next((m for m in reversed(turn.messages[:-1]) if m["role"] in ("user", "tool")), {"role": "nobody", "content": ""})
+    asked = next(
+        (m for m in reversed(turn.messages[:-1]) if m["role"] in ("user", "tool")), {"role": "nobody", "content": ""}
+    )
     parts = [f"row {turn.row}, message {turn.message}", f"{asked['role']}: {(asked.get('content') or '')[:most]}",
              f"expected: {expected_text(turn.messages[-1])[:most]}"]
     for model, replies in evaluation.replies.items():
-        wrong = ", ".join(metric for metric, right in evaluation.verdicts[model][index].items() if not right) or "nothing"
+        wrong = (
+            ", ".join(metric for metric, right in evaluation.verdicts[model][index].items() if not right) or "nothing"
+        )
         parts.append(f"{model}: {got_text(replies[index])[:most]}\n  wrong: {wrong}")
     return "\n".join(parts)
 
@@ -38,7 +42,10 @@ def show_turn(
 def got_text(reply: Reply) -> str: # as Qwen3 would have written it
     "A reply as text, calls that a server read put back."
     if reply.problem: return f"no answer: {reply.problem}"
-    calls = [f'<tool_call>\n{{"name": {json.dumps(c.get("name"))}, "arguments": {c.get("arguments")}}}\n</tool_call>' for c in reply.calls or []]
+    calls = [
+        f'<tool_call>\n{{"name": {json.dumps(c.get("name"))}, "arguments": {c.get("arguments")}}}\n</tool_call>'
+        for c in reply.calls or []
+    ]
     return "\n".join(part for part in (reply.text, *calls) if part)
 
 
@@ -65,13 +72,25 @@ class FailureView:
         expected = expected_text(turn.messages[-1])[:self.most]
         prompt = f"<details><summary>prompt: {len(turn.messages) - 1} messages</summary>{messages_html(turn.messages[:-1], turn.tools)}</details>"
         last = turn.messages[-2] if turn.message else {"role": "nobody"}
-        parts = [prompt, section(str(last["role"]), safe(last.get("content") or "")), section("assistant", safe(expected), "expected")]
+        parts = [
+            prompt,
+            section(str(last["role"]), safe(last.get("content") or "")),
+            section("assistant", safe(expected), "expected"),
+        ]
         for model, replies in self.evaluation.replies.items():
             got = got_text(replies[self.index])[:self.most]
-            wrong = ", ".join(m for m, right in self.evaluation.verdicts[model][self.index].items() if not right) or "nothing"
-            parts += [section("assistant", safe(got), f"{model}, wrong: {wrong}"), section("difference", difference_html(expected, got), model)]
-        return (f'{STYLE}<div class="psft"><p>row {turn.row}, message {turn.message} · {safe(" · ".join(turn.slices))}</p>'
-                f'{"".join(parts)}</div>')
+            wrong = (
+                ", ".join(m for m, right in self.evaluation.verdicts[model][self.index].items() if not right)
+                or "nothing"
+            )
+            parts += [
+                section("assistant", safe(got), f"{model}, wrong: {wrong}"),
+                section("difference", difference_html(expected, got), model),
+            ]
+        return (
+            f'{STYLE}<div class="psft"><p>row {turn.row}, message {turn.message} · {safe(" · ".join(turn.slices))}</p>'
+            f"{''.join(parts)}</div>"
+        )
 
     def __repr__(self) -> str: return show_turn(self.evaluation, self.index)
 

@@ -44,9 +44,17 @@ def questions_that_fit(
     settings: Settings, # template, max_length
 ) -> tuple[list[HeldoutTurn], list[list[int]]]: # the turns whose prompts fit, and their prompts; EvaluateError when none does
     "Prompts as a server builds them."
-    prompts = [row[-1].tolist() for row in server_prompts(Inspection(tokenizer, settings.template), [(turn.messages, turn.tools) for turn in turns])]
+    prompts = [
+        row[-1].tolist()
+        for row in server_prompts(
+            Inspection(tokenizer, settings.template), [(turn.messages, turn.tools) for turn in turns]
+        )
+    ]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= settings.max_length]
-    if not fits: raise EvaluateError(f"All {len(turns)} chosen turns have prompts beyond max_length={settings.max_length}. Raise it.")
+    if not fits:
+        raise EvaluateError(
+            f"All {len(turns)} chosen turns have prompts beyond max_length={settings.max_length}. Raise it."
+        )
     return [turns[i] for i in fits], [prompts[i] for i in fits]
 
 # %% ../../nbs/evaluation/02_generation.ipynb #batches-export
@@ -130,7 +138,9 @@ def generate_replies(
     done(len(prompts) - sum(map(len, missing)))
     for batch in missing[rank::size]:
         if reason := asked(): break
-        made = dict(zip((names[i] for i in batch), generate_batch(model, tokenizer, [prompts[i] for i in batch], stop, limit)))
+        made = dict(
+            zip((names[i] for i in batch), generate_batch(model, tokenizer, [prompts[i] for i in batch], stop, limit))
+        )
         if store: store.add(made)
         replies.update(made)
         done(len(batch))
@@ -155,7 +165,9 @@ def join_ranks() -> bool: # whether a group was started here
 def stop_together(reason: str) -> None: # `StopRequested` on every rank when one has a reason
     "None waits for answers of a rank that was asked to stop."
     if reason := next((r for r in all_gather(reason) if r), ""):
-        raise StopRequested(f"Stopped while answering, because {reason}. The answers so far are kept; the same command goes on from there.")
+        raise StopRequested(
+            f"Stopped while answering, because {reason}. The answers so far are kept; the same command goes on from there."
+        )
 
 
 def gathered(mine: dict) -> dict: # the union over all ranks
@@ -187,7 +199,9 @@ class AnswerStore:
 
     def add(self, replies: dict[str, Reply]) -> None:
         "Append and flush; a reply with a problem is not kept, so that going on asks again."
-        lines = [json.dumps({"question": name, **asdict(reply)}) for name, reply in replies.items() if not reply.problem]
+        lines = [
+            json.dumps({"question": name, **asdict(reply)}) for name, reply in replies.items() if not reply.problem
+        ]
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / f"{self.key}.{place()[0]}.jsonl", "ab") as file:
             file.write(b"\n" + "\n".join(lines).encode() + b"\n")  # a half line before stays alone
@@ -219,11 +233,15 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True,
                                                      attn_implementation="sdpa" if attention == "auto" else attention)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise EvaluateError(f"The model in {folder.name} cannot be loaded: {type(error).__name__}: {str(error)[:200]}") from error
+        raise EvaluateError(
+            f"The model in {folder.name} cannot be loaded: {type(error).__name__}: {str(error)[:200]}"
+        ) from error
     finally:
         if bars: logging.enable_progress_bar()
     on_gpu = device == "auto" and torch.cuda.is_available()
-    return model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu").eval(), model.generation_config.to_dict()
+    return model.to(
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
+    ).eval(), model.generation_config.to_dict()
 
 # %% ../../nbs/evaluation/02_generation.ipynb #loss-export
 def token_losses(
@@ -237,7 +255,10 @@ def token_losses(
     with ready_to_answer(model):
         hidden = model.base_model(input_ids=ids[None, :-1], use_cache=False).last_hidden_state[0][at]
         head, wanted = model.get_output_embeddings(), labels[1:][at]
-        parts = [torch.nn.functional.cross_entropy(head(h).float(), w, reduction="sum") for h, w in zip(hidden.split(stretch), wanted.split(stretch))]
+        parts = [
+            torch.nn.functional.cross_entropy(head(h).float(), w, reduction="sum")
+            for h, w in zip(hidden.split(stretch), wanted.split(stretch))
+        ]
     return float(sum(parts)), len(at)
 
 
@@ -264,12 +285,17 @@ def answer_rows(
     template: str = "nothink", # that was trained on
 ) -> list[dict]: # `input_ids` and `labels`; only the last answer is supervised
     "The data's own answers as rows for `losses_of`."
-    return supervise_batch([{"messages": turn.messages, "tools": turn.tools} for turn in turns], tokenizer, template, train_on="last")
+    return supervise_batch(
+        [{"messages": turn.messages, "tools": turn.tools} for turn in turns], tokenizer, template, train_on="last"
+    )
 
 # %% ../../nbs/evaluation/02_generation.ipynb #whole-weights-export
 def require_whole_weights(setting: str) -> None: # raises EvaluateError
     "Refuse a setting that asks the model while its weights are divided between ranks."
-    if is_deepspeed_zero3_enabled(): raise EvaluateError(f"{setting} is set, and ZeRO-3 divides the weights between ranks. Set it to null, or deepspeed to ds_config_zero2.json.")
+    if is_deepspeed_zero3_enabled():
+        raise EvaluateError(
+            f"{setting} is set, and ZeRO-3 divides the weights between ranks. Set it to null, or deepspeed to ds_config_zero2.json."
+        )
 
 # %% ../../nbs/evaluation/02_generation.ipynb #counts-export
 TOLD = ("decision", "names", "exact", "stops")  # metrics that are logged during training
@@ -291,7 +317,10 @@ def ask_in_time(
 ) -> dict[str, list[int]]: # metric -> right, asked; `answered` -> answers, turns; over all ranks
     "Ask this rank's share until the time is over, then add up."
     (rank, size), end = place(), time.monotonic() + seconds
-    stop, counts = stop_token_ids(tokenizer, model.generation_config.to_dict()), {name: [0, 0] for name in ("answered", *TOLD)}
+    stop, counts = (
+        stop_token_ids(tokenizer, model.generation_config.to_dict()),
+        {name: [0, 0] for name in ("answered", *TOLD)},
+    )
     for batch in token_batches([len(p) + limit for p in prompts], batch_size=8, batch_tokens=16384)[rank::size]:
         if (left := end - time.monotonic()) <= 0: break
         replies = generate_batch(model, tokenizer, [prompts[i] for i in batch], stop, limit, seconds=left)
@@ -316,7 +345,9 @@ class ToolCallsWhileTraining(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.settings.eval_tool_calls_every: return
-        counts = ask_in_time(model, self.tokenizer, self.turns, self.prompts, self.limit, self.settings.eval_tool_calls_seconds)
+        counts = ask_in_time(
+            model, self.tokenizer, self.turns, self.prompts, self.limit, self.settings.eval_tool_calls_seconds
+        )
         rates = {f"tool_calls_{name}": right / of for name, (right, of) in counts.items() if of and name in TOLD}
         due = control.should_log  # logging says that nothing is left to log; this step's loss may be
         self.log({**rates, "tool_calls_answered": counts["answered"][0]})

@@ -54,7 +54,13 @@ class SamplesWhileTraining(TrainerCallback):
         if state.global_step % self.settings.sample_steps and state.global_step < state.max_steps: return
         replies = self.ask(model)
         if not state.is_world_process_zero: return
-        records = [sample_record(state.global_step, self.turns[i].messages[:-1], expected_text(self.turns[i].messages[-1]), reply) for i, reply in sorted(replies.items())]
+        records = [
+            sample_record(
+                state.global_step, self.turns[i].messages[:-1], expected_text(self.turns[i].messages[-1]), reply
+            )
+            for i, reply in sorted(replies.items())
+        ]
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as file: file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         for record in records: print(sample_line(record), flush=True)

@@ -43,7 +43,9 @@ def drawn_sums(
     return np.concatenate([rng.multinomial(len(sums), each, size=100) @ sums for _ in range(DRAWS // 100)])
 
 
-def middle(values: np.ndarray) -> tuple[float, float]: # the bounds of the middle 95 %; draws without any value are left out
+def middle(
+    values: np.ndarray,
+) -> tuple[float, float]: # the bounds of the middle 95 %; draws without any value are left out
     "A percentile interval."
     values = values[np.isfinite(values)]
     return tuple(float(bound) for bound in np.quantile(values, (0.025, 0.975))) if len(values) else (math.nan, math.nan)
@@ -64,17 +66,27 @@ class Evaluation:
 
     def rate(self, model: str, metric: str, group: str = "") -> tuple[int, int]: # right, of; `group`: one of `slices`
         "How often a model is right."
-        asked = [v[metric] for t, v in zip(self.turns, self.verdicts[model]) if metric in v and group in ("", *t.slices)]
+        asked = [
+            v[metric] for t, v in zip(self.turns, self.verdicts[model]) if metric in v and group in ("", *t.slices)
+        ]
         return sum(asked), len(asked)
 
     def changed(self, metric: str) -> tuple[int, int]: # turns that became right, turns that became wrong
         "Base and tuned, turn by turn."
-        pairs = [(b[metric], t[metric]) for b, t in zip(self.verdicts["base"], self.verdicts["tuned"]) if metric in b and metric in t]
+        pairs = [
+            (b[metric], t[metric])
+            for b, t in zip(self.verdicts["base"], self.verdicts["tuned"])
+            if metric in b and metric in t
+        ]
         return pairs.count((False, True)), pairs.count((True, False))
 
     def failures(self, model: str, metric: str = "exact", group: str = "") -> list[int]: # indices for `show_turn`
         "The turns that a model got wrong."
-        return [i for i, v in enumerate(self.verdicts[model]) if not v.get(metric, True) and group in ("", *self.turns[i].slices)]
+        return [
+            i
+            for i, v in enumerate(self.verdicts[model])
+            if not v.get(metric, True) and group in ("", *self.turns[i].slices)
+        ]
 
     @property
     def problems(self) -> dict[str, dict[str, int]]: # model -> problem -> turns
@@ -105,7 +117,12 @@ def values_of(
     rows = []
     for i, turn in enumerate(evaluation.turns):
         if group and group not in turn.slices: continue
-        if metric.endswith("loss"): pairs = [found[i] for found in evaluation.losses.values()] if bool(turn.expected) == (metric == "call loss") else []
+        if metric.endswith("loss"):
+            pairs = (
+                [found[i] for found in evaluation.losses.values()]
+                if bool(turn.expected) == (metric == "call loss")
+                else []
+            )
         else: pairs = [(v[i][metric], 1) for v in evaluation.verdicts.values() if metric in v[i]]
         if len(pairs) == len(evaluation.replies): rows.append((turn.row, *(x for pair in pairs for x in pair)))
     table = np.array(rows, float).reshape(len(rows), 1 + 2 * len(evaluation.replies))
@@ -130,7 +147,9 @@ def estimates(
 SLICES = ("no tool fits", "single", "parallel", "several steps", "after a result", "unseen tools")
 
 
-def slices_of(evaluation: Evaluation) -> list[str]: # those that hold turns: the fixed ones first, then languages and sources by size
+def slices_of(
+    evaluation: Evaluation,
+) -> list[str]: # those that hold turns: the fixed ones first, then languages and sources by size
     "The groups of an evaluation."
     held = defaultdict(int)
     for turn in evaluation.turns:
@@ -150,27 +169,45 @@ def rate_cells(
     group: str = "", # a slice
 ) -> list[str]: # per model, and for two the difference
     "Right of asked, the rate in percent, its interval."
-    found, counts = estimates(*values_of(evaluation, metric, group)), [evaluation.rate(m, metric, group) for m in evaluation.replies]
-    cells = [f"{r}/{n} {100 * p:.0f} % [{100 * low:.0f}, {100 * high:.0f}]" for (r, n), (p, low, high) in zip(counts, found)]
+    found, counts = (
+        estimates(*values_of(evaluation, metric, group)),
+        [evaluation.rate(m, metric, group) for m in evaluation.replies],
+    )
+    cells = [
+        f"{r}/{n} {100 * p:.0f} % [{100 * low:.0f}, {100 * high:.0f}]" for (r, n), (p, low, high) in zip(counts, found)
+    ]
     cells += [f"{100 * p:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]" for p, low, high in found[2:]]
     return cells or ["none"] * (len(counts) + (len(counts) == 2))
 
 # %% ../../nbs/evaluation/07_scores.ipynb #rows-export
 def loss_rows(evaluation: Evaluation) -> list[list[str]]: # cells; empty without losses
     "Losses per token: of the data's text answers and calls, and of plain conversations by source."
-    measured = [("text loss", "loss of the data's text answers", values_of(evaluation, "text loss")),
-                ("call loss", "loss of the data's calls", values_of(evaluation, "call loss"))] if evaluation.losses else []
+    measured = (
+        [
+            ("text loss", "loss of the data's text answers", values_of(evaluation, "text loss")),
+            ("call loss", "loss of the data's calls", values_of(evaluation, "call loss")),
+        ]
+        if evaluation.losses
+        else []
+    )
     by_source = defaultdict(list)
     for i, chat in enumerate(evaluation.chats):
         for name in ("", chat.source or "unknown source"): by_source[name].append(i)
     for source, places in sorted(by_source.items()) if evaluation.chat_losses else []:
         values = np.array([[x for found in evaluation.chat_losses.values() for x in found[i]] for i in places], float)
-        measured.append((f"chat loss: {source}" if source else "chat loss", f"loss of plain conversations ({len(places)})", (np.array(places), values)))
+        measured.append(
+            (
+                f"chat loss: {source}" if source else "chat loss",
+                f"loss of plain conversations ({len(places)})",
+                (np.array(places), values),
+            )
+        )
     rows = []
     for name, meaning, (groups, values) in measured:
         found = estimates(groups, values, is_rate=False)
         cells = [f"{p:.3f} [{low:.3f}, {high:.3f}]" for p, low, high in found[:len(evaluation.replies)]]
-        if found: rows.append([name, meaning, *cells, *(f"{p:+.3f} [{low:+.3f}, {high:+.3f}]" for p, low, high in found[2:])])
+        if found:
+            rows.append([name, meaning, *cells, *(f"{p:+.3f} [{low:+.3f}, {high:+.3f}]" for p, low, high in found[2:])])
     return rows
 
 
@@ -191,10 +228,14 @@ def head_line(
     "What was asked, and what was not answered."
     calling = sum(bool(turn.expected) for turn in evaluation.turns)
     left = f"; {evaluation.too_long} more were too long to ask" if evaluation.too_long else ""
-    silent = "".join(f" No answer from {model} to {sum(kinds.values())} of them: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}."
-                         for model, kinds in evaluation.problems.items())
-    return (f"{len(evaluation.turns)} of {evaluation.found} held-out turns, {calling} of them should call{left}.{silent} "
-            "Right of asked, with 95 % intervals.")
+    silent = "".join(
+        f" No answer from {model} to {sum(kinds.values())} of them: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}."
+        for model, kinds in evaluation.problems.items()
+    )
+    return (
+        f"{len(evaluation.turns)} of {evaluation.found} held-out turns, {calling} of them should call{left}.{silent} "
+        "Right of asked, with 95 % intervals."
+    )
 
 
 def evaluation_text(evaluation: Evaluation) -> str: # lines
@@ -213,19 +254,29 @@ def plot_svg(
     models = list(evaluation.replies)
     step, top = 11 * len(models) + 8, 20
     height = top + len(METRICS) * step + 4
-    parts = [f'<path d="M{x} {top}V{height}" stroke="#888888" stroke-opacity=".4"/><text x="{x}" y="{height + 12}" text-anchor="middle">{name}</text>'
-             for x, name in ((84, "0"), (234, "50"), (384, "100 %"))]
+    parts = [
+        f'<path d="M{x} {top}V{height}" stroke="#888888" stroke-opacity=".4"/><text x="{x}" y="{height + 12}" text-anchor="middle">{name}</text>'
+        for x, name in ((84, "0"), (234, "50"), (384, "100 %"))
+    ]
     for k, model in enumerate(models):
-        parts.append(f'<circle cx="{90 + 70 * k}" cy="8" r="5" fill="{COLOURS.get(model, "#777777")}"/><text x="{100 + 70 * k}" y="12">{escape(model)}</text>')
+        parts.append(
+            f'<circle cx="{90 + 70 * k}" cy="8" r="5" fill="{COLOURS.get(model, "#777777")}"/><text x="{100 + 70 * k}" y="12">{escape(model)}</text>'
+        )
     for i, metric in enumerate(METRICS):
-        parts.append(f'<text x="76" y="{top + i * step + 13 + 5 * (len(models) - 1)}" text-anchor="end">{metric}</text>')
+        parts.append(
+            f'<text x="76" y="{top + i * step + 13 + 5 * (len(models) - 1)}" text-anchor="end">{metric}</text>'
+        )
         for k, (model, found) in enumerate(zip(models, estimates(*values_of(evaluation, metric)))):
             rate, low, high = (84 + 300 * x for x in found)
             y = top + i * step + 4 + 11 * k
-            parts.append(f'<rect x="84" y="{y}" width="{rate - 84:.0f}" height="9" fill="{COLOURS.get(model, "#777777")}"/>'
-                         f'<path d="M{low:.0f} {y + 4.5}H{high:.0f}" stroke="#222222"/>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="410" height="{height + 18}" font-family="sans-serif" font-size="11" fill="#222222" role="img" '
-            f'aria-label="rates of {escape(" and ".join(models))}"><rect width="100%" height="100%" fill="#ffffff"/>{"".join(parts)}</svg>')
+            parts.append(
+                f'<rect x="84" y="{y}" width="{rate - 84:.0f}" height="9" fill="{COLOURS.get(model, "#777777")}"/>'
+                f'<path d="M{low:.0f} {y + 4.5}H{high:.0f}" stroke="#222222"/>'
+            )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="410" height="{height + 18}" font-family="sans-serif" font-size="11" fill="#222222" role="img" '
+        f'aria-label="rates of {escape(" and ".join(models))}"><rect width="100%" height="100%" fill="#ffffff"/>{"".join(parts)}</svg>'
+    )
 
 # %% ../../nbs/evaluation/07_scores.ipynb #html-export
 def evaluation_html(evaluation: Evaluation) -> str: # semantic tags, everything from data escaped

@@ -30,10 +30,26 @@ def api_messages(
         made = message.get("tool_calls") or []
         ids = [f"call_{i}_{k}" for k in range(len(made))]
         if made: waiting = list(ids)
-        calls = [{"id": name, "type": "function", "function": {
-            "name": c["function"]["name"], "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}} for name, c in zip(ids, made)]
+        calls = [
+            {
+                "id": name,
+                "type": "function",
+                "function": {
+                    "name": c["function"]["name"],
+                    "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False),
+                },
+            }
+            for name, c in zip(ids, made)
+        ]
         result = {"tool_call_id": waiting.pop(0) if waiting else f"call_{i}"} if message["role"] == "tool" else {}
-        out.append({"role": message["role"], "content": message.get("content") or "", **({"tool_calls": calls} if calls else {}), **result})
+        out.append(
+            {
+                "role": message["role"],
+                "content": message.get("content") or "",
+                **({"tool_calls": calls} if calls else {}),
+                **result,
+            }
+        )
     return out
 
 # %% ../../nbs/evaluation/04_servers.ipynb #reply-export
@@ -50,16 +66,22 @@ def reply_from(
         text, made = choice.message.content, choice.message.tool_calls
         calls = None if made is None else [{"name": c.function.name, "arguments": c.function.arguments} for c in made]
         tokens = completion.usage.completion_tokens if completion.usage else 0
-        right = isinstance(text, (str, type(None))) and all(isinstance(c["name"], str) and isinstance(c["arguments"], str) for c in calls or [])
+        right = isinstance(text, (str, type(None))) and all(
+            isinstance(c["name"], str) and isinstance(c["arguments"], str) for c in calls or []
+        )
     except (AttributeError, IndexError, TypeError, KeyError) as error: raise MalformedReply(f"no chat completion: {str(completion)[:120]}") from error
     if not right or (text is None and not calls): raise MalformedReply(f"an empty completion: {str(completion)[:120]}")
-    return Reply(text or "", choice.finish_reason in ("stop", "tool_calls"), tokens if isinstance(tokens, int) else 0, calls)
+    return Reply(
+        text or "", choice.finish_reason in ("stop", "tool_calls"), tokens if isinstance(tokens, int) else 0, calls
+    )
 
 # %% ../../nbs/evaluation/04_servers.ipynb #problem-export
 AGAIN = (408, 409, 429)  # statuses that are tried again, beside 500 and above
 
 
-def problem_of(error: Exception) -> tuple[str, bool]: # what went wrong in two words, and whether it is worth trying again
+def problem_of(
+    error: Exception,
+) -> tuple[str, bool]: # what went wrong in two words, and whether it is worth trying again
     "The kind of a failure; another error than those of the network or of the response is raised on."
     import openai
     if isinstance(error, openai.APITimeoutError): return "timeout", True
@@ -88,7 +110,9 @@ class Server:
         "The official client; a key is sent where OPENAI_API_KEY holds one."
         import os
         import openai
-        return openai.OpenAI(base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=self.timeout, max_retries=0)
+        return openai.OpenAI(
+            base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=self.timeout, max_retries=0
+        )
 
     @cached_property
     def name(self) -> str:
@@ -96,20 +120,39 @@ class Server:
         if self.model: return self.model
         try: names = [m.id for m in self.client.models.list().data]
         except Exception as error: raise EvaluateError(f"{self.url} does not list its models: {problem_of(error)[0]}. Is the address right, with /v1?") from error
-        if len(names) != 1: raise EvaluateError(f"{self.url} has {len(names)} models ({', '.join(names[:5])}); name one with --server-model.")
+        if len(names) != 1:
+            raise EvaluateError(
+                f"{self.url} has {len(names)} models ({', '.join(names[:5])}); name one with --server-model."
+            )
         return names[0]
 
-    def replies(self, turns: list[HeldoutTurn], limit: int, store: Any = None, done: Callable[[int], None] = lambda count: None) -> list[Reply]:
+    def replies(
+        self,
+        turns: list[HeldoutTurn],
+        limit: int,
+        store: Any = None,
+        done: Callable[[int], None] = lambda count: (
+            None
+        ),
+    ) -> list[Reply]:
         "All questions, many at once; see `ask_all`."
         return ask_all(self, turns, limit, store, done)
 
 # %% ../../nbs/evaluation/04_servers.ipynb #server-ask-export
 @patch
-def ask(self: Server, turn: HeldoutTurn, limit: int) -> Reply: # `problem` names the last failure when there is no answer
+def ask(
+    self: Server, turn: HeldoutTurn, limit: int
+) -> Reply: # `problem` names the last failure when there is no answer
     "One question, tried until it is answered or `attempts` are over."
     options = serving_options(self.template)
-    request = dict(model=self.name, messages=api_messages(turn.messages[:-1]), tools=turn.tools or None, temperature=0, max_tokens=limit,
-                   extra_body={"chat_template_kwargs": options} if options else None)
+    request = dict(
+        model=self.name,
+        messages=api_messages(turn.messages[:-1]),
+        tools=turn.tools or None,
+        temperature=0,
+        max_tokens=limit,
+        extra_body={"chat_template_kwargs": options} if options else None,
+    )
     request = {name: value for name, value in request.items() if value is not None}
     for attempt in range(self.attempts):
         if attempt: time.sleep(self.pause * 2 ** (attempt - 1))
@@ -143,7 +186,9 @@ def ask_all(
                 if store and not reply.problem: store.add({asked[future]: reply})
                 done(1)
                 if failed >= min(server.give_up, len(turns)) and not answered:
-                    raise EvaluateError(f"{server.url} answered none of {failed} questions, the last time: {reply.problem}. Look at its log.")
+                    raise EvaluateError(
+                        f"{server.url} answered none of {failed} questions, the last time: {reply.problem}. Look at its log."
+                    )
         finally: pool.shutdown(wait=True, cancel_futures=True)
     return [found[name] for name in names]
 
@@ -155,4 +200,6 @@ def servers_from(
     **more: Any, # further fields of `servers.Server`
 ) -> dict: # for `evaluate`
     "Servers by the name of the model that they run."
-    return {name: Server(url, template=settings.template, **more) for name, url in (("base", base), ("tuned", tuned)) if url}
+    return {
+        name: Server(url, template=settings.template, **more) for name, url in (("base", base), ("tuned", tuned)) if url
+    }

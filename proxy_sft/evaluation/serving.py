@@ -22,10 +22,11 @@ def serving_commands(
     thinking = f" \\\n  --default-chat-template-kwargs '{json.dumps(options)}'" if options else ""
     return {
         "vLLM": f"vllm serve {folder} --served-model-name {name} --port 8000 \\\n"
-                f"  --enable-auto-tool-choice --tool-call-parser hermes --max-model-len {settings.max_length}{thinking}",
+        f"  --enable-auto-tool-choice --tool-call-parser hermes --max-model-len {settings.max_length}{thinking}",
         "SGLang": f"python -m sglang.launch_server --model-path {folder} --served-model-name {name} --port 8000 \\\n"
-                  f"  --tool-call-parser qwen25 --context-length {settings.max_length}",
-        "transformers serve": f"transformers serve {folder} --port 8000" + (" --reasoning off" if options else "")}
+        f"  --tool-call-parser qwen25 --context-length {settings.max_length}",
+        "transformers serve": f"transformers serve {folder} --port 8000" + (" --reasoning off" if options else ""),
+    }
 
 # %% ../../nbs/evaluation/05_serving.ipynb #smoke-export
 SMOKE_TEST = '''"""Ask a running server a question with tools: python smoke_test.py http://localhost:8000/v1 [MODEL]"""
@@ -97,9 +98,14 @@ prompt of its own, Qwen3's stock template with bare functions, not by the templa
 # %% ../../nbs/evaluation/05_serving.ipynb #notes-export
 def serving_text(settings: Settings) -> str: # Markdown
     "What `SERVING.md` says."
-    blocks = "\n\n".join(f"## {server}\n\n```bash\n{command}\n```" for server, command in serving_commands(settings).items())
-    switch = ("This template thinks unless told otherwise: send `chat_template_kwargs: {\"enable_thinking\": false}` with every request, as the smoke test does."
-              if serving_options(settings.template) else "This template has no switch for thinking, and none is needed.")
+    blocks = "\n\n".join(
+        f"## {server}\n\n```bash\n{command}\n```" for server, command in serving_commands(settings).items()
+    )
+    switch = (
+        'This template thinks unless told otherwise: send `chat_template_kwargs: {"enable_thinking": false}` with every request, as the smoke test does.'
+        if serving_options(settings.template)
+        else "This template has no switch for thinking, and none is needed."
+    )
     return f"""# Serving this model
 
 Start a server in this folder. The chat template (`{settings.template}`), the stop tokens and greedy-friendly defaults are saved here; no `--chat-template` is needed.
@@ -124,6 +130,9 @@ def serving_notes(
     folder: Path, # of the model; written before it is sealed
 ) -> list[Path]: # the written files
     "`SERVING.md` and `smoke_test.py` beside the weights."
-    files = {"SERVING.md": serving_text(settings), "smoke_test.py": SMOKE_TEST.replace("@OPTIONS@", repr(serving_options(settings.template)))}
+    files = {
+        "SERVING.md": serving_text(settings),
+        "smoke_test.py": SMOKE_TEST.replace("@OPTIONS@", repr(serving_options(settings.template))),
+    }
     for name, text in files.items(): (Path(folder) / name).write_text(text, encoding="utf-8")
     return [Path(folder) / name for name in files]

@@ -37,17 +37,38 @@ def torchrun_command(
     settings: Optional[Settings] = None, # of the run
 ) -> list[str]: # the command, worker's part included
     "The torchrun command for a run; without torchrun when there is one process and nothing is offloaded."
-    if args.local_addr and not args.rdzv_endpoint: raise LaunchError("--local-addr is used with --rdzv-endpoint only; with fixed addresses --master-addr says where machine 0 is.")
+    if args.local_addr and not args.rdzv_endpoint:
+        raise LaunchError(
+            "--local-addr is used with --rdzv-endpoint only; with fixed addresses --master-addr says where machine 0 is."
+        )
     module = ["-m", "proxy_sft.launch.worker", *worker]
-    if str(args.nproc) == "1" and args.nnodes == "1" and not args.max_restarts and not (settings and offloads(settings)): return [sys.executable, *module]
+    if (
+        str(args.nproc) == "1"
+        and args.nnodes == "1"
+        and not args.max_restarts
+        and not (settings and offloads(settings))
+    ):
+        return [sys.executable, *module]
     options = ["--nproc-per-node", str(args.nproc), "--nnodes", args.nnodes, "--max-restarts", str(args.max_restarts),
                "--signals-to-handle", ",".join(s.name for s in STOP_SIGNALS), "--shutdown-timeout", "3600"]
     if log_dir: options += ["--log-dir", log_dir]
     if args.rdzv_endpoint:
-        options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", args.rdzv_endpoint, "--rdzv-id", args.rdzv_id,
-                    "--rdzv-conf", f"is_host={int(args.node_rank == 0)}", *(["--local-addr", args.local_addr] if args.local_addr else [])]
+        options += [
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            args.rdzv_endpoint,
+            "--rdzv-id",
+            args.rdzv_id,
+            "--rdzv-conf",
+            f"is_host={int(args.node_rank == 0)}",
+            *(["--local-addr", args.local_addr] if args.local_addr else []),
+        ]
     elif args.nnodes != "1" or args.master_port:
-        if args.max_restarts: raise LaunchError("--max-restarts needs --rdzv-endpoint HOST:PORT where machines or ports are given: with fixed addresses the other machines would not learn of a restart.")
+        if args.max_restarts:
+            raise LaunchError(
+                "--max-restarts needs --rdzv-endpoint HOST:PORT where machines or ports are given: with fixed addresses the other machines would not learn of a restart."
+            )
         options += ["--node-rank", str(args.node_rank), "--master-addr", args.master_addr,
                     "--master-port", str(args.master_port or 29500)]
     else: options += ["--local-addr", "127.0.0.1"]
@@ -66,7 +87,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--master-port", type=int, metavar="PORT", help="free port on machine 0 (default: 29500 for several machines)")
     add("--rdzv-endpoint", metavar="HOST:PORT", help="elastic rendezvous instead of fixed machine numbers")
     add("--rdzv-id", default="proxy_sft", metavar="ID", help="name of the elastic rendezvous")
-    add("--local-addr", metavar="HOST", help="with --rdzv-endpoint: this machine's address as the others reach it, where its host name does not say so")
+    add(
+        "--local-addr",
+        metavar="HOST",
+        help="with --rdzv-endpoint: this machine's address as the others reach it, where its host name does not say so",
+    )
     add("--max-restarts", default=0, type=int, metavar="N", help="start all ranks again after a failure, so often")
     add("--dry-run", action="store_true", help="print settings and command, start nothing")
 
@@ -75,12 +100,19 @@ class Launcher:
     "Starts a run, carries signals, ends everything, tells the outcome."
     def __init__(self, request: Request, restarts: bool = False): # whether torchrun may start the ranks again
         self.request, self.folder, self.run = request, request.folder, uuid.uuid4().hex
-        self.new_store = str(int(restarts)) # torch 2.13 would keep its store, and ranks that are started again find the addresses of dead ones
+        # torch 2.13 would keep its store, and ranks that are started again find the addresses of dead ones
+        self.new_store = str(int(restarts))
         self.began, self.signalled, self.child = time.time(), [], None
         self.private = short_private_folder()
 
     def start(self, command: list[str]) -> None: # it gets a session of its own, dies with us, and logs its errors
-        env = {**os.environ, "PROXY_SFT_RUN": self.run, "PROXY_SFT_BEGAN": str(self.began), "PYTHONUNBUFFERED": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": self.new_store}
+        env = {
+            **os.environ,
+            "PROXY_SFT_RUN": self.run,
+            "PROXY_SFT_BEGAN": str(self.began),
+            "PYTHONUNBUFFERED": "1",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": self.new_store,
+        }
         with open(self.folder.logs / "torchrun.log", "a", encoding="utf-8") as errors:
             self.child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=errors,
                                           start_new_session=True, preexec_fn=die_with_parent)
@@ -145,7 +177,11 @@ def run_command(
     worker += [word for name, value in given.items() if value for word in (name, value)]
     if args.dry_run:
         print(settings_table(request.settings), "", f"run folder: {request.folder.root}", sep="\n")
-        print(shlex.join(torchrun_command(args, worker, settings=request.settings)), *doctor_lines(args, request.settings), sep="\n")
+        print(
+            shlex.join(torchrun_command(args, worker, settings=request.settings)),
+            *doctor_lines(args, request.settings),
+            sep="\n",
+        )
         return 0
     request.folder.make()
     lock = refuse_second_run(args, request.folder)
@@ -170,7 +206,9 @@ def doctor_lines(args: argparse.Namespace, settings: Settings) -> list[str]:
     return ["", "doctor:", str(diagnose(settings, counts[0] * counts[1], local=counts[0]))]
 
 # %% ../../nbs/launch/06_launcher.ipynb #second-run
-def refuse_second_run(args: argparse.Namespace, folder: RunFolder) -> RunLock: # to hold until the end; LaunchError when the folder is in use
+def refuse_second_run(
+    args: argparse.Namespace, folder: RunFolder
+) -> RunLock: # to hold until the end; LaunchError when the folder is in use
     "Lock the run's folder for this machine's part, and clear the states of an earlier run."
     try: lock = RunLock(folder.root / "status" / f"launcher-{args.node_rank}.lock").take(patience=0)
     except InUseError as error: raise LaunchError(str(error).replace(str(folder.root / "status"), str(folder.root))) from None
@@ -178,17 +216,28 @@ def refuse_second_run(args: argparse.Namespace, folder: RunFolder) -> RunLock: #
     count = int(args.nproc) if args.nproc.isdigit() else None
     states = [s for s in folder.statuses() if count is None or s["rank"] // count == args.node_rank]
     working = [s for s in states if s["state"] not in FINAL]
-    if found := next((s for s in working if works_here(s) and is_alive(s)), None) or renewed(folder, [s for s in working if not works_here(s)]):
+    if found := next((s for s in working if works_here(s) and is_alive(s)), None) or renewed(
+        folder, [s for s in working if not works_here(s)]
+    ):
         lock.release()
-        raise LaunchError(f"The run folder {folder.root} is in use by process {found['pid']} on {found['host']}. Stop that run, or choose another run_name.")
+        raise LaunchError(
+            f"The run folder {folder.root} is in use by process {found['pid']} on {found['host']}. Stop that run, or choose another run_name."
+        )
     folder.stop_file.unlink(missing_ok=True)
     for state in states: folder.status(state["rank"]).unlink(missing_ok=True)
     if args.node_rank == 0: folder.failure_file.unlink(missing_ok=True)
     return lock
 
-def renewed(folder: RunFolder, states: list[dict], seconds: float = 30) -> Optional[dict]: # the first that is; None: they belong to the dead
+def renewed(
+    folder: RunFolder,
+    states: list[dict],
+    seconds: float = 30,
+) -> Optional[dict]: # the first that is; None: they belong to the dead
     "Of states that another machine wrote, one that is renewed while we look. Heartbeats are not compared with our clock, which may differ."
-    if states: tell(f"proxy-sft: rank {states[0]['rank']} on {states[0]['host']} has not said how it ended; looking for {seconds:.0f} s whether it still works")
+    if states:
+        tell(
+            f"proxy-sft: rank {states[0]['rank']} on {states[0]['host']} has not said how it ended; looking for {seconds:.0f} s whether it still works"
+        )
     until = time.monotonic() + seconds
     while states and time.monotonic() < until:
         for state in states:

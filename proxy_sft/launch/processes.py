@@ -28,7 +28,11 @@ def marked_processes(mark: str, spare: frozenset[int] = frozenset()) -> list[int
         except OSError: continue  # ended meanwhile, or somebody else's
     return found
 
-def kill_marked(mark: str, spare: frozenset[int] = frozenset(), looks: int = 1500) -> None: # gives up after so many, half a minute at least
+def kill_marked(
+    mark: str,
+    spare: frozenset[int] = frozenset(),
+    looks: int = 1500,
+) -> None: # gives up after so many, half a minute at least
     "Kill every process with the mark, and those it starts meanwhile, until none is left."
     for _ in range(looks):  # no clock: whoever looks may have been stopped in between
         living = marked_processes(mark, spare)

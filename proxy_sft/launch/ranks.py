@@ -39,7 +39,14 @@ class RankStatus:
     "The state of one rank in a small file: state, pid, cell, when started, heartbeat."
     def __init__(self, path: Path, **first):
         self.path, self.lock = path, threading.RLock()  # re-entrant: a signal handler may update during an update
-        self.values = dict(state="starting", host=socket.gethostname(), pid=os.getpid(), process=Process.mine(), started=time.time(), **first)
+        self.values = dict(
+            state="starting",
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            process=Process.mine(),
+            started=time.time(),
+            **first,
+        )
         self.update()
 
     def update(self, **changes) -> None: # a full disk is no reason to lose the run
@@ -98,7 +105,8 @@ def load_ipython_extension(ipython) -> None: # IPython calls it in the kernel of
     stop_file = os.environ.get("PROXY_SFT_STOP_FILE")
     if not stop_file: return
     die_with_parent()
-    ending = Path(os.environ["PROXY_SFT_ENDING"])  # there: the notebook is over, and a kernel slow to go gets SIGTERM from its own client
+    # there: the notebook is over, and a kernel slow to go gets SIGTERM from its own client
+    ending = Path(os.environ["PROXY_SFT_ENDING"])
     def asked(number, frame):
         if not ending.exists(): request_stop(Path(stop_file), f"{signal.Signals(number).name} to a kernel")
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1): signal.signal(number, asked)
@@ -127,9 +135,18 @@ class SessionHooks:
     def fail(self, ename: str, evalue: str, traceback: str) -> dict: # the failure that counts, perhaps another rank's
         "Note our failure and claim it for the run."
         plain = redact(re.sub("\x1b\\[[0-9;]*[A-Za-z]", "", traceback)[-20_000:], self.secrets)
-        self.failure = dict(rank=self.place.rank, attempt=self.place.attempt, run=os.environ.get("PROXY_SFT_RUN"), host=socket.gethostname(),
-                            time=time.time(), cell=self.cell, notebook=str(self.output), ename=ename,
-                            evalue=redact(evalue[:2000], self.secrets), traceback=plain)
+        self.failure = dict(
+            rank=self.place.rank,
+            attempt=self.place.attempt,
+            run=os.environ.get("PROXY_SFT_RUN"),
+            host=socket.gethostname(),
+            time=time.time(),
+            cell=self.cell,
+            notebook=str(self.output),
+            ename=ename,
+            evalue=redact(evalue[:2000], self.secrets),
+            traceback=plain,
+        )
         self.first_failure = claim_failure(self.folder, self.failure, self.since)
         return self.first_failure
 
@@ -158,8 +175,14 @@ class RankSession(SessionHooks):
     def kernel_environment(self) -> dict[str, str]: # for the kernel alone
         name, value = self.mark.split("=")
         threads = threads_per_rank(self.place, read_text(Path(f"/proc/{os.getppid()}/environ")))
-        return {**os.environ, name: value, "PROXY_SFT_STOP_FILE": str(self.folder.stop_file), "PROXY_SFT_ENDING": str(self.private / "ending"),
-                **({"OMP_NUM_THREADS": str(threads)} if threads else {}), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+        return {
+            **os.environ,
+            name: value,
+            "PROXY_SFT_STOP_FILE": str(self.folder.stop_file),
+            "PROXY_SFT_ENDING": str(self.private / "ending"),
+            **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        }
 
     def close(self) -> None:
         kill_marked(self.mark)
@@ -206,7 +229,8 @@ class RankClientMixin:
 
     def log_output_message(self, output) -> None:
         if output.output_type == "stream": self.session.live.write(output.text)
-        elif (text := output.get("data", {}).get("text/plain")) and not text.startswith(UNSHOWN): self.session.live.write(f"{text}\n")
+        elif (text := output.get("data", {}).get("text/plain")) and not text.startswith(UNSHOWN):
+            self.session.live.write(f"{text}\n")
 
     def process_message(self, msg, cell, cell_index):
         output = super().process_message(msg, cell, cell_index)
@@ -239,9 +263,15 @@ def register_engine(session: RankSession) -> None: # papermill then knows the en
     class RankEngine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=300, **kwargs):
-            client = RankClient(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, log_output=True,
-                                iopub_timeout=600, # of seconds until a cell's last output is here; after the usual 4 a busy machine would lose the run
-                                extra_arguments=["--ext", "proxy_sft.launch.ranks"], **session.hooks())
+            client = RankClient(
+                nb_man,
+                kernel_name=kernel_name,
+                startup_timeout=start_timeout,
+                log_output=True,
+                iopub_timeout=600,  # of seconds until a cell's last output is here; after the usual 4 a busy machine would lose the run
+                extra_arguments=["--ext", "proxy_sft.launch.ranks"],
+                **session.hooks(),
+            )
             client.session = session
             return client.execute(env=session.kernel_environment)
     papermill_engines.register("proxy_sft", RankEngine)
@@ -290,6 +320,8 @@ def kernel_words(exit_code: Optional[int]) -> str: # a sentence
     "How a kernel ended, in words."
     if exit_code is None: return "the kernel died"
     if exit_code >= 0: return f"the kernel ended itself with exit code {exit_code}, in the middle of a cell"
-    hint = {-signal.SIGKILL: "; the system kills a process that uses too much memory this way",
-            -signal.SIGBUS: "; the system says so that a file in memory has no room (is /dev/shm full?) or cannot be read (a failing disk, a file that was cut)"}.get(exit_code, "")
+    hint = {
+        -signal.SIGKILL: "; the system kills a process that uses too much memory this way",
+        -signal.SIGBUS: "; the system says so that a file in memory has no room (is /dev/shm full?) or cannot be read (a failing disk, a file that was cut)",
+    }.get(exit_code, "")
     return f"the kernel was killed by {signal.Signals(-exit_code).name}{hint}"

@@ -26,33 +26,58 @@ from .status import find_run, read_progress, run_snapshot, snapshot_text
 from ..core.display import html_table
 
 # %% ../../nbs/launch/08_report.ipynb #curve
-def scaled(points: list[tuple[float, float]], box: tuple[float, float, float, float]) -> str: # box: left and right x, bottom and top y, of the data
+def scaled(
+    points: list[tuple[float, float]],
+    box: tuple[float, float, float, float],
+) -> str: # box: left and right x, bottom and top y, of the data
     "Points as the `points` of an SVG polyline in a field of 600 by 160."
     left, right, bottom, top = box
-    return " ".join(f"{(x - left) / ((right - left) or 1) * 600:.1f},{160 - (y - bottom) / ((top - bottom) or 1) * 160:.1f}" for x, y in points)
+    return " ".join(
+        f"{(x - left) / ((right - left) or 1) * 600:.1f},{160 - (y - bottom) / ((top - bottom) or 1) * 160:.1f}"
+        for x, y in points
+    )
 
-def curve(title: str, series: dict[str, list[tuple[float, float]]]) -> str: # HTML figure; empty when no series has two points
+def curve(
+    title: str,
+    series: dict[str, list[tuple[float, float]]],
+) -> str: # HTML figure; empty when no series has two points
     "One figure; each series has its colour and its dashes."
     series = {name: points for name, points in series.items() if len(points) > 1}
     if not series: return ""
     every = [p for points in series.values() for p in points]
     box = (min(p[0] for p in every), max(p[0] for p in every), min(0, *(p[1] for p in every)), max(p[1] for p in every))
-    lines = "".join(f'<polyline class="s{i}" points="{scaled(points, box)}"/>' for i, points in enumerate(series.values()))
-    names = " ".join(f'<span class="k{i}">{html.escape(n)} {p[0][1]:.4g} → {p[-1][1]:.4g}</span>' for i, (n, p) in enumerate(series.items()))
+    lines = "".join(
+        f'<polyline class="s{i}" points="{scaled(points, box)}"/>' for i, points in enumerate(series.values())
+    )
+    names = " ".join(
+        f'<span class="k{i}">{html.escape(n)} {p[0][1]:.4g} → {p[-1][1]:.4g}</span>'
+        for i, (n, p) in enumerate(series.items())
+    )
     rows = [(n, int(x), y) for n, points in series.items() for x, y in points[::max(1, len(points) // 20)]]
-    return (f'<figure><figcaption>{html.escape(title)}: {names}</figcaption><svg viewBox="-2 -2 604 164" role="img" aria-label="{html.escape(title)}">'
-            f'<path class="axis" d="M0 0V160H600"/>{lines}</svg><p class="range">steps {box[0]:,.0f} to {box[1]:,.0f}; {box[2]:.4g} to {box[3]:.4g}</p>'
-            f'<details><summary>numbers</summary>{html_table(rows, ("series", "step", "value"))}</details></figure>')
+    return (
+        f'<figure><figcaption>{html.escape(title)}: {names}</figcaption><svg viewBox="-2 -2 604 164" role="img" aria-label="{html.escape(title)}">'
+        f'<path class="axis" d="M0 0V160H600"/>{lines}</svg><p class="range">steps {box[0]:,.0f} to {box[1]:,.0f}; {box[2]:.4g} to {box[3]:.4g}</p>'
+        f"<details><summary>numbers</summary>{html_table(rows, ('series', 'step', 'value'))}</details></figure>"
+    )
 
 # %% ../../nbs/launch/08_report.ipynb #curves
-CURVES = {"loss": ("loss", "eval_loss"), "tokens per second": ("tokens_per_second", "supervised_tokens_per_second"), "gradient norm": ("grad_norm",),
-          "learning rate": ("learning_rate",), "memory, GiB": ("peak_memory_gib",), "share of the peak arithmetic": ("mfu",)}
+CURVES = {
+    "loss": ("loss", "eval_loss"),
+    "tokens per second": ("tokens_per_second", "supervised_tokens_per_second"),
+    "gradient norm": ("grad_norm",),
+    "learning rate": ("learning_rate",),
+    "memory, GiB": ("peak_memory_gib",),
+    "share of the peak arithmetic": ("mfu",),
+}
 
 def curves_html(folder: Path) -> str:
     "Every quantity that was logged."
     records = read_progress(folder)
     points = lambda name: [(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))]
-    return "".join(curve(title, {n.replace("eval_loss", "held-out loss").replace("_", " "): points(n) for n in names}) for title, names in CURVES.items())
+    return "".join(
+        curve(title, {n.replace("eval_loss", "held-out loss").replace("_", " "): points(n) for n in names})
+        for title, names in CURVES.items()
+    )
 
 # %% ../../nbs/launch/08_report.ipynb #data
 def data_html(settings: Settings) -> str: # empty when the data was not converted here
@@ -60,16 +85,24 @@ def data_html(settings: Settings) -> str: # empty when the data was not converte
     found = read_json(settings.converted_dir / "report.json")
     if not found: return ""
     reasons = sorted(found.get("rejected", {}).items(), key=lambda r: -r[1])
-    sources = [(n, s["rows"], s["kept"], s["rows"] - s["kept"]) for n, s in sorted(found.get("by_source", {}).items(), key=lambda s: -s[1]["rows"])]
-    return (f"<p>{found['rows']:,} rows in, {found['kept']:,} kept, {sum(found.get('rejected', {}).values()):,} rejected.</p>" + html_table(reasons, ("why rejected", "rows"))
-            + f"<details><summary>by source</summary>{html_table(sources, ('source', 'rows', 'kept', 'not kept'))}</details>")
+    sources = [
+        (n, s["rows"], s["kept"], s["rows"] - s["kept"])
+        for n, s in sorted(found.get("by_source", {}).items(), key=lambda s: -s[1]["rows"])
+    ]
+    return (
+        f"<p>{found['rows']:,} rows in, {found['kept']:,} kept, {sum(found.get('rejected', {}).values()):,} rejected.</p>"
+        + html_table(reasons, ("why rejected", "rows"))
+        + f"<details><summary>by source</summary>{html_table(sources, ('source', 'rows', 'kept', 'not kept'))}</details>"
+    )
 
 def parity_html(settings: Settings, folder: Path) -> str: # empty when no prepared folder is found
     "The parity check of the tokens that this run was trained on."
     key = (read_json(folder / "manifest.json") or {}).get("data_key", "")
     found = read_json(settings.prepared_dir / key / "parity.json") if key else None
     if not found: return ""
-    parity = ParityReport(found["template"], found["train_on"], found["counts"], found["examples"], found.get("fallback", ""))
+    parity = ParityReport(
+        found["template"], found["train_on"], found["counts"], found["examples"], found.get("fallback", "")
+    )
     return (f"<p><strong>{'passed' if found['passed'] else 'FAILED'}</strong>: {html.escape(found['verdict'])}</p>"
             + html_table(parity_table(parity), ("counted", "")))
 
@@ -81,7 +114,9 @@ def rates_html(metrics: dict[str, dict[str, dict]]) -> str: # model -> metric ->
         low, high = m.get("interval", (m["rate"], m["rate"]))
         return f"{m['right']}/{m['of']} = {m['rate']:.0%} ({low:.0%} to {high:.0%})"
     names = dict.fromkeys(name for m in metrics.values() for name in m)
-    return html_table([(METRICS.get(n, n), *(cell(metrics[m].get(n)) for m in metrics)) for n in names], ("right answers", *metrics))
+    return html_table(
+        [(METRICS.get(n, n), *(cell(metrics[m].get(n)) for m in metrics)) for n in names], ("right answers", *metrics)
+    )
 
 def bars_html(metrics: dict[str, dict[str, dict]]) -> str: # the first two models
     "The same rates as bars; the numbers stand in the table."
@@ -89,10 +124,18 @@ def bars_html(metrics: dict[str, dict[str, dict]]) -> str: # the first two model
     for i, name in enumerate(METRICS):
         y = 26 * i
         parts.append(f'<text x="232" y="{y + 15}" text-anchor="end">{html.escape(METRICS[name])}</text>')
-        parts += [f'<rect class="b{k}" x="240" y="{y + 3 + 9 * k}" width="{360 * (metrics[m].get(name) or {}).get("rate", 0):.1f}" height="8"/>' for k, m in enumerate(models)]
-    height, names = 26 * len(METRICS), ", ".join(f'<span class="k{k}">{html.escape(m)}</span>' for k, m in enumerate(models))
-    return (f'<figure><figcaption>share of right answers, 0 to 100 %: {names}</figcaption><svg viewBox="-2 -2 604 {height + 4}" role="img" '
-            f'aria-label="share of right answers"><path class="axis" d="M240 0V{height}M600 0V{height}"/>{"".join(parts)}</svg></figure>')
+        parts += [
+            f'<rect class="b{k}" x="240" y="{y + 3 + 9 * k}" width="{360 * (metrics[m].get(name) or {}).get("rate", 0):.1f}" height="8"/>'
+            for k, m in enumerate(models)
+        ]
+    height, names = (
+        26 * len(METRICS),
+        ", ".join(f'<span class="k{k}">{html.escape(m)}</span>' for k, m in enumerate(models)),
+    )
+    return (
+        f'<figure><figcaption>share of right answers, 0 to 100 %: {names}</figcaption><svg viewBox="-2 -2 604 {height + 4}" role="img" '
+        f'aria-label="share of right answers"><path class="axis" d="M240 0V{height}M600 0V{height}"/>{"".join(parts)}</svg></figure>'
+    )
 
 def evaluation_html(folder: Path) -> str: # empty when it was not evaluated
     "Rates, losses, and the same by kind of turn."
@@ -103,8 +146,15 @@ def evaluation_html(folder: Path) -> str: # empty when it was not evaluated
     whole, parts = ([l for l in losses if (": " in l[0]) == part] for part in (False, True))
     table = lambda rows: html_table(rows, ("loss", "of what, with 95 % interval", *models)) if rows else ""
     by_model = lambda rates: {m: {n: r.get(m) for n, r in rates.items()} for m in models}
-    slices = "".join(f"<h3>{html.escape(name)}</h3>{rates_html(by_model(rates))}" for name, rates in (found.get("slices") or {}).items())
-    more = "".join(f"<details><summary>{title}</summary>{text}</details>" for title, text in (("rates by kind of turn", slices), ("losses by source", table(parts))) if text)
+    slices = "".join(
+        f"<h3>{html.escape(name)}</h3>{rates_html(by_model(rates))}"
+        for name, rates in (found.get("slices") or {}).items()
+    )
+    more = "".join(
+        f"<details><summary>{title}</summary>{text}</details>"
+        for title, text in (("rates by kind of turn", slices), ("losses by source", table(parts)))
+        if text
+    )
     return bars_html(found["metrics"]) + rates_html(found["metrics"]) + table(whole) + more
 
 # %% ../../nbs/launch/08_report.ipynb #environment
@@ -115,7 +165,9 @@ def environment_rows(folder: Path) -> list[tuple[str, Any]]:
         try: return version(name)
         except PackageNotFoundError: return "not installed"
     packages = facts.get("versions") or {p: installed(p) for p in ("torch", "transformers", "trl", "deepspeed")}
-    return [(n, facts[n]) for n in ("python", "world_size", "step", "data_key") if n in facts] + sorted(packages.items())
+    return [(n, facts[n]) for n in ("python", "world_size", "step", "data_key") if n in facts] + sorted(
+        packages.items()
+    )
 
 def run_settings(folder: Path) -> Optional[Settings]: # None: the run's settings are missing or of another version
     "The settings that a run recorded."
@@ -142,11 +194,16 @@ svg text { font-size: 11px; fill: var(--text); } .b0 { fill: var(--s0); } .b1 { 
 def settings_html(settings: Settings) -> str:
     "What was chosen; what is as the project has it opens on demand."
     shown = lambda value: json.dumps(value, ensure_ascii=False)
-    values = {n: v for n, v in settings.model_dump(mode="json").items() if n != "profile"}  # the file holds what a profile meant, not its name
+    # the file holds what a profile meant, not its name
+    values = {n: v for n, v in settings.model_dump(mode="json").items() if n != "profile"}
     usual = Settings().model_dump(mode="json")
     chosen = [(n, shown(v), shown(usual[n])) for n, v in values.items() if v != usual[n]]
-    return (html_table(chosen, ("setting", "value", "default")) + f"<details><summary>the other {len(values) - len(chosen)}, as by default</summary>"
-            + html_table([(n, shown(v)) for n, v in values.items() if v == usual[n]], ("setting", "value")) + "</details>")
+    return (
+        html_table(chosen, ("setting", "value", "default"))
+        + f"<details><summary>the other {len(values) - len(chosen)}, as by default</summary>"
+        + html_table([(n, shown(v)) for n, v in values.items() if v == usual[n]], ("setting", "value"))
+        + "</details>"
+    )
 
 # %% ../../nbs/launch/08_report.ipynb #page
 def report_html(folder: Path, now: float = 0.0) -> str: # a whole HTML document
@@ -154,13 +211,20 @@ def report_html(folder: Path, now: float = 0.0) -> str: # a whole HTML document
     settings, found = run_settings(folder), run_snapshot(folder)
     summary = "\n".join(snapshot_text({**found, "ranks": []}, now).splitlines()[1:])
     raw = (folder / "settings.yaml").read_text(encoding="utf-8") if (folder / "settings.yaml").is_file() else ""
-    parts = {"At a glance": f"<pre>{html.escape(summary)}</pre>", "Curves": curves_html(folder), "Evaluation": evaluation_html(folder),
-             "Data": data_html(settings) if settings else "", "Parity of training and serving": parity_html(settings, folder) if settings else "",
-             "Settings": settings_html(settings) if settings else f"<pre>{html.escape(raw)}</pre>" * bool(raw),
-             "Environment": html_table(environment_rows(folder))}
+    parts = {
+        "At a glance": f"<pre>{html.escape(summary)}</pre>",
+        "Curves": curves_html(folder),
+        "Evaluation": evaluation_html(folder),
+        "Data": data_html(settings) if settings else "",
+        "Parity of training and serving": parity_html(settings, folder) if settings else "",
+        "Settings": settings_html(settings) if settings else f"<pre>{html.escape(raw)}</pre>" * bool(raw),
+        "Environment": html_table(environment_rows(folder)),
+    }
     body = "".join(f"<section><h2>{title}</h2>{text}</section>" for title, text in parts.items() if text)
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{html.escape(folder.name)}</title><style>{STYLE}</style></head><body><h1>{html.escape(folder.name)}</h1><p>{html.escape(found['state'])}</p>{body}</body></html>\n")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(folder.name)}</title><style>{STYLE}</style></head><body><h1>{html.escape(folder.name)}</h1><p>{html.escape(found['state'])}</p>{body}</body></html>\n"
+    )
 
 # %% ../../nbs/launch/08_report.ipynb #command
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:

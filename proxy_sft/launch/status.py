@@ -30,7 +30,10 @@ def find_run(
     folder = given if given.is_dir() else load_settings(run_name=name).run_dir
     if folder.is_dir(): return folder
     known = sorted(f.name for f in folder.parent.glob("*") if f.is_dir()) if folder.parent.is_dir() else []
-    raise LaunchError(f"There is no run {name!r}: no folder {folder}. " + (f"Runs: {', '.join(known)}." if known else "Give a run's folder."))
+    raise LaunchError(
+        f"There is no run {name!r}: no folder {folder}. "
+        + (f"Runs: {', '.join(known)}." if known else "Give a run's folder.")
+    )
 
 # %% ../../nbs/launch/07_status.ipynb #ranks
 def run_states(folder: Path) -> list[dict]: # by rank; empty when no launcher started this run
@@ -56,7 +59,11 @@ def read_progress(folder: Path) -> list[dict[str, Any]]: # in the order they wer
 
 def newest(records: list[dict], *names: str) -> dict[str, Any]: # name -> its last value; absent names are left out
     "The last value of each field that was ever logged."
-    return {n: next(r[n] for r in reversed(records) if r.get(n) is not None) for n in names if any(r.get(n) is not None for r in records)}
+    return {
+        n: next(r[n] for r in reversed(records) if r.get(n) is not None)
+        for n in names
+        if any(r.get(n) is not None for r in records)
+    }
 
 # %% ../../nbs/launch/07_status.ipynb #left
 def seconds_left(records: list[dict]) -> Optional[float]: # None: cannot be told yet
@@ -76,8 +83,20 @@ def plain_time(seconds: Optional[float]) -> str: # such as `1 d 4 h`, `3 h 05 mi
     return f"{hours} h {minutes % 60:02} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 # %% ../../nbs/launch/07_status.ipynb #snapshot
-SHOWN = ("step", "max_steps", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "supervised_tokens_per_second", "mfu",
-         "peak_memory_gib", "data_wait", "time")
+SHOWN = (
+    "step",
+    "max_steps",
+    "loss",
+    "eval_loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+    "supervised_tokens_per_second",
+    "mfu",
+    "peak_memory_gib",
+    "data_wait",
+    "time",
+)
 
 def run_snapshot(folder: Path) -> dict[str, Any]: # JSON values
     "Where a run stands now."
@@ -85,13 +104,29 @@ def run_snapshot(folder: Path) -> dict[str, Any]: # JSON values
     found = {s["state"] for s in ranks}
     state = next((s for s in ("failed", "lost", "killed", "running", "starting", "stopped", "done") if s in found), "")
     state = state or ("done" if is_complete(folder) else "started without the launcher: ranks not known")
-    return {"run": str(folder), "state": state, "ranks": ranks, **newest(records, *SHOWN),
-            "eta_seconds": None if is_complete(folder) or state in FINAL else seconds_left(records),
-            "checkpoints": [f.name for f in complete_checkpoints(folder)], "final_model": is_complete(folder), "free_disk_gib": round(shutil.disk_usage(folder).free / 2**30, 1)}
+    return {
+        "run": str(folder),
+        "state": state,
+        "ranks": ranks,
+        **newest(records, *SHOWN),
+        "eta_seconds": None if is_complete(folder) or state in FINAL else seconds_left(records),
+        "checkpoints": [f.name for f in complete_checkpoints(folder)],
+        "final_model": is_complete(folder),
+        "free_disk_gib": round(shutil.disk_usage(folder).free / 2**30, 1),
+    }
 
 # %% ../../nbs/launch/07_status.ipynb #text
-FORMATS = {"loss": "{:.4f}", "eval_loss": "{:.4f}", "grad_norm": "{:.2f}", "learning_rate": "{:.2e}", "tokens_per_second": "{:,.0f}",
-           "supervised_tokens_per_second": "{:,.0f}", "mfu": "{:.1%}", "peak_memory_gib": "{:.1f} GiB", "data_wait": "{:.1%}"}
+FORMATS = {
+    "loss": "{:.4f}",
+    "eval_loss": "{:.4f}",
+    "grad_norm": "{:.2f}",
+    "learning_rate": "{:.2e}",
+    "tokens_per_second": "{:,.0f}",
+    "supervised_tokens_per_second": "{:,.0f}",
+    "mfu": "{:.1%}",
+    "peak_memory_gib": "{:.1f} GiB",
+    "data_wait": "{:.1%}",
+}
 
 def rank_line(state: dict, now: float) -> str:
     "One rank: its state, when it was last seen, how long it ran, where, and why it ended."
@@ -102,14 +137,25 @@ def rank_line(state: dict, now: float) -> str:
 
 def snapshot_text(found: dict[str, Any], now: float) -> str: # several lines
     "A snapshot for a terminal; what was not logged is not shown."
-    rows = [("step", f"{found['step']:,}" + (f" of {found['max_steps']:,}" if "max_steps" in found else ""))] if "step" in found else []
+    rows = (
+        [("step", f"{found['step']:,}" + (f" of {found['max_steps']:,}" if "max_steps" in found else ""))]
+        if "step" in found
+        else []
+    )
     rows += [(name.replace("_", " "), form.format(found[name])) for name, form in FORMATS.items() if name in found]
-    if not found["final_model"] and found["state"] not in FINAL: rows.append(("time left", plain_time(found["eta_seconds"])))
+    if not found["final_model"] and found["state"] not in FINAL:
+        rows.append(("time left", plain_time(found["eta_seconds"])))
     steps = ", ".join(name.removeprefix("checkpoint-") for name in found["checkpoints"])
-    rows.append(("checkpoints", f"{f'at step {steps}' if steps else 'none is complete yet'}{', and the final model' * found['final_model']}"))
+    rows.append(
+        (
+            "checkpoints",
+            f"{f'at step {steps}' if steps else 'none is complete yet'}{', and the final model' * found['final_model']}",
+        )
+    )
     rows.append(("free disk", f"{found['free_disk_gib']:,} GiB"))
     lines = [f"{Path(found['run']).name}: {found['state']}", *(f"  {line}" for line in text_table(rows).splitlines())]
-    if found["ranks"]: lines += ["", f"{'rank':>4}  {'state':<8}  {'cell':>4}  {'last seen':>14}  {'ran':>10}  host:pid"]
+    if found["ranks"]:
+        lines += ["", f"{'rank':>4}  {'state':<8}  {'cell':>4}  {'last seen':>14}  {'ran':>10}  host:pid"]
     return "\n".join([*lines, *(rank_line(s, now) for s in found["ranks"])])
 
 # %% ../../nbs/launch/07_status.ipynb #command
@@ -118,7 +164,9 @@ def add_status_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run's folder, or its name in workspace/runs")
     parser.add_argument("--json", action="store_true", help="print JSON, once")
     parser.add_argument("--once", action="store_true", help="print once, also on a terminal")
-    parser.add_argument("--every", type=float, default=2, metavar="SECONDS", help="pause between two looks (default: 2)")
+    parser.add_argument(
+        "--every", type=float, default=2, metavar="SECONDS", help="pause between two looks (default: 2)"
+    )
 
 def status_command(args: argparse.Namespace) -> int: # exit code
     "`proxy-sft status`."

@@ -46,13 +46,30 @@ def vanished(session: RankSession) -> Optional[dict]: # the failure of a rank of
     "Speak for a worker that was killed and cannot speak for itself."
     for rank in session.place.local_ranks:
         other = read_json(session.folder.status(rank)) if rank != session.place.rank else None
-        if other is None or (other["started"] < session.since - 2 and not is_of_this_run(other)) or other["attempt"] != session.place.attempt: continue
+        if (
+            other is None
+            or (other["started"] < session.since - 2 and not is_of_this_run(other))
+            or other["attempt"] != session.place.attempt
+        ):
+            continue
         if other["state"] in FINAL or is_alive(other): continue
         if (read_json(session.folder.status(rank)) or other)["state"] in FINAL: continue  # ended since we read it
-        return claim_failure(session.folder, dict(
-            rank=rank, attempt=session.place.attempt, run=other["run"], host=other["host"], time=time.time(), cell=other["cell"],
-            notebook=other["notebook"], ename="WorkerKilled", traceback="",
-            evalue=f"the worker process {other['pid']} was killed"), session.since)
+        return claim_failure(
+            session.folder,
+            dict(
+                rank=rank,
+                attempt=session.place.attempt,
+                run=other["run"],
+                host=other["host"],
+                time=time.time(),
+                cell=other["cell"],
+                notebook=other["notebook"],
+                ename="WorkerKilled",
+                traceback="",
+                evalue=f"the worker process {other['pid']} was killed",
+            ),
+            session.since,
+        )
     return None
 
 # %% ../../nbs/launch/05_worker.ipynb #signals
@@ -77,7 +94,9 @@ def kill_now(session: RankSession, number: int) -> None: # does not return
     os._exit(128 + number)
 
 # %% ../../nbs/launch/05_worker.ipynb #wait-for-others
-def wait_for_others(session: RankSession, looks: int = 18_000) -> None: # an hour: a slow disk takes long for a checkpoint
+def wait_for_others(
+    session: RankSession, looks: int = 18_000
+) -> None: # an hour: a slow disk takes long for a checkpoint
     "After a stop: until every rank of this machine has ended, or its worker is gone."
     for _ in range(looks):
         others = [rank for rank in session.place.local_ranks if rank != session.place.rank]
@@ -133,7 +152,9 @@ def run_worker(request: Request) -> int: # exit code of this rank
     return code
 
 # %% ../../nbs/launch/05_worker.ipynb #worker-main
-def run_with_plain_errors(command: Callable[[], int]) -> int: # the command's exit code; 2: refused; 1: another error of ours
+def run_with_plain_errors(
+    command: Callable[[], int],
+) -> int: # the command's exit code; 2: refused; 1: another error of ours
     "Show errors that were written for people without a traceback."
     try: return command()
     except (LaunchError, SettingsError) as error: code, words = 2, error

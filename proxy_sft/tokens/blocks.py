@@ -36,7 +36,11 @@ WRITTEN_TOKENS = 1 << 20  # about so many are gathered and written together
 class Scratch:
     "The tokens of all batches, mapped; a row is found by its place among the used ones."
 
-    def __init__(self, files: list[Path], lengths: list[np.ndarray]): # all files in order; of each batch in them: tokens per used row
+    def __init__(
+        self,
+        files: list[Path],
+        lengths: list[np.ndarray],
+    ): # all files in order; of each batch in them: tokens per used row
         batches = [batch for file in files for batch in read_batches(file)]
         self.columns = [[batch[name].to_numpy() for batch in batches] for name in TOKENS.names]
         self.batch = np.repeat(np.arange(len(batches), dtype=np.int32), [len(some) for some in lengths])
@@ -49,7 +53,12 @@ class Scratch:
         ids, trained = (np.concatenate([column[batch][a:b] for batch, a, b in places]) for column in self.columns)
         return ids, np.where(trained.view(bool), ids, np.int32(IGNORED))
 
-def gathered(scratch: Scratch, rows: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> Iterator[pa.RecordBatch]: # BLOCKS
+def gathered(
+    scratch: Scratch,
+    rows: np.ndarray,
+    counts: np.ndarray,
+    lengths: np.ndarray,
+) -> Iterator[pa.RecordBatch]: # BLOCKS
     "Blocks of whole rows: `rows` of all blocks one after the other, `counts` of them in each."
     first, ends = np.cumsum([0, *counts]), lambda sizes: np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     tokens = np.concatenate([[0], np.cumsum(lengths[rows])])[first]  # in front of each block
@@ -59,7 +68,9 @@ def gathered(scratch: Scratch, rows: np.ndarray, counts: np.ndarray, lengths: np
         to = max(at + 1, int(np.searchsorted(tokens, tokens[at] + WRITTEN_TOKENS, "right")) - 1)
         some, sizes = rows[first[at]:first[to]], np.diff(tokens[at:to + 1])
         ids, labels = scratch.gather(some)
-        yield pa.RecordBatch.from_arrays([listed(sizes, ids), listed(sizes, labels), listed(counts[at:to], lengths[some])], schema=BLOCKS)
+        yield pa.RecordBatch.from_arrays(
+            [listed(sizes, ids), listed(sizes, labels), listed(counts[at:to], lengths[some])], schema=BLOCKS
+        )
         at = to
 
 # %% ../../nbs/tokens/04_blocks.ipynb #sources
@@ -91,7 +102,9 @@ def build_split(
     name, count, scratch, used = source.path.stem, len(source.chosen), target.with_suffix(".scratch"), []
     scratch.mkdir()
     def facts():
-        with tqdm(total=count, desc=f"tokenise {name}", unit=" rows", **bar_pace(), disable=not _show_progress()) as bar:
+        with tqdm(
+            total=count, desc=f"tokenise {name}", unit=" rows", **bar_pace(), disable=not _show_progress()
+        ) as bar:
             for some in encoded_pieces(*source, settings, fast, scratch):
                 used.extend((tokens := batch["used_tokens"].to_numpy())[tokens > 0] for batch in some)
                 yield from some
@@ -104,12 +117,18 @@ def build_split(
     rows, counts = blocks_of(lengths, settings)
     write_stream(target, BLOCKS, gathered(Scratch(sorted(scratch.iterdir()), used), rows, counts, lengths))
     shutil.rmtree(scratch)
-    write_stream(facts_of(target), FACTS, (batch for part in some_rows(read_stream(pieces)) for batch in part.combine_chunks().to_batches()))
+    write_stream(
+        facts_of(target),
+        FACTS,
+        (batch for part in some_rows(read_stream(pieces)) for batch in part.combine_chunks().to_batches()),
+    )
     pieces.unlink()
     return describe_split(source, read_stream(facts_of(target)), len(counts), settings)
 
 # %% ../../nbs/tokens/04_blocks.ipynb #split-small
-def blocks_of(lengths: np.ndarray, settings: Settings) -> tuple[np.ndarray, np.ndarray]: # rows of all blocks one after the other; how many in each
+def blocks_of(
+    lengths: np.ndarray, settings: Settings
+) -> tuple[np.ndarray, np.ndarray]: # rows of all blocks one after the other; how many in each
     "Which rows share a block; without packing, none do."
     if not settings.packing: return np.arange(len(lengths)), np.ones(len(lengths), np.int64)
     return packed_rows(lengths, settings.max_length)
@@ -134,6 +153,8 @@ def describe_split(source: Source, facts: pa.Table, blocks: int, settings: Setti
     found, rows = token_statistics(facts, settings.max_length, settings.cut, names_of(source)), len(source.chosen)
     counts = found.pop("all")
     if sum(counts[fate] for fate in FATES) != rows:
-        raise PrepareError(f"{rows} rows of {source.path} went in and {counts['rows']} came out; this is a fault of this program.")
+        raise PrepareError(
+            f"{rows} rows of {source.path} went in and {counts['rows']} came out; this is a fault of this program."
+        )
     return {**counts, "blocks": blocks, "fill": round(counts["tokens"] / max(1, blocks * settings.max_length), 4),
             "longest": int(facts["tokens"].to_numpy().max(initial=0)), **found}

@@ -49,12 +49,16 @@ def cache_line(cache: Cache) -> str:
     manifest = read_manifest(cache.folder)
     train, parts = manifest["splits"]["train"], manifest["key_parts"]
     used = f"for {', '.join(cache.runs)}" if cache.runs else "for no run"
-    return (f"{cache.folder.name}  {cache.size / 1e9:8.3f} GB  used {cache.unused:5.1f} days ago  {train['rows']:,} rows, {train['tokens']:,} tokens, "
-            f"{parts['settings/template']}, max_length {parts['settings/max_length']:,}; {used}")
+    return (
+        f"{cache.folder.name}  {cache.size / 1e9:8.3f} GB  used {cache.unused:5.1f} days ago  {train['rows']:,} rows, {train['tokens']:,} tokens, "
+        f"{parts['settings/template']}, max_length {parts['settings/max_length']:,}; {used}"
+    )
 
 def caches_command(args: argparse.Namespace) -> int: # exit code
     "`proxy-sft caches`: list prepared folders, or delete old ones."
-    settings = importlib.import_module("proxy_sft.core.settings").load_settings(args.parameters.pop("profile", "") or "", **args.parameters)
+    settings = importlib.import_module("proxy_sft.core.settings").load_settings(
+        args.parameters.pop("profile", "") or "", **args.parameters
+    )
     if args.prune:
         for path in prune_caches(settings, args.days): print(f"removed {path.name}")
     for cache in list_caches(settings): print(cache_line(cache))

@@ -38,10 +38,19 @@ def choose_rows(
     seed: int,
 ) -> np.ndarray: # int64, ascending row numbers
     "A seeded choice that only grows with `wanted`."
-    return np.arange(rows) if wanted is None or wanted >= rows else np.sort(np.random.default_rng(seed).permutation(rows)[:wanted])
+    return (
+        np.arange(rows)
+        if wanted is None or wanted >= rows
+        else np.sort(np.random.default_rng(seed).permutation(rows)[:wanted])
+    )
 
 # %% ../../nbs/tokens/03_encoding.ipynb #read-rows
-def read_rows(path: Path, starts: np.ndarray, numbers: np.ndarray, first_line: int = 0) -> list[dict]: # `messages_json` and `tools_json` of each
+def read_rows(
+    path: Path,
+    starts: np.ndarray,
+    numbers: np.ndarray,
+    first_line: int = 0,
+) -> list[dict]: # `messages_json` and `tools_json` of each
     "Chosen lines of a file; `starts[0]` belongs to `first_line`. `PrepareError` names one that is no JSON."
     numbers = numbers - first_line
     with path.open("rb") as file:
@@ -67,7 +76,13 @@ SAMPLE, LONGEST = 64, 8  # rows of a file that are compared with the reference b
 class FastPathDiffers(PrepareError):
     "The fast libraries gave other ids than the reference; the whole run then takes the reference path."
 
-def guard(path: Path, starts: np.ndarray, chosen: np.ndarray, encoder: ChatEncoder, seed: int) -> None: # raises FastPathDiffers
+def guard(
+    path: Path,
+    starts: np.ndarray,
+    chosen: np.ndarray,
+    encoder: ChatEncoder,
+    seed: int,
+) -> None: # raises FastPathDiffers
     "Compare a random sample of the chosen rows and the longest of them with the reference."
     sizes = np.diff(starts)[chosen]
     longest = chosen[np.argpartition(sizes, -LONGEST)[-LONGEST:]] if len(chosen) > LONGEST else chosen
@@ -76,10 +91,13 @@ def guard(path: Path, starts: np.ndarray, chosen: np.ndarray, encoder: ChatEncod
 
 def check(rows: list[dict], encoder: ChatEncoder) -> None: # raises FastPathDiffers
     "Compare these rows with the reference, unless it is the reference that encodes."
-    if not encoder.fallback and not encoder.verify(rows, sample=len(rows), longest=1): raise FastPathDiffers(encoder.fallback)
+    if not encoder.fallback and not encoder.verify(rows, sample=len(rows), longest=1):
+        raise FastPathDiffers(encoder.fallback)
 
 # %% ../../nbs/tokens/03_encoding.ipynb #encode
-def encode_whole(rows: list[dict], encoder: ChatEncoder) -> tuple[TokenRows, list[int]]: # rows that cannot be rendered have no tokens; their places
+def encode_whole(
+    rows: list[dict], encoder: ChatEncoder
+) -> tuple[TokenRows, list[int]]: # rows that cannot be rendered have no tokens; their places
     "All rows together, or one by one when one of them cannot be rendered."
     try: return encoder.encode(rows, parallel=False), []
     except ROW_ERRORS: pass
@@ -97,19 +115,29 @@ def end_to_end(parts: list[TokenRows]) -> TokenRows: # of one row each
     return TokenRows(np.concatenate([p.ids for p in parts]), np.concatenate([p.trained for p in parts]), offsets)
 
 # %% ../../nbs/tokens/03_encoding.ipynb #shorten
-BY_TOKENS = ("nothink", "empty_think")  # templates whose earlier turns do not change as others follow: their cuts can be read off the tokens
+# templates whose earlier turns do not change as others follow: their cuts can be read off the tokens
+BY_TOKENS = ("nothink", "empty_think")
 
 def exchanges_that_fit(tokens: int, starts: np.ndarray, max_length: int, cut: str) -> int: # 0: not even one
     "How many exchanges stay, from where they begin in the whole row's tokens."
     if cut == "keep_oldest": return max(0, int(np.searchsorted(starts, max_length, "right")) - 1)
     return int((starts[0] + tokens - starts[1:] <= max_length).sum()) if len(starts) else 0
 
-def shorten(row: dict, starts: np.ndarray, tokens: int, encoder: ChatEncoder, settings: Settings) -> Optional[TokenRows]: # one row; None: too long
+def shorten(
+    row: dict,
+    starts: np.ndarray,
+    tokens: int,
+    encoder: ChatEncoder,
+    settings: Settings,
+) -> Optional[TokenRows]: # one row; None: too long
     "A too long row as the conversation that is kept of it."
     whole = {"messages": json.loads(row["messages_json"]), "tools": json.loads(row["tools_json"])}
     encode = lambda shorter: encoder.encode([shorter], parallel=False)
     if encoder.template in BY_TOKENS:
-        take, (head, *rest) = exchanges_that_fit(tokens, starts, settings.max_length, settings.cut), exchanges(whole["messages"])
+        take, (head, *rest) = (
+            exchanges_that_fit(tokens, starts, settings.max_length, settings.cut),
+            exchanges(whole["messages"]),
+        )
         if not take or len(rest) < 2: return None
         kept = rest[:take] if settings.cut == "keep_oldest" else rest[-take:]
         found = encode({**whole, "messages": head + [m for group in kept for m in group]})
@@ -118,7 +146,13 @@ def shorten(row: dict, starts: np.ndarray, tokens: int, encoder: ChatEncoder, se
     return shorter and encode(shorter)
 
 # %% ../../nbs/tokens/03_encoding.ipynb #cut-row
-def cut_row(row: dict, starts: np.ndarray, tokens: int, encoder: ChatEncoder, settings: Settings) -> tuple[int, Optional[TokenRows]]: # fate, tokens
+def cut_row(
+    row: dict,
+    starts: np.ndarray,
+    tokens: int,
+    encoder: ChatEncoder,
+    settings: Settings,
+) -> tuple[int, Optional[TokenRows]]: # fate, tokens
     "What becomes of a too long row."
     try: found = shorten(row, starts, tokens, encoder, settings)
     except ROW_ERRORS: return FATES.index("dropped: not renderable"), None  # whole it can be rendered, shorter it cannot
@@ -130,7 +164,13 @@ class Encoded(NamedTuple):
     rows: TokenRows        # those that are used
     facts: pa.RecordBatch  # FACTS, one line per row read
 
-def encode_rows(rows: list[dict], numbers: np.ndarray, encoder: ChatEncoder, borders: Borders, settings: Settings) -> Encoded:
+def encode_rows(
+    rows: list[dict],
+    numbers: np.ndarray,
+    encoder: ChatEncoder,
+    borders: Borders,
+    settings: Settings,
+) -> Encoded:
     "Render, tokenise, mask, cut and count; `numbers` are the rows' lines in the file, from 0."
     tokens, bad = encode_whole(rows, encoder)
     learn = lambda some: replace(some, trained=np.ones_like(some.trained)) if settings.full_sequence_loss else some
@@ -139,7 +179,9 @@ def encode_rows(rows: list[dict], numbers: np.ndarray, encoder: ChatEncoder, bor
     fate, used, learnt = fit(Facts.of(whole), settings.max_length, settings.cut)
     fate[bad], shorter = FATES.index("dropped: not renderable"), {}
     for i in np.flatnonzero(whole["tokens"] > settings.max_length).tolist():
-        fate[i], found = cut_row(rows[i], whole["exchange_starts"][i].values.to_numpy(), int(whole["tokens"][i]), encoder, settings)
+        fate[i], found = cut_row(
+            rows[i], whole["exchange_starts"][i].values.to_numpy(), int(whole["tokens"][i]), encoder, settings
+        )
         if found is None: continue
         shorter[i] = learn(found)
         used[i], learnt[i] = len(found.ids), supervised_before(shorter[i], shorter[i].offsets)[-1]
@@ -162,7 +204,12 @@ BATCH_BYTES = 1 << 20          # of text encoded together: what is worked on sta
 WORTH_BYTES = (128 << 20, 2 << 20)  # of text from which more processes pay: on the fast path, on the reference path
 TOKENS = pa.schema([("ids", pa.int32()), ("trained", pa.int8())])
 
-def pieces_of(starts: np.ndarray, chosen: np.ndarray, size: int, first_line: int = 0) -> list[np.ndarray]: # row numbers of each
+def pieces_of(
+    starts: np.ndarray,
+    chosen: np.ndarray,
+    size: int,
+    first_line: int = 0,
+) -> list[np.ndarray]: # row numbers of each
     "The chosen rows in stretches of about `size` bytes; `starts[0]` belongs to `first_line`."
     if not len(chosen): return []
     at = (np.cumsum(starts[chosen - first_line + 1] - starts[chosen - first_line]) - 1) // size
@@ -191,7 +238,11 @@ _worker = {}
 def start_worker(settings: Settings, fast: bool) -> None:
     "Load the tokenizer once."
     tokenizer = AutoTokenizer.from_pretrained(settings.model_dir)
-    _worker.update(settings=settings, encoder=ChatEncoder(tokenizer, settings.template, settings.train_on, fast), borders=Borders.of(tokenizer))
+    _worker.update(
+        settings=settings,
+        encoder=ChatEncoder(tokenizer, settings.template, settings.train_on, fast),
+        borders=Borders.of(tokenizer),
+    )
 
 def encode_piece(path: Path, starts: np.ndarray, numbers: np.ndarray, target: Path) -> list[pa.RecordBatch]: # FACTS
     "One piece, batch by batch; `starts` are those of its own span of the file."
@@ -206,7 +257,14 @@ def encode_piece(path: Path, starts: np.ndarray, numbers: np.ndarray, target: Pa
     return facts
 
 # %% ../../nbs/tokens/03_encoding.ipynb #processes
-def encoded_pieces(path: Path, starts: np.ndarray, chosen: np.ndarray, settings: Settings, fast: bool, scratch: Path) -> Iterator[list[pa.RecordBatch]]:
+def encoded_pieces(
+    path: Path,
+    starts: np.ndarray,
+    chosen: np.ndarray,
+    settings: Settings,
+    fast: bool,
+    scratch: Path,
+) -> Iterator[list[pa.RecordBatch]]:
     "Facts of the chosen rows in order, piece by piece; their tokens lie in `scratch`, one file per piece."
     pieces = pieces_of(starts, chosen, PIECE_BYTES)
     tasks = [(path, starts[p[0]:p[-1] + 2], p, scratch / f"{i:06}.arrow") for i, p in enumerate(pieces)]
@@ -217,9 +275,13 @@ def encoded_pieces(path: Path, starts: np.ndarray, chosen: np.ndarray, settings:
         for task in tasks: yield encode_piece(*task)
     else: yield from encoded_by_processes(tasks, processes, settings, fast)
 
-def encoded_by_processes(tasks: list[tuple], processes: int, settings: Settings, fast: bool) -> Iterator[list[pa.RecordBatch]]:
+def encoded_by_processes(
+    tasks: list[tuple],
+    processes: int,
+    settings: Settings,
+    fast: bool,
+) -> Iterator[list[pa.RecordBatch]]:
     "The same by several processes."
     module = importlib.import_module("proxy_sft.tokens.encoding")
     try: yield from results_in_order(module.encode_piece, tasks, processes, module.start_worker, (settings, fast))
     except module.FastPathDiffers as error: raise FastPathDiffers(str(error)) from error  # in a notebook the two classes are not the same
-

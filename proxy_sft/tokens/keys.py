@@ -26,16 +26,45 @@ class PrepareError(RuntimeError):
     "Preparation cannot go on: says what was looked for, what was found and what to do."
 
 # %% ../../nbs/tokens/02_keys.ipynb #key
-KEY_SETTINGS = ("template", "train_on", "max_length", "cut", "packing", "max_train_samples", "max_eval_samples", "full_sequence_loss", "seed")
-KEY_MODULES = ("chat/templates", "chat/masks", "chat/encoder", "chat/saving", "chat/parity_turns", "chat/parity_counts", "chat/parity",
-               "tokens/lengths", "tokens/encoding", "tokens/blocks", "tokens/preparation")
+KEY_SETTINGS = (
+    "template",
+    "train_on",
+    "max_length",
+    "cut",
+    "packing",
+    "max_train_samples",
+    "max_eval_samples",
+    "full_sequence_loss",
+    "seed",
+)
+KEY_MODULES = (
+    "chat/templates",
+    "chat/masks",
+    "chat/encoder",
+    "chat/saving",
+    "chat/parity_turns",
+    "chat/parity_counts",
+    "chat/parity",
+    "tokens/lengths",
+    "tokens/encoding",
+    "tokens/blocks",
+    "tokens/preparation",
+)
 KEY_LIBRARIES = ("jinja2", "tokenizers", "transformers")
 PACKAGE = Path(find_spec("proxy_sft").origin).parent
 FORMAT = 2  # raise when the files in a prepared folder change their meaning
 
-def key_parts(settings: Settings, data: bool = True) -> dict[str, Any]: # part -> value or hash; data: with the hashes of the data's bytes
+def key_parts(
+    settings: Settings, data: bool = True
+) -> dict[str, Any]: # part -> value or hash; data: with the hashes of the data's bytes
     "Everything that the content of a prepared folder depends on."
-    tokenizer = sorted({*settings.model_dir.glob("*token*.json"), *settings.model_dir.glob("vocab*"), *settings.model_dir.glob("merges*")})
+    tokenizer = sorted(
+        {
+            *settings.model_dir.glob("*token*.json"),
+            *settings.model_dir.glob("vocab*"),
+            *settings.model_dir.glob("merges*"),
+        }
+    )
     files = [settings.converted_dir / f"{split}.jsonl" for split in ("train", "heldout")] if data else []
     parts = {f"data/{p.name}": file_hash(p) for file in files for p in (file, facts_file(file)) if p.is_file()}
     parts |= {f"tokenizer/{p.name}": file_hash(p) for p in tokenizer}
@@ -56,7 +85,11 @@ def what_changed(parts: dict[str, Any], prepared_dir: Path) -> str: # for the lo
         return f"{name} (was {old.get(name)!r}, is {parts.get(name)!r})" if plain else name
     complete = [read_manifest(f)["key_parts"] for f in prepared_folders(prepared_dir)]
     differences = [[tell(n, old) for n in sorted({*parts, *old}) if parts.get(n) != old.get(n)] for old in complete]
-    return f"changed since the nearest prepared data: {', '.join(min(differences, key=len))}" if differences else "nothing is prepared yet"
+    return (
+        f"changed since the nearest prepared data: {', '.join(min(differences, key=len))}"
+        if differences
+        else "nothing is prepared yet"
+    )
 
 def prepared_folders(prepared_dir: Path) -> list[Path]: # sorted by name
     "The complete folders."

@@ -62,7 +62,9 @@ class Borders(NamedTuple):
     @classmethod
     def of(cls, tokenizer: Any) -> "Borders": # a fast Hugging Face tokenizer
         "Read off a tokenizer."
-        return cls(encode_text("<|im_start|>user\n", tokenizer)[:-1], control_tokens(tokenizer).get("<tool_response>", -1))
+        return cls(
+            encode_text("<|im_start|>user\n", tokenizer)[:-1], control_tokens(tokenizer).get("<tool_response>", -1)
+        )
 
     def starts(self, ids: np.ndarray) -> np.ndarray: # positions, ascending
         "Where each exchange of the rows in `ids` (end to end) begins."
@@ -72,8 +74,18 @@ class Borders(NamedTuple):
 
 # %% ../../nbs/tokens/01_lengths.ipynb #facts
 FATES = ("whole", "cut", "dropped: too long", "dropped: nothing to learn", "dropped: not renderable")
-FACTS = pa.schema([("line", pa.int64()), ("fate", pa.int8()), ("tokens", pa.int32()), ("supervised", pa.int32()), ("used_tokens", pa.int32()),
-                   ("used_supervised", pa.int32()), ("exchange_starts", pa.list_(pa.int32())), ("supervised_before", pa.list_(pa.int32()))])
+FACTS = pa.schema(
+    [
+        ("line", pa.int64()),
+        ("fate", pa.int8()),
+        ("tokens", pa.int32()),
+        ("supervised", pa.int32()),
+        ("used_tokens", pa.int32()),
+        ("used_supervised", pa.int32()),
+        ("exchange_starts", pa.list_(pa.int32())),
+        ("supervised_before", pa.list_(pa.int32())),
+    ]
+)
 
 def supervised_before(tokens: TokenRows, places: np.ndarray) -> np.ndarray: # positions in all tokens; int64 of each
     "How many tokens have a loss before each position; a row's first token has none, because nothing stands before it."
@@ -84,10 +96,15 @@ def supervised_before(tokens: TokenRows, places: np.ndarray) -> np.ndarray: # po
     before = np.cumsum(np.concatenate([[counted[:edges[0]].sum() if len(edges) else counted.sum()], sums]))
     return before[np.searchsorted(edges, places)]
 
-def describe_rows(tokens: TokenRows, borders: Borders) -> dict[str, Any]: # columns of FACTS that do not depend on max_length
+def describe_rows(
+    tokens: TokenRows, borders: Borders
+) -> dict[str, Any]: # columns of FACTS that do not depend on max_length
     "Lengths, supervised tokens and exchange borders of whole rows."
     starts = borders.starts(tokens.ids)
-    row, sums = np.searchsorted(tokens.offsets, starts, "right") - 1, supervised_before(tokens, np.concatenate([tokens.offsets, starts]))
+    row, sums = (
+        np.searchsorted(tokens.offsets, starts, "right") - 1,
+        supervised_before(tokens, np.concatenate([tokens.offsets, starts])),
+    )
     rows, sums = sums[:len(tokens.offsets)], sums[len(tokens.offsets):]
     ends = np.searchsorted(row, np.arange(len(tokens) + 1)).astype(np.int32)
     lists = [pa.ListArray.from_arrays(ends, column.astype(np.int32)) for column in
@@ -114,7 +131,9 @@ class Facts(NamedTuple):
         return cls(*(np.asarray(whole(n)) for n in ("tokens", "supervised")), row, np.diff(row, prepend=-1) > 0,
                    *(whole(n).flatten().to_numpy().astype(np.int64) for n in ("exchange_starts", "supervised_before")))
 
-def fit(facts: Facts, max_length: int, cut: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # fate (of FATES), tokens, supervised tokens kept
+def fit(
+    facts: Facts, max_length: int, cut: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # fate (of FATES), tokens, supervised tokens kept
     "What becomes of every row at this length, without encoding anything again."
     used, learnt = np.full(len(facts.tokens), -1), np.zeros(len(facts.tokens), np.int64)
     kept, sums = facts.start, facts.before
@@ -136,7 +155,9 @@ def usual_lengths(longest: int, chosen: int) -> list[int]: # tokens, ascending
     "Powers of two up to the longest row, and the one that was chosen."
     return sorted({chosen, *(2 ** k for k in range(9, 18) if 2 ** (k - 1) < max(longest, 1024))})
 
-def some_rows(table: Any, rows: int = 1 << 17) -> Iterator[Any]: # the table in parts of so many rows; anything else whole
+def some_rows(
+    table: Any, rows: int = 1 << 17
+) -> Iterator[Any]: # the table in parts of so many rows; anything else whole
     "What is worked on together: memory does not grow with the data."
     if not isinstance(table, pa.Table): yield table
     else: yield from (table.slice(at, rows) for at in range(0, len(table), rows))
@@ -144,7 +165,13 @@ def some_rows(table: Any, rows: int = 1 << 17) -> Iterator[Any]: # the table in 
 class LengthTable:
     "`max_length` -> rows whole, cut, dropped; supervised tokens lost."
 
-    def __init__(self, table: Any, chosen: int, cut: str, lengths: Optional[Iterable[int]] = None): # columns of FACTS; the setting; lengths to compare
+    def __init__(
+        self,
+        table: Any,
+        chosen: int,
+        cut: str,
+        lengths: Optional[Iterable[int]] = None,
+    ): # columns of FACTS; the setting; lengths to compare
         lengths = list(lengths or usual_lengths(int(np.asarray(table["tokens"]).max(initial=0)), chosen))
         sums, supervised = np.zeros((len(lengths), len(FATES) + 2), np.int64), 0
         for facts in map(Facts.of, some_rows(table)):
@@ -153,13 +180,25 @@ class LengthTable:
                 fate, used, learnt = fit(facts, length, cut)
                 line += [*np.bincount(fate, minlength=len(FATES)), used.sum(), learnt.sum()]
         self.chosen, names = chosen, (*FATES, "tokens", "supervised_tokens")
-        self.lines = [{"max_length": length, **dict(zip(names, line)), "supervised_lost": round(1 - line[-1] / max(1, supervised), 6)}
-                      for length, line in zip(lengths, sums.tolist())]
+        self.lines = [
+            {
+                "max_length": length,
+                **dict(zip(names, line)),
+                "supervised_lost": round(1 - line[-1] / max(1, supervised), 6),
+            }
+            for length, line in zip(lengths, sums.tolist())
+        ]
 
     def cells(self) -> list[list[str]]: # header, then a line per length
         "What is shown."
-        shown = [[f"{line['max_length']:,}{' *' if line['max_length'] == self.chosen else ''}", *(f"{line[f]:,}" for f in FATES[:4]),
-                  f"{line['supervised_lost']:.2%}"] for line in self.lines]
+        shown = [
+            [
+                f"{line['max_length']:,}{' *' if line['max_length'] == self.chosen else ''}",
+                *(f"{line[f]:,}" for f in FATES[:4]),
+                f"{line['supervised_lost']:.2%}",
+            ]
+            for line in self.lines
+        ]
         return [["max_length", *FATES[:4], "supervised tokens lost"], *shown]
 
     def __repr__(self) -> str: return text_table(self.cells()[1:], self.cells()[0]) + "\n* this run's"
@@ -176,8 +215,20 @@ def plot_lengths(table: LengthTable, facts: Any, axes: Any) -> None: # two matpl
     axes[0].set_xscale("log", base=2)
     axes[0].set(xlabel="tokens per conversation", ylabel="rows")
     x, rows = [line["max_length"] for line in table.lines], max(1, len(tokens))
-    axes[1].plot(x, [100 * line["supervised_lost"] for line in table.lines], "o-", color="#D55E00", label="supervised tokens lost")
-    axes[1].plot(x, [100 * (line[FATES[2]] + line[FATES[3]]) / rows for line in table.lines], "s--", color="#0072B2", label="rows dropped")
+    axes[1].plot(
+        x,
+        [100 * line["supervised_lost"] for line in table.lines],
+        "o-",
+        color="#D55E00",
+        label="supervised tokens lost",
+    )
+    axes[1].plot(
+        x,
+        [100 * (line[FATES[2]] + line[FATES[3]]) / rows for line in table.lines],
+        "s--",
+        color="#0072B2",
+        label="rows dropped",
+    )
     axes[1].set_xscale("log", base=2)
     axes[1].set(xlabel="max_length", ylabel="%", ylim=(0, None))
     axes[1].legend(fontsize="small")
@@ -186,8 +237,12 @@ def plot_lengths(table: LengthTable, facts: Any, axes: Any) -> None: # two matpl
 def count_tokens(table: Any, chosen: np.ndarray) -> dict[str, int]: # columns of FACTS; which rows to count
     "Rows per fate, tokens and supervised tokens that are trained."
     fates = np.bincount(np.asarray(table["fate"])[chosen], minlength=len(FATES)).tolist()
-    return {"rows": sum(fates), **dict(zip(FATES, fates)), "tokens": int(np.asarray(table["used_tokens"])[chosen].sum()),
-            "supervised_tokens": int(np.asarray(table["used_supervised"])[chosen].sum())}
+    return {
+        "rows": sum(fates),
+        **dict(zip(FATES, fates)),
+        "tokens": int(np.asarray(table["used_tokens"])[chosen].sum()),
+        "supervised_tokens": int(np.asarray(table["used_supervised"])[chosen].sum()),
+    }
 
 def token_statistics(
     table: Any, # columns of FACTS
@@ -197,7 +252,8 @@ def token_statistics(
 ) -> dict[str, Any]:
     "Counts in all and by source, histogram of lengths, what other lengths would cost."
     lengths = np.asarray(table["tokens"])
-    if not isinstance(sources, pa.Array): sources = pa.array(["unknown"] * len(lengths) if sources is None else sources, pa.string())
+    if not isinstance(sources, pa.Array):
+        sources = pa.array(["unknown"] * len(lengths) if sources is None else sources, pa.string())
     named = sources.dictionary_encode()
     names, code = named.dictionary.to_pylist(), named.indices.to_numpy()
     edges = [0, *(2 ** k for k in range(4, 18)), 2 ** 31]
@@ -215,19 +271,21 @@ def pack(
     rows, counts = packed_rows(lengths, max_length)
     return [some.tolist() for some in np.split(rows, np.cumsum(counts)[:-1])] if len(rows) else []
 
-def packed_rows(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]: # rows of all blocks one after the other; how many in each
+def packed_rows(
+    lengths: np.ndarray, max_length: int
+) -> tuple[np.ndarray, np.ndarray]: # rows of all blocks one after the other; how many in each
     "The same without a Python number for each row."
     order = np.argsort(-np.asarray(lengths), kind="stable")
     sizes, counts = np.unique(np.asarray(lengths)[order], return_counts=True)
     block = np.asarray(_fill_blocks(sizes[::-1].tolist(), counts[::-1].tolist(), max_length))
     return order[np.argsort(block, kind="stable")], np.bincount(block) if len(block) else np.zeros(0, np.int64)
 
-
 # %% ../../nbs/tokens/01_lengths.ipynb #fill-blocks
 def _fill_blocks(sizes: list, counts: list, max_length: int) -> array: # the block of every row, longest rows first
     "Blocks for so many rows of each length; `sizes` descend."
     shift, made, places = (max_length.bit_length() + 1) // 2, 0, array("i")
-    words, some = [0] * ((max_length >> shift) + 1), 0  # bits of the rooms, some 200 in a word; a bit for each word that is not 0
+    # bits of the rooms, some 200 in a word; a bit for each word that is not 0
+    words, some = [0] * ((max_length >> shift) + 1), 0
     by_room, low = [[] for _ in range(max_length + 1)], (1 << shift) - 1
     for length, count in zip(sizes, counts):
         while count:
@@ -237,7 +295,8 @@ def _fill_blocks(sizes: list, counts: list, max_length: int) -> array: # the blo
                 high += (above & -above).bit_length()
                 room = (high << shift) + (words[high] & -words[high]).bit_length() - 1
             else: room = max_length
-            each = room // length if length else count  # so many rows enter a block one after the other: no other has less room for them
+            # so many rows enter a block one after the other: no other has less room for them
+            each = room // length if length else count
             need = -(-count // each)
             if not (known := by_room[room]):
                 taken, made = list(range(made, made + need)), made + need
@@ -257,4 +316,3 @@ def _fill_blocks(sizes: list, counts: list, max_length: int) -> array: # the blo
                 some |= 1 << (after >> shift)
             count -= full * each + left
     return places
-

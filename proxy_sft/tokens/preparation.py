@@ -26,7 +26,15 @@ from transformers import AutoTokenizer
 from ..chat.parity import check_parity
 from ..core.atomic_folders import COMPLETE, is_complete, publish, read_manifest, AtomicFolderError, verify
 from proxy_sft.core.build_once import (
-    Heartbeat, Claim, claim_or_wait, discard_claim, OwnerNotFoundError, read_claim, wait_for_owner, BuildFailedError, World
+    Heartbeat,
+    Claim,
+    claim_or_wait,
+    discard_claim,
+    OwnerNotFoundError,
+    read_claim,
+    wait_for_owner,
+    BuildFailedError,
+    World,
 )
 from ..core.display import bar_pace
 from ..core.settings import Settings
@@ -60,18 +68,26 @@ def build(settings: Settings, progress: Callable[[str], None] = lambda text: Non
         progress(text)
     try: build_claimed(settings, parts, folder, claim, say)
     finally: claim.release()
-    return folder if is_complete(folder) else build(settings, progress)  # another job had taken us for dead, and goes on
+    # another job had taken us for dead, and goes on
+    return folder if is_complete(folder) else build(settings, progress)
 
 def claim_of(folder: Path) -> Path:
     "The file that is there as long as somebody builds this folder."
     return folder.with_name(f".claim-{folder.name}")
 
 # %% ../../nbs/tokens/05_preparation.ipynb #build-claimed
-def build_claimed(settings: Settings, parts: dict[str, Any], folder: Path, claim: Claim, say: Callable[[str], None]) -> None:
+def build_claimed(
+    settings: Settings,
+    parts: dict[str, Any],
+    folder: Path,
+    claim: Claim,
+    say: Callable[[str], None],
+) -> None:
     "Build aside and publish."
     remove_abandoned(settings.prepared_dir)
     say(f"Preparing, because {what_changed(parts, settings.prepared_dir)}.")
-    get_context("forkserver").set_forkserver_preload(["proxy_sft.tokens.encoding"])  # imported once, not once per process
+    # imported once, not once per process
+    get_context("forkserver").set_forkserver_preload(["proxy_sft.tokens.encoding"])
     aside = settings.prepared_dir / f".building-{folder.name}-{claim.word}"
     try:
         sources = sources_of(settings)
@@ -82,8 +98,12 @@ def build_claimed(settings: Settings, parts: dict[str, Any], folder: Path, claim
             parity = check_train_parity(settings, sources, fresh(aside), say)
             splits, path = build_splits(settings, sources, aside, say, fast=False), f"reference, because {error}"
         (aside / "statistics.json").write_text(json.dumps(splits, indent=1) + "\n", encoding="utf-8")
-        short = {name: {n: v for n, v in counts.items() if n not in ("by_source", "max_length")} for name, counts in splits.items()}
-        if not claim.lost: publish(aside, folder, {"key_parts": parts, "splits": short, "path": path, "certified": parity})
+        short = {
+            name: {n: v for n, v in counts.items() if n not in ("by_source", "max_length")}
+            for name, counts in splits.items()
+        }
+        if not claim.lost:
+            publish(aside, folder, {"key_parts": parts, "splits": short, "path": path, "certified": parity})
     except WorkerLost as error: raise PrepareError(str(error)) from error
     finally: shutil.rmtree(aside, ignore_errors=True)
 
@@ -94,16 +114,32 @@ def fresh(folder: Path) -> Path:
     return folder
 
 # %% ../../nbs/tokens/05_preparation.ipynb #build-splits
-def build_splits(settings: Settings, sources: dict[str, Source], aside: Path, progress: Callable[[str], None], fast: bool) -> dict[str, dict]: # split -> counts
+def build_splits(
+    settings: Settings,
+    sources: dict[str, Source],
+    aside: Path,
+    progress: Callable[[str], None],
+    fast: bool,
+) -> dict[str, dict]: # split -> counts
     "Both splits; `PrepareError` when nothing is left to train on."
-    splits = {split: build_split(source, aside / f"{split}.arrow", settings, progress, fast) for split, source in sources.items()}
+    splits = {
+        split: build_split(source, aside / f"{split}.arrow", settings, progress, fast)
+        for split, source in sources.items()
+    }
     if not splits.get("train", {}).get("blocks"):
         fates = {fate: splits["train"][fate] for fate in FATES} if "train" in splits else "it is empty"
-        raise PrepareError(f"No conversation of {settings.converted_dir / 'train.jsonl'} is left to train on: {fates}. "
-                           f"Raise max_length (now {settings.max_length}) or change train_on (now {settings.train_on}).")
+        raise PrepareError(
+            f"No conversation of {settings.converted_dir / 'train.jsonl'} is left to train on: {fates}. "
+            f"Raise max_length (now {settings.max_length}) or change train_on (now {settings.train_on})."
+        )
     return splits
 
-def check_train_parity(settings: Settings, sources: dict[str, Source], aside: Path, progress: Callable[[str], None]) -> bool: # whether the parity check passed
+def check_train_parity(
+    settings: Settings,
+    sources: dict[str, Source],
+    aside: Path,
+    progress: Callable[[str], None],
+) -> bool: # whether the parity check passed
     "Measure serve parity over the training conversations before anything is trained; `parity.json` in the folder."
     source, tokenizer = sources.get("train"), AutoTokenizer.from_pretrained(settings.model_dir)
     rows, lines, starts = (source.path, source.chosen, source.starts) if source else ([], None, None)
@@ -112,7 +148,9 @@ def check_train_parity(settings: Settings, sources: dict[str, Source], aside: Pa
         def told(rows):
             bar.update(rows - bar.n)
             progress(f"train: {rows:,} of {count:,} rows certified")
-        found = check_parity(rows, tokenizer, settings.template, settings.train_on, processes, lines=lines, starts=starts, progress=told)
+        found = check_parity(
+            rows, tokenizer, settings.template, settings.train_on, processes, lines=lines, starts=starts, progress=told
+        )
     (aside / "parity.json").write_text(found.to_json(), encoding="utf-8")
     return found.passed
 
@@ -142,7 +180,9 @@ class Prepared:
         self.folder, self.manifest = folder, read_manifest(folder)
         self.key, self.splits = folder.name, self.manifest["splits"]
 
-    def dataset(self, split: str) -> Optional[Dataset]: # input_ids, labels, seq_lengths per block; None when there is no such split
+    def dataset(
+        self, split: str
+    ) -> Optional[Dataset]: # input_ids, labels, seq_lengths per block; None when there is no such split
         "A split as a `datasets.Dataset`, mapped from disk."
         return Dataset.from_file(str(self.folder / f"{split}.arrow")) if split in self.splits else None
 
@@ -169,8 +209,10 @@ class Prepared:
 
 def split_line(name: str, s: dict[str, Any]) -> str:
     "A split's counts."
-    return (f"{name}: {s['rows']:,} rows ({', '.join(f'{s[f]:,} {f}' for f in FATES if s[f])}), {s['tokens']:,} tokens, "
-            f"{s['supervised_tokens'] / max(1, s['tokens']):.1%} of them supervised, {s['blocks']:,} blocks, {s['fill']:.1%} full")
+    return (
+        f"{name}: {s['rows']:,} rows ({', '.join(f'{s[f]:,} {f}' for f in FATES if s[f])}), {s['tokens']:,} tokens, "
+        f"{s['supervised_tokens'] / max(1, s['tokens']):.1%} of them supervised, {s['blocks']:,} blocks, {s['fill']:.1%} full"
+    )
 
 # %% ../../nbs/tokens/05_preparation.ipynb #prepare
 ANSWER = 60  # seconds in which the builder answers a first rank that would else build for its own machine
@@ -187,11 +229,18 @@ def build_or_wait(settings: Settings, ensure_inputs: Callable[[Settings], None])
     "Which of the two it is on this rank."
     world, shared = World.from_environment(), settings.shared_file_system
     first, here = world.local_rank == 0, range(world.rank + 1, world.rank - world.local_rank + world.local_size)
-    if world.rank == 0: return build_for(settings, here if shared == "false" else range(1, world.size), ensure_inputs, world.rank)
+    if world.rank == 0:
+        return build_for(settings, here if shared == "false" else range(1, world.size), ensure_inputs, world.rank)
     if first and shared == "false": return build_for(settings, here, ensure_inputs, world.rank)
     builders = {"true": (0,), "false": (world.first_here,), "auto": (0, world.first_here)}[shared]
-    tell = waiting_line(world.rank, stop=lambda: raise_if_stop_requested(settings.run_dir, settings.max_hours, "waiting for prepared data"))
-    try: key = wait_for_owner(settings.run_dir, world.rank, builders, ANSWER if first and shared == "auto" else BEGIN, progress=tell)
+    tell = waiting_line(
+        world.rank,
+        stop=lambda: raise_if_stop_requested(settings.run_dir, settings.max_hours, "waiting for prepared data"),
+    )
+    try:
+        key = wait_for_owner(
+            settings.run_dir, world.rank, builders, ANSWER if first and shared == "auto" else BEGIN, progress=tell
+        )
     except BuildFailedError as error:
         if "StopRequested: " in str(error): raise StopRequested(str(error).partition("StopRequested: ")[2]) from error
         if not isinstance(error, OwnerNotFoundError): raise
@@ -200,7 +249,11 @@ def build_or_wait(settings: Settings, ensure_inputs: Callable[[Settings], None])
         return build_for(settings, here, ensure_inputs, world.rank)
     return Prepared(settings.prepared_dir / key)
 
-def waiting_line(rank: int, every: float = 30, stop: Callable[[], None] = lambda: None) -> Callable[[str], None]: # seconds between two lines; asked each time
+def waiting_line(
+    rank: int,
+    every: float = 30,
+    stop: Callable[[], None] = lambda: None,
+) -> Callable[[str], None]: # seconds between two lines; asked each time
     "Tells now and then what is waited for, into this rank's own log."
     last = time.monotonic()
     def tell(text):
@@ -239,5 +292,7 @@ def check_folder(folder: Path) -> None: # raises PrepareError
     "Every byte against the manifest; the marker is touched, so that `caches` knows when the folder was last used."
     try: verify(folder)
     except AtomicFolderError as error:
-        raise PrepareError(f"{error} Nothing was trained on it. Look after the disk, delete {folder}, and start again: it is then built anew.") from error
+        raise PrepareError(
+            f"{error} Nothing was trained on it. Look after the disk, delete {folder}, and start again: it is then built anew."
+        ) from error
     with contextlib.suppress(PermissionError): os.utime(folder / COMPLETE)  # others may own it

@@ -20,35 +20,68 @@ from ..core.atomic_folders import COMPLETE, is_complete, publish, read_manifest
 from ..core.settings import did_you_mean, Settings
 
 # %% ../../nbs/training/04_adapters.ipynb #config
-def adapter_config(settings: Settings, model: PreTrainedModel) -> Optional[LoraConfig]: # None: all weights are trained; raises ModelError
+def adapter_config(
+    settings: Settings, model: PreTrainedModel
+) -> Optional[LoraConfig]: # None: all weights are trained; raises ModelError
     "The adapters in peft's words."
     if settings.lora_rank is None: return None
     targets = [name.strip() for name in settings.lora_targets.split(",")]
     if targets == ["all-linear"]: targets = "all-linear"
     else:
-        known = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()})
+        known = sorted(
+            {
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+            }
+        )
         for name in targets:
-            if name not in known: raise ModelError(f"lora_targets names {name!r}, which is no linear layer below the head.{did_you_mean(name, known)} Known: all-linear, {', '.join(known)}.")
-    return LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha or 2 * settings.lora_rank, target_modules=targets, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
+            if name not in known:
+                raise ModelError(
+                    f"lora_targets names {name!r}, which is no linear layer below the head.{did_you_mean(name, known)} Known: all-linear, {', '.join(known)}."
+                )
+    return LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
+        target_modules=targets,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
 
 # %% ../../nbs/training/04_adapters.ipynb #merge
-STATES = ("optimizer.pt", "scheduler.pt", "rng_state", "scaler.pt", "latest", "zero_to_fp32.py", "global_step", "adapter_")
+STATES = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state",
+    "scaler.pt",
+    "latest",
+    "zero_to_fp32.py",
+    "global_step",
+    "adapter_",
+)
 
-def merged_folder(settings: Settings, checkpoint: Path) -> Path: # sealed, in the run's folder; the caller deletes it; raises ModelError
+def merged_folder(
+    settings: Settings, checkpoint: Path
+) -> Path: # sealed, in the run's folder; the caller deletes it; raises ModelError
     "The base model with a checkpoint's adapter merged, and everything else that the checkpoint holds but states."
     aside, target = settings.run_dir / ".merging", settings.run_dir / ".merged"
     for left in (aside, target): shutil.rmtree(left, ignore_errors=True)
     try: write_merged(settings, checkpoint, aside)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise ModelError(f"The adapter of {checkpoint.name} could not be merged: {type(error).__name__}: {error} The checkpoint is untouched; start the run again to merge anew.") from error
+        raise ModelError(
+            f"The adapter of {checkpoint.name} could not be merged: {type(error).__name__}: {error} The checkpoint is untouched; start the run again to merge anew."
+        ) from error
     facts = {name: value for name, value in read_manifest(checkpoint).items() if name != "files"}
     publish(aside, target, {**facts, "merged_from": (checkpoint / COMPLETE).read_text(encoding="utf-8").strip()})
     return target
 
 def write_merged(settings: Settings, checkpoint: Path, aside: Path) -> None:
     "Merge on the CPU; a merged weight that is no number is an error."
-    base = AutoModelForCausalLM.from_pretrained(settings.model_dir, dtype="auto", use_safetensors=True, local_files_only=True)
+    base = AutoModelForCausalLM.from_pretrained(
+        settings.model_dir, dtype="auto", use_safetensors=True, local_files_only=True
+    )
     merged = PeftModel.from_pretrained(base, str(checkpoint)).merge_and_unload(safe_merge=True)
     merged.config.eos_token_id = GenerationConfig.from_pretrained(checkpoint).eos_token_id
     merged.save_pretrained(aside)
@@ -60,4 +93,7 @@ def write_merged(settings: Settings, checkpoint: Path, aside: Path) -> None:
 
 def is_merged(run_dir: Path, checkpoint: Path) -> bool:
     "Whether the run's folder holds this checkpoint's merged model already."
-    return is_complete(run_dir) and read_manifest(run_dir).get("merged_from") == (checkpoint / COMPLETE).read_text(encoding="utf-8").strip()
+    return (
+        is_complete(run_dir)
+        and read_manifest(run_dir).get("merged_from") == (checkpoint / COMPLETE).read_text(encoding="utf-8").strip()
+    )

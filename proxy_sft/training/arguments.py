@@ -34,10 +34,18 @@ def speed_record(trainer: SFTTrainer, settings: Settings) -> dict[str, Any]: # f
     "Set the attention and prove it on the trainer's own model, collator and data; say what was chosen."
     model = trainer.accelerator.unwrap_model(trainer.model)
     with whole_weights(model):
-        chosen = choose_attention(getattr(model, "get_base_model", lambda: model)(), settings.attention, settings.end_to_end, trainer.data_collator, short_rows(trainer.train_dataset),
-                                  trainer.accelerator.autocast, half=settings.bf16)
+        chosen = choose_attention(
+            getattr(model, "get_base_model", lambda: model)(),
+            settings.attention,
+            settings.end_to_end,
+            trainer.data_collator,
+            short_rows(trainer.train_dataset),
+            trainer.accelerator.autocast,
+            half=settings.bf16,
+        )
     kernels = "liger" if trainer.args.use_liger_kernel else "none"
-    if trainer.is_world_process_zero(): print(f"{chosen}{'' if kernels == 'none' else f' Kernels: {kernels}.'}", flush=True)
+    if trainer.is_world_process_zero():
+        print(f"{chosen}{'' if kernels == 'none' else f' Kernels: {kernels}.'}", flush=True)
     return {**chosen.record(), "kernels": kernels}
 
 def whole_weights(model: PreTrainedModel) -> AbstractContextManager:
@@ -50,23 +58,38 @@ def short_rows(data: Dataset) -> list[np.ndarray]: # token ids
     "The beginnings of three blocks, which are beginnings of conversations."
     return [np.asarray(data[i % len(data)]["input_ids"])[:length] for i, length in enumerate((96, 64, 80))]
 
-
 # %% ../../nbs/training/10_arguments.ipynb #arguments
 def uses_deepspeed(settings: Settings) -> bool:
     "DeepSpeed is for processes that torchrun started; one process trains plainly."
     return settings.deepspeed is not None and "RANK" in os.environ
 
-def optimizer_of(settings: Settings) -> tuple[dict[str, Any], Optional[tuple[type, dict[str, Any]]]]: # see `optimizer_arguments`
+def optimizer_of(
+    settings: Settings,
+) -> tuple[
+    dict[str, Any],
+    Optional[tuple[type, dict[str, Any]]],
+]: # see `optimizer_arguments`
     "The optimizer for this machine's device and this run's precision."
-    return optimizer_arguments(settings, weights_dtype(settings, uses_deepspeed(settings)), training_device(settings), uses_deepspeed(settings))
+    return optimizer_arguments(
+        settings, weights_dtype(settings, uses_deepspeed(settings)), training_device(settings), uses_deepspeed(settings)
+    )
 
-CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in SFTConfig.__dataclass_fields__)  # renamed in 5.23
+CHECKPOINTING = next(
+    n for n in ("activation_checkpointing", "gradient_checkpointing") if n in SFTConfig.__dataclass_fields__
+)  # renamed in 5.23
 
 def checkpointing_arguments(kind: str) -> dict[str, Any]: # none, selective or full
     "Which activations are computed anew; selective is TRL's: what attention gave is kept."
-    return {CHECKPOINTING: kind != "none", f"{CHECKPOINTING}_kwargs": {"selective": True} if kind == "selective" else None}
+    return {
+        CHECKPOINTING: kind != "none",
+        f"{CHECKPOINTING}_kwargs": {"selective": True} if kind == "selective" else None,
+    }
 
-def deepspeed_values(settings: Settings, separate: bool, universal: bool = False) -> dict[str, Any]: # universal: the checkpoint was converted
+def deepspeed_values(
+    settings: Settings,
+    separate: bool,
+    universal: bool = False,
+) -> dict[str, Any]: # universal: the checkpoint was converted
     "The DeepSpeed configuration; where machines have disks of their own, each writes the weights it will want to read."
     values = json.loads(deepspeed_file(settings).read_text(encoding="utf-8"))
     more = {**({"use_node_local_storage": True} if separate else {}), **({"load_universal": True} if universal else {})}
@@ -75,27 +98,64 @@ def deepspeed_values(settings: Settings, separate: bool, universal: bool = False
 # %% ../../nbs/training/10_arguments.ipynb #training-arguments
 PATIENCE = 7200  # seconds that a rank waits for another: one may be hashing or converting a checkpoint of 131 GB
 
-def training_arguments(settings: Settings, resumed: bool, separate: bool = False, universal: bool = False, heldout: bool = True) -> SFTConfig: # separate: each machine has its own run folder; heldout: there are rows to measure
+def training_arguments(
+    settings: Settings,
+    resumed: bool,
+    separate: bool = False,
+    universal: bool = False,
+    heldout: bool = True,
+) -> SFTConfig: # separate: each machine has its own run folder; heldout: there are rows to measure
     "Our settings in TRL's words."
     on_cpu = training_device(settings).type == "cpu"
-    return one_device(SFTConfig(
-        output_dir=str(settings.run_dir), seed=settings.seed, data_seed=settings.seed, use_cpu=on_cpu,
-        max_steps=settings.max_steps or -1, num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate, lr_scheduler_type=settings.lr_scheduler, warmup_steps=settings.warmup_ratio,
-        weight_decay=settings.weight_decay, adam_beta2=settings.adam_beta2, max_grad_norm=settings.max_grad_norm, **optimizer_of(settings)[0],
-        bf16=settings.bf16, fp16=False, **checkpointing_arguments(settings.activation_checkpointing), **kernel_arguments(kernels_for(settings, training_device(settings))),
-        deepspeed=deepspeed_values(settings, separate, universal) if uses_deepspeed(settings) else None, save_on_each_node=separate,
-        dataset_kwargs={"skip_prepare_dataset": True}, padding_free=settings.end_to_end, packing=False, max_length=None,
-        dataloader_num_workers=settings.dataloader_workers, dataloader_pin_memory=not on_cpu,
-        save_strategy="steps", save_steps=settings.save_steps, save_total_limit=None,
-        eval_strategy="steps" if heldout else "no", eval_steps=settings.eval_steps or 10**9, eval_on_start=heldout and not resumed, prediction_loss_only=True,
-        logging_steps=settings.logging_steps, logging_nan_inf_filter=False, logging_first_step=True, report_to=settings.report_to or "none",
-        disable_tqdm=True, log_level="warning", ddp_find_unused_parameters=False if dist.is_available() else None, ddp_timeout=PATIENCE))
+    return one_device(
+        SFTConfig(
+            output_dir=str(settings.run_dir),
+            seed=settings.seed,
+            data_seed=settings.seed,
+            use_cpu=on_cpu,
+            max_steps=settings.max_steps or -1,
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=settings.lr_scheduler,
+            warmup_steps=settings.warmup_ratio,
+            weight_decay=settings.weight_decay,
+            adam_beta2=settings.adam_beta2,
+            max_grad_norm=settings.max_grad_norm,
+            **optimizer_of(settings)[0],
+            bf16=settings.bf16,
+            fp16=False,
+            **checkpointing_arguments(settings.activation_checkpointing),
+            **kernel_arguments(kernels_for(settings, training_device(settings))),
+            deepspeed=deepspeed_values(settings, separate, universal) if uses_deepspeed(settings) else None,
+            save_on_each_node=separate,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            padding_free=settings.end_to_end,
+            packing=False,
+            max_length=None,
+            dataloader_num_workers=settings.dataloader_workers,
+            dataloader_pin_memory=not on_cpu,
+            save_strategy="steps",
+            save_steps=settings.save_steps,
+            save_total_limit=None,
+            eval_strategy="steps" if heldout else "no",
+            eval_steps=settings.eval_steps or 10**9,
+            eval_on_start=heldout and not resumed,
+            prediction_loss_only=True,
+            logging_steps=settings.logging_steps,
+            logging_nan_inf_filter=False,
+            logging_first_step=True,
+            report_to=settings.report_to or "none",
+            disable_tqdm=True,
+            log_level="warning",
+            ddp_find_unused_parameters=False if dist.is_available() else None,
+            ddp_timeout=PATIENCE,
+        )
+    )
 
 def one_device(arguments: SFTConfig) -> SFTConfig: # changed
     "A process computes on its own GPU; transformers would spread it over all that it sees, which TRL refuses."
     if arguments.n_gpu > 1: arguments._n_gpu = 1
     return arguments
-

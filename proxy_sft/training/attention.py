@@ -37,21 +37,50 @@ class AttentionError(RuntimeError):
 # %% ../../nbs/training/05_attention.ipynb #varlen
 VARLEN = "torch_varlen"
 
-def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, cu_seq_lens_q=None, max_length_q=None, position_ids=None, **kwargs):
+def varlen_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout=0.0,
+    scaling=None,
+    cu_seq_lens_q=None,
+    max_length_q=None,
+    position_ids=None,
+    **kwargs,
+):
     "transformers' attention interface over `torch.nn.attention.varlen`; rows that are not packed go to sdpa."
     if cu_seq_lens_q is None and attention_mask is None and position_ids is not None and restarts(position_ids, query):
         (cu_seq_lens_q, _), (max_length_q, _) = prepare_fa_kwargs_from_position_ids(position_ids)
-    if cu_seq_lens_q is None: return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    if dropout: raise AttentionError(f"{VARLEN} knows no dropout, and the model asks for {dropout}. Set attention to sdpa.")
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout:
+        raise AttentionError(f"{VARLEN} knows no dropout, and the model asks for {dropout}. Set attention to sdpa.")
     low = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
     rows = [t.transpose(1, 2).flatten(0, 1).to(low) for t in (query, key, value)]  # tokens, heads, width
     ends, longest = cu_seq_lens_q.to(query.device), int(max_length_q)
-    made = varlen_attn(*rows, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1])
+    made = varlen_attn(
+        *rows,
+        ends,
+        ends,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
     return made[None], None
 
 def restarts(position_ids: torch.Tensor, query: torch.Tensor) -> bool:
     "Whether positions say that one row holds several conversations."
-    return query.shape[0] == 1 and query.shape[2] == position_ids.shape[-1] > 1 and bool((position_ids.diff(dim=-1) != 1).any())
+    return (
+        query.shape[0] == 1
+        and query.shape[2] == position_ids.shape[-1] > 1
+        and bool((position_ids.diff(dim=-1) != 1).any())
+    )
 
 def varlen_mask(*args, attention_mask=None, **kwargs):
     "No mask where none was passed; else that of sdpa."
@@ -61,8 +90,20 @@ AttentionInterface.register(VARLEN, varlen_attention)
 AttentionMaskInterface.register(VARLEN, varlen_mask)
 
 # %% ../../nbs/training/05_attention.ipynb #choice
-KERNELS = {"kernels-community/vllm-flash-attn3": "flash_attention_3", "kernels-community/flash-attn2": "flash_attention_2"}
-ORDER = ("flash_attention_3", "kernels-community/vllm-flash-attn3", "flash_attention_2", "kernels-community/flash-attn2", VARLEN, "flex_attention", "sdpa", "eager")
+KERNELS = {
+    "kernels-community/vllm-flash-attn3": "flash_attention_3",
+    "kernels-community/flash-attn2": "flash_attention_2",
+}
+ORDER = (
+    "flash_attention_3",
+    "kernels-community/vllm-flash-attn3",
+    "flash_attention_2",
+    "kernels-community/flash-attn2",
+    VARLEN,
+    "flex_attention",
+    "sdpa",
+    "eager",
+)
 
 def is_installed(name: str) -> bool: # a name of ORDER
     "Whether an implementation can be loaded here without a network."
@@ -85,7 +126,8 @@ def unavailable_reason(
     if name in ("sdpa", "eager"): return ""
     if capability is None: return "needs a GPU"
     if not packed and name in (VARLEN, "flex_attention"): return "is for packed rows"
-    if KERNELS.get(name, name) == "flash_attention_3" and capability[0] != 9: return f"is for cards of capability 9, not {capability[0]}"
+    if KERNELS.get(name, name) == "flash_attention_3" and capability[0] != 9:
+        return f"is for cards of capability 9, not {capability[0]}"
     if name != "flex_attention" and capability[0] < 8: return f"needs capability 8, the card has {capability[0]}"
     if name != "flex_attention" and not half: return "needs 16-bit arithmetic"
     return "" if installed(name) else "not installed"
@@ -111,14 +153,21 @@ class PackedCheck:
         return f"packed rows lose {self.packed:.4f} per token, the same rows alone {self.separate:.4f} (if they saw each other: {self.joined:.4f}{blunt})"
 
 # %% ../../nbs/training/05_attention.ipynb #check
-def log_probabilities(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor: # one per trained token, on the CPU
+def log_probabilities(
+    model: PreTrainedModel, batch: dict[str, Any]
+) -> torch.Tensor: # one per trained token, on the CPU
     "What the loss is made of, for rows so short that their logits are no burden."
     inputs = {n: v.to(next(model.parameters()).device) if torch.is_tensor(v) else v for n, v in batch.items()}
     labels = inputs.pop("labels")[:, 1:]
     logs = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
     return logs.gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels != -100].cpu()
 
-def block(rows: list[list[int]], collate: Callable[[list[dict]], dict[str, Any]]) -> dict[str, Any]: # as the model gets it
+def block(
+    rows: list[list[int]],
+    collate: Callable[
+        [list[dict]], dict[str, Any]
+    ],
+) -> dict[str, Any]: # as the model gets it
     "Rows packed into one block, every token with a loss."
     ids = np.concatenate(rows)
     return collate([{"input_ids": ids, "labels": ids, "seq_lengths": np.array([len(row) for row in rows])}])
@@ -136,7 +185,14 @@ def compare_packed(
     keep = [i - 1 for i in range(1, sum(map(len, rows))) if i not in first]
     joined = log_probabilities(model, block([[i for row in rows for i in row]], collate))[keep]
     mean = lambda logs: -float(logs.mean())
-    return PackedCheck(mean(packed), mean(separate), mean(joined), float((packed - separate).abs().mean()), float((joined - separate).abs().mean()), tolerance)
+    return PackedCheck(
+        mean(packed),
+        mean(separate),
+        mean(joined),
+        float((packed - separate).abs().mean()),
+        float((joined - separate).abs().mean()),
+        tolerance,
+    )
 
 # %% ../../nbs/training/05_attention.ipynb #settle
 @dataclass(frozen=True)
@@ -146,12 +202,24 @@ class Attention:
     why: str
     check: Optional[PackedCheck]
 
-    def __str__(self) -> str: return f"Attention: {self.name}, {self.why}." + (f" Checked: {self.check}." if self.check else "")
+    def __str__(self) -> str:
+        return f"Attention: {self.name}, {self.why}." + (f" Checked: {self.check}." if self.check else "")
 
     def record(self) -> dict[str, Any]:
-        return {"attention": self.name, "attention_why": self.why, "attention_check": asdict(self.check) if self.check else None}
+        return {
+            "attention": self.name,
+            "attention_why": self.why,
+            "attention_check": asdict(self.check) if self.check else None,
+        }
 
-def prove(model: PreTrainedModel, name: str, collate: Callable, rows: list[list[int]], tolerance: float, arithmetic: Callable[[], ContextManager]) -> PackedCheck:
+def prove(
+    model: PreTrainedModel,
+    name: str,
+    collate: Callable,
+    rows: list[list[int]],
+    tolerance: float,
+    arithmetic: Callable[[], ContextManager],
+) -> PackedCheck:
     "Set an attention, compare, and go backwards once; leaves gradients as they are."
     model.set_attn_implementation(name)
     first = min((p for p in model.parameters() if p.requires_grad), key=torch.Tensor.numel)  # of the first layer
@@ -164,8 +232,10 @@ def prove(model: PreTrainedModel, name: str, collate: Callable, rows: list[list[
 
 def refusal(found: PackedCheck) -> str:
     "Why an attention that leaks is refused, and what to set."
-    return (f"lets packed conversations see each other: {found}. They differ by {found.difference:.2g} per token where {found.tolerance:g} is allowed. "
-            "Set attention to auto, sdpa or eager, or packing and padding_free to false")
+    return (
+        f"lets packed conversations see each other: {found}. They differ by {found.difference:.2g} per token where {found.tolerance:g} is allowed. "
+        "Set attention to auto, sdpa or eager, or packing and padding_free to false"
+    )
 
 # %% ../../nbs/training/05_attention.ipynb #choose
 def choose_attention(
@@ -180,14 +250,29 @@ def choose_attention(
     "Set the attention that was asked for, or the fastest that fits, and prove it."
     known = {*ORDER, *AttentionInterface().valid_keys()}
     if wanted != "auto" and wanted not in known and "/" not in wanted:
-        raise AttentionError(f"attention is {wanted!r}, which transformers does not know.{did_you_mean(wanted, sorted(known))} Known: auto, {', '.join(sorted(known))}.")
-    device, tolerance, passed_over = next(model.parameters()).device, TOLERANCE[torch.bfloat16 if half else torch.float32], []
+        raise AttentionError(
+            f"attention is {wanted!r}, which transformers does not know.{did_you_mean(wanted, sorted(known))} Known: auto, {', '.join(sorted(known))}."
+        )
+    device, tolerance, passed_over = (
+        next(model.parameters()).device,
+        TOLERANCE[torch.bfloat16 if half else torch.float32],
+        [],
+    )
     capability, training = torch.cuda.get_device_capability(device) if device.type == "cuda" else None, model.training
-    model.train(not getattr(model.config, "attention_dropout", 0))  # as it will be trained; dropout would hide what is compared
+    # as it will be trained; dropout would hide what is compared
+    model.train(not getattr(model.config, "attention_dropout", 0))
     try:
         for name in ORDER if wanted == "auto" else (wanted,):
             problem, found = unavailable_reason(name, capability, half, packed) if wanted == "auto" else "", None
-            if not problem: problem, found = tried(lambda: prove(model, name, collate, rows, tolerance, arithmetic) if packed else model.set_attn_implementation(name), name)
+            if not problem:
+                problem, found = tried(
+                    lambda: (
+                        prove(model, name, collate, rows, tolerance, arithmetic)
+                        if packed
+                        else model.set_attn_implementation(name)
+                    ),
+                    name,
+                )
             if problem := next((p for p in all_gather(problem) if p), ""): passed_over.append(f"{name} {problem}")
             else: return Attention(name, reason(wanted, capability, passed_over), found)
     finally: model.train(training)
@@ -196,12 +281,22 @@ def choose_attention(
 def reason(wanted: str, capability: Optional[tuple[int, int]], passed_over: list[str]) -> str:
     "Why this one, in words for the log."
     if wanted != "auto": return "as the settings say"
-    return "the fastest without a GPU" if capability is None else f"the fastest that fits ({'; '.join(passed_over) or 'the first in the list'})"
+    return (
+        "the fastest without a GPU"
+        if capability is None
+        else f"the fastest that fits ({'; '.join(passed_over) or 'the first in the list'})"
+    )
 
-def tried(act: Callable[[], Optional[PackedCheck]], name: str) -> tuple[str, Optional[PackedCheck]]: # what went wrong, what was found
+def tried(
+    act: Callable[[], Optional[PackedCheck]],
+    name: str,
+) -> tuple[str, Optional[PackedCheck]]: # what went wrong, what was found
     "An attempt in words."
     try: found = act()
     except torch.OutOfMemoryError: raise
     except (AttentionError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError, subprocess.SubprocessError) as error:
-        return f"cannot be used here ({type(error).__name__}: {str(error)[:300]}), so set attention to auto, sdpa or eager", None
+        return (
+            f"cannot be used here ({type(error).__name__}: {str(error)[:300]}), so set attention to auto, sdpa or eager",
+            None,
+        )
     return ("", found) if found is None or found.passed else (refusal(found), found)

@@ -36,7 +36,8 @@ class CompleteCheckpoints:
     left_out = 0                # saves for which there was no room
 
     @property
-    def publishes(self) -> bool: return self.args.process_index == 0 or (self.separate and self.args.local_process_index == 0)
+    def publishes(self) -> bool:
+        return self.args.process_index == 0 or (self.separate and self.args.local_process_index == 0)
 
     def _get_output_dir(self, trial): # asked by transformers for every save
         return str(self.run_dir / ".saving")
@@ -53,7 +54,12 @@ class CompleteCheckpoints:
         "As transformers does, and the weights alone in between."
         super()._maybe_log_save_evaluate(*args, **kwargs)
         step, target = self.state.global_step, self.run_dir / f"weights-{self.state.global_step}"
-        if not self.weights_every or step % self.weights_every or any_rank(is_complete(target) or is_complete(self.run_dir / f"checkpoint-{step}")): return
+        if (
+            not self.weights_every
+            or step % self.weights_every
+            or any_rank(is_complete(target) or is_complete(self.run_dir / f"checkpoint-{step}"))
+        ):
+            return
         self._written(target, lambda: self.save_model(str(self.run_dir / ".saving" / target.name), _internal_call=True))
         self._publish(target, "weights")
 
@@ -65,8 +71,10 @@ def _written(self: CompleteCheckpoints, target: Path, write: Callable[[], None])
     except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(self.run_dir).free / 1e9
         shutil.rmtree(self.run_dir / ".saving", ignore_errors=True)
-        raise CheckpointError(f"{target.name} could not be written: {error} ({free:,.2f} GB were free). The earlier checkpoints are untouched; "
-                              "free space and start the run again.") from error
+        raise CheckpointError(
+            f"{target.name} could not be written: {error} ({free:,.2f} GB were free). The earlier checkpoints are untouched; "
+            "free space and start the run again."
+        ) from error
     self.accelerator.wait_for_everyone()
 
 # %% ../../nbs/training/07_checkpoint_writer.ipynb #mixin-publish
@@ -75,37 +83,64 @@ def _room_for(self: CompleteCheckpoints, target: Path) -> bool: # False: go on w
     "Whether there is room for one more; `CheckpointError` where going on would be pointless or was not asked for."
     found = complete_checkpoints(self.run_dir)
     size = folder_bytes(found[-1]) if found else 0
-    problem = next((p for p in all_gather(lack_of_room(self.run_dir, size, target.name) if self.publishes else "") if p), "")
+    problem = next(
+        (p for p in all_gather(lack_of_room(self.run_dir, size, target.name) if self.publishes else "") if p), ""
+    )
     if not problem: return True
     kept = f"The complete checkpoints stay: {', '.join(f.name for f in found)}."
-    if self.on_full_disk == "stop" or self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
-        raise CheckpointError(f"There is no room for {target.name}: {problem} {kept} Free space and start the run again.")
+    if (
+        self.on_full_disk == "stop"
+        or self.control.should_training_stop
+        or self.state.global_step >= self.state.max_steps
+    ):
+        raise CheckpointError(
+            f"There is no room for {target.name}: {problem} {kept} Free space and start the run again."
+        )
     self.left_out += 1
-    if self.args.process_index == 0: print(f"Warning: no room for {target.name}, going on without it ({self.left_out} left out). {problem} {kept}", flush=True)
+    if self.args.process_index == 0:
+        print(
+            f"Warning: no room for {target.name}, going on without it ({self.left_out} left out). {problem} {kept}",
+            flush=True,
+        )
     return False
 
 # %% ../../nbs/training/07_checkpoint_writer.ipynb #mixin-seal
 @patch
 def _publish(self: CompleteCheckpoints, target: Path, kind: str) -> None:
     "Seal every part, then mark every part, then prune; all ranks learn what went wrong on one."
-    seal = lambda: publish(self._completed(self.run_dir / ".saving" / target.name, kind), target, {**self.facts, "step": self.state.global_step}, mark=False)
+    seal = lambda: publish(
+        self._completed(self.run_dir / ".saving" / target.name, kind),
+        target,
+        {**self.facts, "step": self.state.global_step},
+        mark=False,
+    )
     for act in (seal, lambda: mark_complete(target)):
         if problem := next((p for p in all_gather(in_words(act) if self.publishes else "") if p), ""):
-            raise CheckpointError(f"{target.name} could not be completed: {problem}. The earlier checkpoints are untouched; free space and start the run again.")
+            raise CheckpointError(
+                f"{target.name} could not be completed: {problem}. The earlier checkpoints are untouched; free space and start the run again."
+            )
     if self.publishes:
         for name in (".saving", ".converted"): shutil.rmtree(self.run_dir / name, ignore_errors=True)
         prune(self.run_dir, self.keep, kind)
 
 @patch
-def _completed(self: CompleteCheckpoints, aside: Path, kind: str) -> Path: # raises AtomicFolderError when a file is missing
+def _completed(
+    self: CompleteCheckpoints,
+    aside: Path,
+    kind: str,
+) -> Path: # raises AtomicFolderError when a file is missing
     "What is left to do before sealing: no pickle that nobody reads, weights and every random state there, DeepSpeed's pointer on every disk."
     (aside / "training_args.bin").unlink(missing_ok=True) # settings.yaml tells what was set
     if not [*aside.glob("*.safetensors")]: raise AtomicFolderError("the weights were not written")
     if kind == "weights": return aside
-    first, here = self.args.process_index - self.args.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", self.args.world_size))
+    first, here = (
+        self.args.process_index - self.args.local_process_index,
+        int(os.environ.get("LOCAL_WORLD_SIZE", self.args.world_size)),
+    )
     for name in random_state_files(self.args.world_size, range(first, first + here) if self.separate else None):
         if not (aside / name).is_file(): raise AtomicFolderError(f"{name} was not written")
-    if (steps := list(aside.glob("global_step*"))) and not (aside / "latest").exists(): (aside / "latest").write_text(steps[0].name)
+    if (steps := list(aside.glob("global_step*"))) and not (aside / "latest").exists():
+        (aside / "latest").write_text(steps[0].name)
     return aside
 
 def in_words(act: Callable[[], Any]) -> str: # empty when it went well
@@ -119,8 +154,10 @@ def publish_final(checkpoint: Path, run_dir: Path) -> None: # raises CheckpointE
     "Make the run's folder a full copy of a complete checkpoint."
     try: copy_final(checkpoint, run_dir)
     except OSError as error:
-        raise CheckpointError(f"The final model could not be written into {run_dir}: {error}. {checkpoint.name} is complete and holds the same model; "
-                              "see to the disk and start the run again, which publishes it without training.") from error
+        raise CheckpointError(
+            f"The final model could not be written into {run_dir}: {error}. {checkpoint.name} is complete and holds the same model; "
+            "see to the disk and start the run again, which publishes it without training."
+        ) from error
 
 def copy_final(checkpoint: Path, run_dir: Path) -> None: # the marker comes last
     "File by file: linked where the file system can, copied where it cannot."

@@ -43,12 +43,19 @@ def prune(run_dir: Path, keep: int, kind: str = "checkpoint") -> list[str]: # na
     for folder in old:
         try: problem = "" if delete_folder(folder) else "a file of it is in use; it goes with a later save"
         except OSError as error: problem = str(error)
-        if problem: tell(f"Warning: {folder.name} is not needed any more and cannot be deleted now: {problem}. Training goes on.")
+        if problem:
+            tell(
+                f"Warning: {folder.name} is not needed any more and cannot be deleted now: {problem}. Training goes on."
+            )
     return [f.name for f in old]
 
 def sweep(run_dir: Path) -> dict[str, str]: # name of a folder -> what was wrong with it and what became of it
     "Clear away what is not complete: the folder that is written aside, and checkpoints whose marker is missing or does not fit."
-    left = [f for f in [run_dir / ".saving", *run_dir.glob("checkpoint-*[0-9]"), *run_dir.glob("weights-*[0-9]")] if f.is_dir() and not is_complete(f)]
+    left = [
+        f
+        for f in [run_dir / ".saving", *run_dir.glob("checkpoint-*[0-9]"), *run_dir.glob("weights-*[0-9]")]
+        if f.is_dir() and not is_complete(f)
+    ]
     foreign = [f for f in left if f.name != ".saving" and not (f / MANIFEST).exists() and not (f / COMPLETE).exists()]
     if foreign:
         raise CheckpointError(f"{foreign[0]} was not written by this project (it has no {MANIFEST}). "
@@ -62,18 +69,30 @@ def clear_away(folder: Path) -> dict[str, str]: # as `sweep` gives them
         aside = folder.with_name(f"damaged-{folder.name}")
         if aside.exists(): discard(aside)
         os.rename(folder, aside)
-        what = f"its marker {COMPLETE} does not fit its {MANIFEST}" if (aside / MANIFEST).exists() else f"its {MANIFEST} is missing"
-        return {folder.name: f"{folder.name} is DAMAGED: {what}, though it was complete once. It is set aside as {aside}"}
-    names = [f.name for f in folder.glob("*-*")] if folder.name == ".saving" else [folder.name] # checkpoint-N or weights-N
+        what = (
+            f"its marker {COMPLETE} does not fit its {MANIFEST}"
+            if (aside / MANIFEST).exists()
+            else f"its {MANIFEST} is missing"
+        )
+        return {
+            folder.name: f"{folder.name} is DAMAGED: {what}, though it was complete once. It is set aside as {aside}"
+        }
+    # checkpoint-N or weights-N
+    names = [f.name for f in folder.glob("*-*")] if folder.name == ".saving" else [folder.name]
     discard(folder)
-    return {name: f"{name} is not complete: its save was cut short before the marker {COMPLETE}. It is deleted" for name in names}
+    return {
+        name: f"{name} is not complete: its save was cut short before the marker {COMPLETE}. It is deleted"
+        for name in names
+    }
 
 # %% ../../nbs/training/06_checkpoints.ipynb #lost_checkpoints_message
 def step_of(folder: Path) -> int: # 0 where nothing complete lies
     "The step of a sealed folder of any name, by its manifest."
     return read_manifest(folder).get("step", 0) if is_complete(folder) else 0
 
-def lost_checkpoints_message(swept: dict[str, str], settings: Settings) -> str: # what `sweep` gave on all machines; empty when nothing was swept
+def lost_checkpoints_message(
+    swept: dict[str, str], settings: Settings
+) -> str: # what `sweep` gave on all machines; empty when nothing was swept
     "What a person must know about checkpoints that are gone, and what it costs."
     if not swept: return ""
     newest, found = max(checkpoint_step(Path(name)) for name in swept), complete_checkpoints(settings.run_dir)
@@ -84,11 +103,36 @@ def lost_checkpoints_message(swept: dict[str, str], settings: Settings) -> str: 
     return f"WARNING: {'. '.join(swept.values())}. The run goes on from {place.name if place else 'step 0'}{lost}."
 
 # %% ../../nbs/training/06_checkpoints.ipynb #facts
-FREE_TO_CHANGE = {"workspace", "run_name", "output_dir", "max_rows", "num_proc", "shared_file_system", "dataloader_workers", "logging_steps",
-                  "save_steps", "save_total_limit", "report_to", "resume", "resume_world", "eval_steps", "eval_tool_calls_every",
-                  "eval_tool_calls_turns", "eval_tool_calls_seconds", "device", "parity",
-                  "save_weights_steps", "on_full_disk", "max_hours",
-                  "sample_steps", "sample_turns", "preflight", "memory_probe", "gpu_hour_price", "bfcl"}
+FREE_TO_CHANGE = {
+    "workspace",
+    "run_name",
+    "output_dir",
+    "max_rows",
+    "num_proc",
+    "shared_file_system",
+    "dataloader_workers",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "resume",
+    "resume_world",
+    "eval_steps",
+    "eval_tool_calls_every",
+    "eval_tool_calls_turns",
+    "eval_tool_calls_seconds",
+    "device",
+    "parity",
+    "save_weights_steps",
+    "on_full_disk",
+    "max_hours",
+    "sample_steps",
+    "sample_turns",
+    "preflight",
+    "memory_probe",
+    "gpu_hour_price",
+    "bfcl",
+}
 
 def checkpoint_facts(settings: Settings, data_key: str, world_size: int) -> dict[str, Any]:
     "What is written into every manifest, and compared on resume."
@@ -97,9 +141,15 @@ def checkpoint_facts(settings: Settings, data_key: str, world_size: int) -> dict
     return {"settings": fixed, "data_key": data_key, "world_size": world_size, "python": sys.version.split()[0],
             "versions": {p: version(p) for p in packages}}
 
-def differences(then: dict[str, Any], now: dict[str, Any], convert: bool = False) -> list[str]: # one line each; empty when going on is the same training
+def differences(
+    then: dict[str, Any],
+    now: dict[str, Any],
+    convert: bool = False,
+) -> list[str]: # one line each; empty when going on is the same training
     "What has changed between a checkpoint's facts and this run's, versions left out; with `convert` also another number of ranks that takes the same rows."
-    pairs = [(n, then["settings"].get(n), now["settings"].get(n)) for n in sorted({*then["settings"], *now["settings"]})]
+    pairs = [
+        (n, then["settings"].get(n), now["settings"].get(n)) for n in sorted({*then["settings"], *now["settings"]})
+    ]
     pairs += [(n, then[n], now[n]) for n in ("data_key", "world_size")]
     same = {"world_size", "gradient_accumulation", "batch_size"} if convert and convertible(then, now) else set()
     return [f"{name}: {old!r} then, {new!r} now" for name, old, new in pairs if old != new and name not in same]
@@ -111,23 +161,45 @@ def rows_per_step(facts: dict[str, Any]) -> int: # blocks
 def convertible(then: dict[str, Any], now: dict[str, Any]) -> bool:
     "Whether another number of ranks is the same training but for rounding: as many rows per step, which the sampler gives out in the same order, and DeepSpeed on both sides."
     sharded = any(Path(name).name.endswith("optim_states.pt") for name in then.get("files", []))
-    return then["world_size"] != now["world_size"] and rows_per_step(then) == rows_per_step(now) and sharded and bool(now["settings"].get("deepspeed")) and "RANK" in os.environ
+    return (
+        then["world_size"] != now["world_size"]
+        and rows_per_step(then) == rows_per_step(now)
+        and sharded
+        and bool(now["settings"].get("deepspeed"))
+        and "RANK" in os.environ
+    )
 
 # %% ../../nbs/training/06_checkpoints.ipynb #pickles
-HARMLESS = {"deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", "argparse.Namespace",
-            "deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.utils.tensor_fragment.fragment_address", "builtins.complex",
-            "numpy.ndarray", "numpy.dtype", "numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct", "numpy.dtypes.UInt32DType",
-            "_codecs.encode", "builtins.set", "builtins.slice"}
+HARMLESS = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "argparse.Namespace",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+    "builtins.complex",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.dtypes.UInt32DType",
+    "_codecs.encode",
+    "builtins.set",
+    "builtins.slice",
+}
 
 def refuse_acting_pickles(folder: Path) -> None: # raises CheckpointError
     "See that the pickles of a checkpoint name nothing that could act; nothing is unpickled for it."
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl")):
         try: names = set(get_unsafe_globals_in_checkpoint(path))
         except (RuntimeError, ValueError, EOFError, KeyError, IndexError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read without running it ({type(error).__name__}: {error}); it is not gone on from.") from error
+            raise CheckpointError(
+                f"{path} cannot be read without running it ({type(error).__name__}: {error}); it is not gone on from."
+            ) from error
         if acting := sorted(n for n in names if n not in HARMLESS and not n.startswith("deepspeed.runtime.config.")):
-            raise CheckpointError(f"{path} would load {', '.join(acting[:5])}, which no checkpoint of this project needs. Nothing was executed. "
-                                  "Somebody else made or changed this file; go on from another checkpoint.")
+            raise CheckpointError(
+                f"{path} would load {', '.join(acting[:5])}, which no checkpoint of this project needs. Nothing was executed. "
+                "Somebody else made or changed this file; go on from another checkpoint."
+            )
 
 # %% ../../nbs/training/06_checkpoints.ipynb #resume
 def checkpoint_to_resume(
@@ -146,15 +218,27 @@ def checkpoint_to_resume(
     try: then = verify(folder) if check else read_manifest(folder)
     except AtomicFolderError as error:
         older = [f for f in complete_checkpoints(settings.run_dir) if settings.resume == "auto" and f != folder]
-        instead = f" Move it away, and the run goes on from {older[-1].name}, {checkpoint_step(folder) - checkpoint_step(older[-1])} steps earlier." if older else ""
+        instead = (
+            f" Move it away, and the run goes on from {older[-1].name}, {checkpoint_step(folder) - checkpoint_step(older[-1])} steps earlier."
+            if older
+            else ""
+        )
         raise CheckpointError(f"Cannot go on from {folder}: {error}{instead}") from error
     if lacking := [n for n in ("settings", "data_key", "world_size", "step") if n not in then]:
-        raise CheckpointError(f"{folder} is no checkpoint of this project: its {MANIFEST} does not tell {', '.join(lacking)}.")
+        raise CheckpointError(
+            f"{folder} is no checkpoint of this project: its {MANIFEST} does not tell {', '.join(lacking)}."
+        )
     if changed := differences(then, facts, settings.resume_world == "convert"):
-        raise CheckpointError(f"{folder} belongs to another training. What differs:\n  " + "\n  ".join(changed) + world_size_words(then, facts) +
-                              "\nChoose another run_name, or put the settings back, or set resume to never to begin anew.")
+        raise CheckpointError(
+            f"{folder} belongs to another training. What differs:\n  "
+            + "\n  ".join(changed)
+            + world_size_words(then, facts)
+            + "\nChoose another run_name, or put the settings back, or set resume to never to begin anew."
+        )
     if missing := [n for n in random_state_files(then["world_size"], ranks) if n not in then["files"]]:
-        raise CheckpointError(f"{folder} lacks {missing[0]}: without the random state of that rank, going on would be another training.")
+        raise CheckpointError(
+            f"{folder} lacks {missing[0]}: without the random state of that rank, going on would be another training."
+        )
     if check: refuse_acting_pickles(folder)
     return folder
 
@@ -166,15 +250,24 @@ def random_state_files(world_size: int, ranks: Optional[range] = None) -> list[s
 def world_size_words(then: dict[str, Any], now: dict[str, Any]) -> str: # empty when the number of ranks is the same
     "Why another number of ranks is refused, and when it can be converted."
     if then["world_size"] == now["world_size"]: return ""
-    return (f"\nAnother number of ranks is another training unless each step takes the same rows: {rows_per_step(then)} then, {rows_per_step(now)} now (ranks × gradient_accumulation × "
-            "batch_size). With as many as then, DeepSpeed under torchrun, and resume_world set to convert, its states are converted and the losses go on but for rounding.")
+    return (
+        f"\nAnother number of ranks is another training unless each step takes the same rows: {rows_per_step(then)} then, {rows_per_step(now)} now (ranks × gradient_accumulation × "
+        "batch_size). With as many as then, DeepSpeed under torchrun, and resume_world set to convert, its states are converted and the losses go on but for rounding."
+    )
 
 BEGUN = ".begun" # holds the word of the start that began anew
 
 def set_aside(run_dir: Path) -> Optional[Path]: # where the earlier run lies now
     "For `resume: never`: move an earlier run's checkpoints and final model into `previous-N`, so that nothing is lost."
-    found = [*complete_checkpoints(run_dir), *complete_checkpoints(run_dir, "weights"),
-             *([run_dir / n for n in [*read_manifest(run_dir)["files"], MANIFEST, COMPLETE]] if is_complete(run_dir) else [])]
+    found = [
+        *complete_checkpoints(run_dir),
+        *complete_checkpoints(run_dir, "weights"),
+        *(
+            [run_dir / n for n in [*read_manifest(run_dir)["files"], MANIFEST, COMPLETE]]
+            if is_complete(run_dir)
+            else []
+        ),
+    ]
     target = run_dir / f"previous-{1 + len(list(run_dir.glob('previous-*')))}"
     for path in found:
         (target / path.relative_to(run_dir)).parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +278,9 @@ def set_aside(run_dir: Path) -> Optional[Path]: # where the earlier run lies now
 # %% ../../nbs/training/06_checkpoints.ipynb #again
 def is_repetition() -> bool:
     "Whether Slurm or torchrun started the same command again by itself."
-    return any(os.environ.get(name, "0") not in ("", "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return any(
+        os.environ.get(name, "0") not in ("", "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    )
 
 def start_word() -> str: # empty where nobody would repeat a start
     "What a start and its repetitions have in common: Slurm's job, or the launcher's run."
@@ -195,29 +290,59 @@ def resume_of(settings: Settings) -> str: # auto, never, or a path
     "What `resume` means for this start, which may be the repetition of another."
     begun = settings.run_dir / BEGUN
     if settings.resume == "auto" or not is_repetition(): return settings.resume
-    if settings.resume == "never": return "auto" if start_word() and begun.is_file() and begun.read_text(encoding="utf-8") == start_word() else "never"
+    if settings.resume == "never":
+        return (
+            "auto"
+            if start_word() and begun.is_file() and begun.read_text(encoding="utf-8") == start_word()
+            else "never"
+        )
     found = complete_checkpoints(settings.run_dir)
-    return "auto" if found and checkpoint_step(found[-1]) > step_of(Path(settings.resume).expanduser()) else settings.resume
+    return (
+        "auto"
+        if found and checkpoint_step(found[-1]) > step_of(Path(settings.resume).expanduser())
+        else settings.resume
+    )
 
 # %% ../../nbs/training/06_checkpoints.ipynb #convert
 def convert_world(checkpoint: Path, run_dir: Path) -> Path: # `.converted/checkpoint-N`
     "A checkpoint of another number of ranks in the form that any number reads; `CheckpointError` when it fails."
     target, step = run_dir / ".converted" / checkpoint.name, next(checkpoint.glob("global_step*"))
-    if problem := lack_of_room(run_dir, 2 * folder_bytes(checkpoint), "converting a checkpoint to another number of ranks"): raise CheckpointError(problem)
+    if problem := lack_of_room(
+        run_dir, 2 * folder_bytes(checkpoint), "converting a checkpoint to another number of ranks"
+    ):
+        raise CheckpointError(problem)
     shutil.rmtree(target.parent, ignore_errors=True)
     for name in [n for n in read_manifest(checkpoint)["files"] if not n.startswith("global_step")]:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint / name, target / name)
-    done = subprocess.run([sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(step), "--output_folder", str(target / f"{step.name}_universal"),
-                           "--inject_missing_state"], capture_output=True, text=True)
-    if done.returncode: raise CheckpointError(f"{checkpoint} could not be converted to another number of ranks: {done.stderr.strip()[-600:]}")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "deepspeed.checkpoint.ds_to_universal",
+            "--input_folder",
+            str(step),
+            "--output_folder",
+            str(target / f"{step.name}_universal"),
+            "--inject_missing_state",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise CheckpointError(
+            f"{checkpoint} could not be converted to another number of ranks: {done.stderr.strip()[-600:]}"
+        )
     (target / "latest_universal").write_text(f"{step.name}_universal", encoding="utf-8")
     return target
 
 # %% ../../nbs/training/06_checkpoints.ipynb #together-disks
 def sees_other_disk(run_dir: Path) -> bool: # the same on every rank
     "Whether any rank sees another run folder than rank 0: then each machine keeps its own part of every checkpoint."
-    if not dist.is_initialized() or dist.get_world_size() == int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())): return False
+    if not dist.is_initialized() or dist.get_world_size() == int(
+        os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())
+    ):
+        return False
     run_dir.mkdir(parents=True, exist_ok=True)
     probe = run_dir / f".probe-{broadcast(secrets.token_hex(8))}"
     if dist.get_rank() == 0: write_flushed(probe, "")
@@ -232,11 +357,22 @@ def agreed_checkpoint(run_dir: Path) -> Optional[int]: # step; None: there is no
     everywhere = all_gather(steps[0])
     common = set.intersection(*everywhere)
     if not common and any(everywhere):
-        raise CheckpointError(f"The machines have no complete checkpoint in common (by rank: {[sorted(s) for s in everywhere]}). Copy one over, "
-                              "or set resume to never to begin anew.")
-    if common and dist.is_initialized() and dist.get_rank() == 0 and (newest := max(set.union(*everywhere))) > max(common):
-        print(f"WARNING: the save of step {newest} is complete on some machines only and is deleted. The run goes on from checkpoint-{max(common)}; "
-              f"{newest - max(common)} steps are lost and trained again.", file=sys.stderr, flush=True)
+        raise CheckpointError(
+            f"The machines have no complete checkpoint in common (by rank: {[sorted(s) for s in everywhere]}). Copy one over, "
+            "or set resume to never to begin anew."
+        )
+    if (
+        common
+        and dist.is_initialized()
+        and dist.get_rank() == 0
+        and (newest := max(set.union(*everywhere))) > max(common)
+    ):
+        print(
+            f"WARNING: the save of step {newest} is complete on some machines only and is deleted. The run goes on from checkpoint-{max(common)}; "
+            f"{newest - max(common)} steps are lost and trained again.",
+            file=sys.stderr,
+            flush=True,
+        )
     for folder in complete_checkpoints(run_dir) if common and int(os.environ.get("LOCAL_RANK", 0)) == 0 else []:
         if checkpoint_step(folder) > max(common): delete_folder(folder)
     return max(common, default=None)
@@ -248,7 +384,13 @@ def lock_run(lock: RunLock) -> None: # raises CheckpointError
     except InUseError as error: raise CheckpointError(str(error)) from error
 
 # %% ../../nbs/training/06_checkpoints.ipynb #space
-def expected_bytes(run_dir: Path, parameters: int, optimizer: str, deepspeed: bool, bytes_each: int) -> int: # of one checkpoint
+def expected_bytes(
+    run_dir: Path,
+    parameters: int,
+    optimizer: str,
+    deepspeed: bool,
+    bytes_each: int,
+) -> int: # of one checkpoint
     "What the last checkpoint took; before the first one an estimate: weights, optimizer states, with DeepSpeed its copies."
     if found := complete_checkpoints(run_dir): return folder_bytes(found[-1])
     states = 2 if "8bit" in optimizer else 8
@@ -264,9 +406,24 @@ def lack_of_room(run_dir: Path, wanted: int, what: str) -> str: # empty when the
     if free >= wanted: return ""
     return f"{run_dir} has {free / 1e9:,.2f} GB free; {what} needs {wanted / 1e9:,.2f} GB."
 
-def require_room(run_dir: Path, size: int, keep: int, on_full_disk: str) -> None: # raises CheckpointError, or prints for go_on
+def require_room(
+    run_dir: Path,
+    size: int,
+    keep: int,
+    on_full_disk: str,
+) -> None: # raises CheckpointError, or prints for go_on
     "Before training: room for what is missing of the window, and one more."
     count = checkpoints_to_come(run_dir, keep)
-    if not (problem := lack_of_room(run_dir, size * count, f"a window of {keep} checkpoints and one more ({count} to come, {size / 1e9:,.2f} GB each)")): return
+    if not (
+        problem := lack_of_room(
+            run_dir,
+            size * count,
+            f"a window of {keep} checkpoints and one more ({count} to come, {size / 1e9:,.2f} GB each)",
+        )
+    ):
+        return
     if on_full_disk == "go_on": print(f"Warning: {problem} Training begins all the same, as on_full_disk says.")
-    else: raise CheckpointError(f"{problem} Lower save_total_limit, choose another output_dir, free space, or set on_full_disk to go_on. Nothing was started.")
+    else:
+        raise CheckpointError(
+            f"{problem} Lower save_total_limit, choose another output_dir, free space, or set on_full_disk to go_on. Nothing was started."
+        )

@@ -47,8 +47,16 @@ class Shape:
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Shape":
         "Read off a model's configuration."
-        return cls(config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads,
-                   getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads, config.vocab_size, config.tie_word_embeddings)
+        return cls(
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            config.vocab_size,
+            config.tie_word_embeddings,
+        )
 
     @property
     def attention_width(self) -> int: return self.heads * self.head_dim
@@ -64,8 +72,21 @@ class Shape:
         return self.matrices + norms + (0 if self.tied else self.hidden * self.vocabulary)
 
 # %% ../../nbs/training/01_cost.ipynb #published
-PUBLISHED = {"Qwen/Qwen3-8B": dict(vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
-                                   head_dim=128, max_position_embeddings=40_960, rope_theta=1_000_000.0, rms_norm_eps=1e-6, tie_word_embeddings=False)}
+PUBLISHED = {
+    "Qwen/Qwen3-8B": dict(
+        vocab_size=151_936,
+        hidden_size=4096,
+        intermediate_size=12_288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        rope_theta=1_000_000.0,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+    )
+}
 
 def published_config(model: str) -> Optional[PreTrainedConfig]: # hub name; None: its shape is not written down here
     "The shape of a model that need not be downloaded, from its published config.json."
@@ -89,21 +110,39 @@ def mean_context(lengths: Iterable[int]) -> float: # tokens
 class CostTable:
     "Operations per token by length of conversation."
 
-    def __init__(self, shape: Shape, lengths: Iterable[int] = (0, 512, 2048, 4096, 8192, 16384, 32768)): # tokens of one conversation
+    def __init__(
+        self,
+        shape: Shape,
+        lengths: Iterable[int] = (
+            0,
+            512,
+            2048,
+            4096,
+            8192,
+            16384,
+            32768,
+        ),
+    ): # tokens of one conversation
         self.lines = [(n, total := flops_per_token(shape, n), 1 - flops_per_token(shape, 0) / total) for n in lengths]
 
     def cells(self) -> list[list[str]]: # header, then a line per length
         "What is shown."
         first = self.lines[0][1]
-        return [["conversation", "GFLOP per token", "attention", "times the cost without attention"],
-                *([f"{n:,}", f"{total / 1e9:.1f}", f"{share:.0%}", f"{total / first:.2f}"] for n, total, share in self.lines)]
+        return [
+            ["conversation", "GFLOP per token", "attention", "times the cost without attention"],
+            *(
+                [f"{n:,}", f"{total / 1e9:.1f}", f"{share:.0%}", f"{total / first:.2f}"]
+                for n, total, share in self.lines
+            ),
+        ]
 
     def __repr__(self) -> str: return text_table(self.cells()[1:], self.cells()[0])
 
     def _repr_html_(self) -> str: return html_table(self.cells()[1:], self.cells()[0])
 
 # %% ../../nbs/training/01_cost.ipynb #batching
-DOLCI = {"rows": 2_152_112, "tokens": 864, "context": 1825}  # conversations; tokens of one, and `mean_context`, as benchmarks/train.py measures them on its generated mix
+# conversations; tokens of one, and `mean_context`, as benchmarks/train.py measures them on its generated mix
+DOLCI = {"rows": 2_152_112, "tokens": 864, "context": 1825}
 
 def padded_share(lengths: np.ndarray, batch: int, seed: int = 0) -> float: # share of what is computed
     "Padding, when random conversations are padded to the longest of their batch."
@@ -113,24 +152,63 @@ def padded_share(lengths: np.ndarray, batch: int, seed: int = 0) -> float: # sha
 class BatchingTable:
     "What a real token costs by way of making batches."
 
-    def __init__(self, shape: Shape, lengths: np.ndarray, block: int = 32_768, batch: int = 4, cut: int = 4096): # tokens per conversation; of a packed block; conversations padded together, cut at
+    def __init__(
+        self,
+        shape: Shape,
+        lengths: np.ndarray,
+        block: int = 32_768,
+        batch: int = 4,
+        cut: int = 4096,
+    ): # tokens per conversation; of a packed block; conversations padded together, cut at
         short, own = np.minimum(lengths, cut), flops_per_token(shape, mean_context(lengths.tolist()))
         padded = np.random.default_rng(0).permutation(short)[:len(short) // batch * batch].reshape(-1, batch).max(1)
         share = padded_share(short, batch)
-        self.lines = [(f"packed into {block:,}, kept apart", 0.0, own), (f"packed into {block:,}, seeing each other", 0.0, flops_per_token(shape, block)),
-                      (f"{batch} at a time, cut at {cut:,}, padded to the longest", share, flops_per_token(shape, mean_context(padded.tolist())) / (1 - share)),
-                      (f"{batch} at a time, padded to {cut:,}", 1 - short.mean() / cut, flops_per_token(shape, cut) / (short.mean() / cut))]
+        self.lines = [
+            (f"packed into {block:,}, kept apart", 0.0, own),
+            (f"packed into {block:,}, seeing each other", 0.0, flops_per_token(shape, block)),
+            (
+                f"{batch} at a time, cut at {cut:,}, padded to the longest",
+                share,
+                flops_per_token(shape, mean_context(padded.tolist())) / (1 - share),
+            ),
+            (
+                f"{batch} at a time, padded to {cut:,}",
+                1 - short.mean() / cut,
+                flops_per_token(shape, cut) / (short.mean() / cut),
+            ),
+        ]
 
     def cells(self) -> list[list[str]]: # header, then a line per way
         "What is shown."
-        return [["batches", "padding", "GFLOP per real token", "times the first"], *([name, f"{share:.0%}", f"{cost / 1e9:.1f}", f"{cost / self.lines[0][2]:.2f}"] for name, share, cost in self.lines)]
+        return [
+            ["batches", "padding", "GFLOP per real token", "times the first"],
+            *(
+                [name, f"{share:.0%}", f"{cost / 1e9:.1f}", f"{cost / self.lines[0][2]:.2f}"]
+                for name, share, cost in self.lines
+            ),
+        ]
 
     def __repr__(self) -> str: return text_table(self.cells()[1:], self.cells()[0])
     def _repr_html_(self) -> str: return html_table(self.cells()[1:], self.cells()[0])
 
 # %% ../../nbs/training/01_cost.ipynb #peaks
-PEAKS = {("H100", "PCIe"): 756e12, ("H100", "HBM2e"): 756e12, ("H100", "NVL"): 835e12, ("H100",): 989.4e12, ("H200", "NVL"): 835e12, ("H200",): 989.4e12, ("GH200",): 989.4e12, ("B200",): 2250e12,
-         ("B300",): 2250e12, ("A100",): 312e12, ("A800",): 312e12, ("H800",): 989.4e12, ("L40S",): 362e12, ("RTX", "4090"): 165.2e12, ("MI300X",): 1307.4e12}
+PEAKS = {
+    ("H100", "PCIe"): 756e12,
+    ("H100", "HBM2e"): 756e12,
+    ("H100", "NVL"): 835e12,
+    ("H100",): 989.4e12,
+    ("H200", "NVL"): 835e12,
+    ("H200",): 989.4e12,
+    ("GH200",): 989.4e12,
+    ("B200",): 2250e12,
+    ("B300",): 2250e12,
+    ("A100",): 312e12,
+    ("A800",): 312e12,
+    ("H800",): 989.4e12,
+    ("L40S",): 362e12,
+    ("RTX", "4090"): 165.2e12,
+    ("MI300X",): 1307.4e12,
+}
 
 def peak_flops(device_name: str) -> Optional[float]: # operations per second; None: no claim is made
     "A card's dense bfloat16 peak by the name that its driver gives."
@@ -169,13 +247,22 @@ class AllocationMeter(TorchDispatchMode):
         return result
 
 # %% ../../nbs/training/01_cost.ipynb #keep
-KEPT = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")
+KEPT = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+)
 
 def keep_attention(model: PreTrainedModel) -> None:
     "Have checkpointing keep what attention gave, by any of its kernels."
     kept = {getattr(torch.ops.aten, name).default for name in KEPT} | {torch.ops.torch_attn._varlen_attn.default}
     def policy(context, operator, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if operator in kept or "flash_attn" in str(operator) else CheckpointPolicy.PREFER_RECOMPUTE
+        return (
+            CheckpointPolicy.MUST_SAVE
+            if operator in kept or "flash_attn" in str(operator)
+            else CheckpointPolicy.PREFER_RECOMPUTE
+        )
     contexts, usual = partial(create_selective_checkpoint_contexts, policy), model.gradient_checkpointing_enable
     def enable(gradient_checkpointing_kwargs=None, **more):
         given = {name: value for name, value in (gradient_checkpointing_kwargs or {}).items() if name != "selective"}
@@ -196,19 +283,30 @@ FUSED = hasattr(trl_utils, "add_fused_lm_head")  # TRL 1.16; 1.14, the last for 
 
 def tiled_loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor: # model: as TRL's trainer made it
     "The loss of the run, which never writes all logits: a sum over tokens, or with TRL 1.14 their mean."
-    return -model(**batch, use_cache=False, fused_lm_head=True).log_probs.sum() if FUSED else model(**batch, use_cache=False).loss
+    return (
+        -model(**batch, use_cache=False, fused_lm_head=True).log_probs.sum()
+        if FUSED
+        else model(**batch, use_cache=False).loss
+    )
 
 def one_pass(model: PreTrainedModel, tokens: int) -> None:
     "Forwards and backwards over one block, with the loss of the run."
     ids, places = torch.ones(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
     if FUSED: loss = tiled_loss(model, {"input_ids": ids, "labels": ids, "position_ids": places})
-    else: loss = loss_in_tiles(model.base_model(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state[0], model.lm_head.weight, ids[0])
+    else:
+        loss = loss_in_tiles(
+            model.base_model(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state[0],
+            model.lm_head.weight,
+            ids[0],
+        )
     loss.backward()
 
 def loss_in_tiles(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     "TRL 1.14's loss, tile by tile; its own loop asks for a count of labels, which fake tensors do not have."
     size, parts = sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE, hidden[torch.arange(len(ids))]
-    tile = lambda a: checkpoint(sft_trainer._chunk, parts[a:a + size], weight, None, ids[a:a + size], 1.0, None, use_reentrant=False)[0]
+    tile = lambda a: checkpoint(
+        sft_trainer._chunk, parts[a : a + size], weight, None, ids[a : a + size], 1.0, None, use_reentrant=False
+    )[0]
     return sum(tile(a) for a in range(0, len(ids), size))
 
 def build_model(config: PreTrainedConfig, layers: int, dtype: torch.dtype, checkpointing: str) -> PreTrainedModel:
@@ -220,7 +318,15 @@ def build_model(config: PreTrainedConfig, layers: int, dtype: torch.dtype, check
     return model
 
 # %% ../../nbs/training/01_cost.ipynb #rehearse
-def activation_bytes(config: PreTrainedConfig, layers: int, tokens: int, dtype: torch.dtype, checkpointing: str, bf16: bool, real: bool = False) -> int:
+def activation_bytes(
+    config: PreTrainedConfig,
+    layers: int,
+    tokens: int,
+    dtype: torch.dtype,
+    checkpointing: str,
+    bf16: bool,
+    real: bool = False,
+) -> int:
     "The peak of the second micro-batch above weights and gradients; `real` runs it instead of rehearsing it."
     with nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True):
         model = build_model(config, layers, dtype, checkpointing)
@@ -256,7 +362,8 @@ def weights_dtype(settings: Settings, with_deepspeed: bool) -> torch.dtype:
     if settings.weights != "auto": return getattr(torch, settings.weights)
     return torch.bfloat16 if settings.bf16 and (with_deepspeed or settings.lora_rank) else torch.float32
 
-PACKAGES = {"adamw_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes", "adamw_bf16": "torchao"}  # what an optimizer needs beside PyTorch
+# what an optimizer needs beside PyTorch
+PACKAGES = {"adamw_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes", "adamw_bf16": "torchao"}
 
 def state_bytes(optimizer: str, weight: int) -> int: # per weight; weight: bytes of one
     "Bytes of AdamW's two states; an unknown optimizer counts as AdamW with 32 bits."
@@ -270,17 +377,36 @@ def trained_parameters(shape: Shape, settings: Settings) -> int:
     "All weights, or those of the adapters: rank x (inputs + outputs) of each layer that has one."
     if settings.lora_rank is None: return shape.parameters
     keys = shape.key_heads * shape.head_dim
-    sides = {"q_proj": shape.attention_width, "k_proj": keys, "v_proj": keys, "o_proj": shape.attention_width, "gate_proj": shape.inner, "up_proj": shape.inner, "down_proj": shape.inner}
-    named = sides if settings.lora_targets == "all-linear" else [name.strip() for name in settings.lora_targets.split(",")]
+    sides = {
+        "q_proj": shape.attention_width,
+        "k_proj": keys,
+        "v_proj": keys,
+        "o_proj": shape.attention_width,
+        "gate_proj": shape.inner,
+        "up_proj": shape.inner,
+        "down_proj": shape.inner,
+    }
+    named = (
+        sides if settings.lora_targets == "all-linear" else [name.strip() for name in settings.lora_targets.split(",")]
+    )
     return settings.lora_rank * shape.layers * sum(shape.hidden + sides.get(name, 0) for name in named)
 
 def frozen_bytes(shape: Shape, settings: Settings, size: int) -> int: # size: bytes of a weight
     "Weights as they are stored: with nf4, half a byte and 0.02 for the scales in all linear layers but the head."
     linear = shape.layers * shape.layer_matrices
-    return shape.parameters * size if settings.quantize == "none" else int(linear * 0.52) + (shape.parameters - linear) * size
+    return (
+        shape.parameters * size
+        if settings.quantize == "none"
+        else int(linear * 0.52) + (shape.parameters - linear) * size
+    )
 
 # %% ../../nbs/training/01_cost.ipynb #memory-parts
-def bucket_bytes(zero: dict[str, Any], count: int, hidden: int, size: int) -> int: # `zero_optimization`; weights; bytes of one
+def bucket_bytes(
+    zero: dict[str, Any],
+    count: int,
+    hidden: int,
+    size: int,
+) -> int: # `zero_optimization`; weights; bytes of one
     "What DeepSpeed keeps for communication."
     stage, usual = zero.get("stage", 0), 500_000_000
     if not stage: return 0
@@ -301,13 +427,31 @@ def memory_parts(
     share = lambda since: ranks if stage >= since else 1
     away = lambda what: ((zero or {}).get(f"offload_{what}") or {}).get("device", "none") != "none"
     logits = 4 * min(4096, settings.batch_size * settings.max_length) * min(32_768, shape.vocabulary)
-    activations = rehearse(config, settings.batch_size * settings.max_length, dtype, settings.activation_checkpointing, settings.bf16)
+    activations = rehearse(
+        config, settings.batch_size * settings.max_length, dtype, settings.activation_checkpointing, settings.bf16
+    )
     trained = trained_parameters(shape, settings)
-    each = size if trained == count or stage else 4  # of what is trained: adapters have 32 bits beside frozen weights of 16
+    # of what is trained: adapters have 32 bits beside frozen weights of 16
+    each = size if trained == count or stage else 4
     copy = 4 * trained // share(1) if stage else 0
-    states = {"32-bit copy": copy, "optimizer": trained * state_bytes(settings.optimizer, 4 if copy else each) // share(1)}
-    weights, gradients = (frozen_bytes(shape, settings, size) + (0 if trained == count else trained * each)) // share(3), trained * each // share(2)
-    parts = {"weights": 0 if away("param") else weights, "gradients": 0 if away("optimizer") and stage > 1 else gradients, **(dict.fromkeys(states, 0) if away("optimizer") else states),
-             "activations": max(0, activations - logits), "logits": logits, "communication buffers": bucket_bytes(zero or {}, count, shape.hidden, size)}
-    host = {"host: weights": weights if away("param") else 0, "host: gradients and optimizer": sum(states.values()) + copy if away("optimizer") else 0}
+    states = {
+        "32-bit copy": copy,
+        "optimizer": trained * state_bytes(settings.optimizer, 4 if copy else each) // share(1),
+    }
+    weights, gradients = (
+        (frozen_bytes(shape, settings, size) + (0 if trained == count else trained * each)) // share(3),
+        trained * each // share(2),
+    )
+    parts = {
+        "weights": 0 if away("param") else weights,
+        "gradients": 0 if away("optimizer") and stage > 1 else gradients,
+        **(dict.fromkeys(states, 0) if away("optimizer") else states),
+        "activations": max(0, activations - logits),
+        "logits": logits,
+        "communication buffers": bucket_bytes(zero or {}, count, shape.hidden, size),
+    }
+    host = {
+        "host: weights": weights if away("param") else 0,
+        "host: gradients and optimizer": sum(states.values()) + copy if away("optimizer") else 0,
+    }
     return parts | {name: n for name, n in host.items() if n}

@@ -66,17 +66,23 @@ class Report:
     def text(self, colour: bool) -> str:
         "Lines for a terminal."
         paint = {"ok": "\033[32m", "warn": "\033[33m", "fail": "\033[31m"} if colour else {}
-        line = lambda f: f"{paint.get(f.level, '')}{f.level:<4}{chr(27) + '[0m' if colour else ''}  {f.about}: {f.text}{' ' + f.advice if f.advice else ''}"
+        line = lambda f: (
+            f"{paint.get(f.level, '')}{f.level:<4}{chr(27) + '[0m' if colour else ''}  {f.about}: {f.text}{' ' + f.advice if f.advice else ''}"
+        )
         return "\n".join(line(f) for f in self.findings)
 
-    def _repr_html_(self) -> str: return html_table([(f.level, f.about, f.text, f.advice) for f in self.findings], ("", "about", "found", "what to do"))
+    def _repr_html_(self) -> str:
+        return html_table(
+            [(f.level, f.about, f.text, f.advice) for f in self.findings], ("", "about", "found", "what to do")
+        )
 
     def to_json(self) -> str: return json.dumps([asdict(f) for f in self.findings], indent=1)
 
 # %% ../../nbs/training/09_doctor.ipynb #memory
 def model_config(settings: Settings) -> Optional[PreTrainedConfig]: # None: not downloaded, and its shape is not known
     "The configuration of the model that would be trained."
-    if (settings.model_dir / "config.json").is_file(): return AutoConfig.from_pretrained(settings.model_dir, local_files_only=True)
+    if (settings.model_dir / "config.json").is_file():
+        return AutoConfig.from_pretrained(settings.model_dir, local_files_only=True)
     return published_config(settings.model)
 
 def zero_of(settings: Settings, ranks: int) -> Optional[dict[str, Any]]: # None: without DeepSpeed
@@ -85,29 +91,54 @@ def zero_of(settings: Settings, ranks: int) -> Optional[dict[str, Any]]: # None:
 
 def device_memory(settings: Settings) -> Optional[int]: # bytes of the first card; None: no GPU, or not wanted
     "What one card holds."
-    return torch.cuda.get_device_properties(0).total_memory if settings.device == "auto" and torch.cuda.is_available() else None
+    return (
+        torch.cuda.get_device_properties(0).total_memory
+        if settings.device == "auto" and torch.cuda.is_available()
+        else None
+    )
 
 def device_name(settings: Settings) -> str: # of the first card, or cpu
     "What is computed on."
     return torch.cuda.get_device_name() if device_memory(settings) else "cpu"
 
 # %% ../../nbs/training/09_doctor.ipynb #fitting
-WAYS = ({"activation_checkpointing": "full"}, {"max_length": 16_384}, {"max_length": 16_384, "activation_checkpointing": "full"}, {"batch_size": 1},
-        {"optimizer": "adamw_8bit"}, {"deepspeed": "ds_zero2_offload.json", "optimizer": "adamw_torch_fused"}, {"lora_rank": 64, "optimizer": "adamw_torch_fused"}, {"deepspeed": "ds_zero3.json"},
-        {"deepspeed": "ds_zero3_offload.json", "optimizer": "adamw_torch_fused"},
-        {"weights": "bfloat16", "optimizer": "adamw_8bit"}, {"weights": "bfloat16", "optimizer": "adamw_8bit", "activation_checkpointing": "full"})
+WAYS = (
+    {"activation_checkpointing": "full"},
+    {"max_length": 16_384},
+    {"max_length": 16_384, "activation_checkpointing": "full"},
+    {"batch_size": 1},
+    {"optimizer": "adamw_8bit"},
+    {"deepspeed": "ds_zero2_offload.json", "optimizer": "adamw_torch_fused"},
+    {"lora_rank": 64, "optimizer": "adamw_torch_fused"},
+    {"deepspeed": "ds_zero3.json"},
+    {"deepspeed": "ds_zero3_offload.json", "optimizer": "adamw_torch_fused"},
+    {"weights": "bfloat16", "optimizer": "adamw_8bit"},
+    {"weights": "bfloat16", "optimizer": "adamw_8bit", "activation_checkpointing": "full"},
+)
 
-def needed(settings: Settings, ranks: int, config: PreTrainedConfig) -> tuple[dict[str, int], int, int]: # parts; bytes of one device, and for it in the host's memory
+def needed(
+    settings: Settings,
+    ranks: int,
+    config: PreTrainedConfig,
+) -> tuple[dict[str, int], int, int]: # parts; bytes of one device, and for it in the host's memory
     "What a step takes."
     parts = memory_parts(config, settings, ranks, zero_of(settings, ranks))
     host = sum(n for name, n in parts.items() if name.startswith("host"))
     return parts, sum(parts.values()) - host, host
 
-def ways_to_fit(settings: Settings, ranks: int, config: PreTrainedConfig, card: int) -> Iterator[str]: # bytes of one device
+def ways_to_fit(
+    settings: Settings,
+    ranks: int,
+    config: PreTrainedConfig,
+    card: int,
+) -> Iterator[str]: # bytes of one device
     "Settings that would make a step fit with a tenth to spare, and what they need."
     told = set()
     for way in WAYS:
-        if all(getattr(settings, name) == value for name, value in way.items()) or (way.get("deepspeed") == "ds_zero3.json" and ranks == 1): continue
+        if all(getattr(settings, name) == value for name, value in way.items()) or (
+            way.get("deepspeed") == "ds_zero3.json" and ranks == 1
+        ):
+            continue
         if settings.lora_rank and "weights" in way: continue
         if way.get("max_length", 0) > settings.max_length or way.get("batch_size", 0) > settings.batch_size: continue
         _, total, host = needed(settings.model_copy(update=way), ranks, config)
@@ -117,12 +148,22 @@ def ways_to_fit(settings: Settings, ranks: int, config: PreTrainedConfig, card: 
         yield f"`{said}` ({total / 2**30:.1f} GiB{f', and {host * ranks / 2**30:.0f} of host memory' if host else ''}{', but pure bfloat16 weights lose small updates' if 'weights' in way else ''})"
 
 # %% ../../nbs/training/09_doctor.ipynb #look-memory
-def check_gpu_memory(settings: Settings, ranks: int, config: PreTrainedConfig, card: Optional[int]) -> Finding: # card: bytes of one device
+def check_gpu_memory(
+    settings: Settings,
+    ranks: int,
+    config: PreTrainedConfig,
+    card: Optional[int],
+) -> Finding: # card: bytes of one device
     "Whether a step fits."
     parts, total, _ = needed(settings, ranks, config)
-    told = f"{total / 2**30:.1f} GiB on each device: " + ", ".join(f"{n} {b / 2**30:.1f}" for n, b in parts.items() if b and not n.startswith("host"))
+    told = f"{total / 2**30:.1f} GiB on each device: " + ", ".join(
+        f"{n} {b / 2**30:.1f}" for n, b in parts.items() if b and not n.startswith("host")
+    )
     if card is None: return Finding("memory", "ok", f"{told}; no GPU to compare with.")
-    told, level = f"{told}; the card has {card / 2**30:.1f}.", "fail" if total > card else "warn" if total > 0.9 * card else "ok"
+    told, level = (
+        f"{told}; the card has {card / 2**30:.1f}.",
+        "fail" if total > card else "warn" if total > 0.9 * card else "ok",
+    )
     if level == "ok": return Finding("memory", level, told)
     ways = list(ways_to_fit(settings, ranks, config, card))
     advice = f"These fit by the same count: {'; '.join(ways[:5])}." if ways else (
@@ -135,21 +176,40 @@ def host_memory() -> Optional[int]: # bytes that a program can still get; None: 
     except OSError: return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
-def check_host_memory(settings: Settings, ranks: int, config: PreTrainedConfig, free: Optional[int]) -> Iterator[Finding]: # free: bytes
+def check_host_memory(
+    settings: Settings,
+    ranks: int,
+    config: PreTrainedConfig,
+    free: Optional[int],
+) -> Iterator[Finding]: # free: bytes
     "Whether what is offloaded fits; nothing is said when nothing is."
     host = needed(settings, ranks, config)[2] * min(ranks, max(1, torch.cuda.device_count()))
     if not host: return
-    told = f"{host / 2**30:.1f} GiB for what {settings.deepspeed} offloads" + ("." if free is None else f"; {free / 2**30:.1f} are free.")
+    told = f"{host / 2**30:.1f} GiB for what {settings.deepspeed} offloads" + (
+        "." if free is None else f"; {free / 2**30:.1f} are free."
+    )
     full = free is not None and host > free
-    yield Finding("host memory", "fail" if full else "ok", told, "Set deepspeed to a configuration without offload, or take a machine with more memory." if full else "")
+    yield Finding(
+        "host memory",
+        "fail" if full else "ok",
+        told,
+        "Set deepspeed to a configuration without offload, or take a machine with more memory." if full else "",
+    )
 
 # %% ../../nbs/training/09_doctor.ipynb #disk
 def disk_needed(config: PreTrainedConfig, settings: Settings, ranks: int) -> int: # bytes
     "What the checkpoints take that are still to come; those of an earlier start lie there already."
     divided = zero_of(settings, ranks) is not None
     shape, each = Shape.of(config), weights_dtype(settings, divided).itemsize
-    size = expected_bytes(settings.run_dir, trained_parameters(shape, settings), settings.optimizer, divided, each if settings.lora_rank is None else 4)
-    merged = 0 if settings.lora_rank is None else shape.parameters * each  # the final model is written anew, with the adapter in it
+    size = expected_bytes(
+        settings.run_dir,
+        trained_parameters(shape, settings),
+        settings.optimizer,
+        divided,
+        each if settings.lora_rank is None else 4,
+    )
+    # the final model is written anew, with the adapter in it
+    merged = 0 if settings.lora_rank is None else shape.parameters * each
     return checkpoints_to_come(settings.run_dir, settings.save_total_limit) * size + merged
 
 def existing(folder: Path) -> Path: # the nearest folder upwards that is there
@@ -166,7 +226,8 @@ def check_disk_space(settings: Settings, needed: int, free: int) -> Finding: # b
 def check_run_folder(folder: Path, setting: str = "workspace or output_dir") -> Finding:
     "Whether a folder can be written."
     try:
-        with tempfile.TemporaryFile(dir=existing(folder)): return Finding("folder", "ok", f"The folder {folder.name} can be written.")
+        with tempfile.TemporaryFile(dir=existing(folder)):
+            return Finding("folder", "ok", f"The folder {folder.name} can be written.")
     except OSError as error: return Finding("folder", "fail", f"{folder} cannot be written: {error.strerror}.", f"Set {setting} to another folder.")
 
 # %% ../../nbs/training/09_doctor.ipynb #system
@@ -178,35 +239,75 @@ def check_system(settings: Settings, ranks: int, local: int) -> Iterator[Finding
     if Path("/dev/shm").is_dir():
         free = shutil.disk_usage("/dev/shm").free
         little = free < 2**28 * local and local > 1
-        yield Finding("shared memory", "warn" if little else "ok", f"{free / 2**30:.1f} GiB are free in /dev/shm.", "Start the container with --shm-size 16g." if little else "")
+        yield Finding(
+            "shared memory",
+            "warn" if little else "ok",
+            f"{free / 2**30:.1f} GiB are free in /dev/shm.",
+            "Start the container with --shm-size 16g." if little else "",
+        )
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = 0 < soft < 4096
-    yield Finding("open files", "warn" if few else "ok", f"One process may have {soft:,} open." if soft > 0 else "Without a limit.", "Run `ulimit -n 65536` first." if few else "")
-    yield check_terminal(dict(os.environ), sys.stdin.isatty() if sys.stdin else False, signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
+    yield Finding(
+        "open files",
+        "warn" if few else "ok",
+        f"One process may have {soft:,} open." if soft > 0 else "Without a limit.",
+        "Run `ulimit -n 65536` first." if few else "",
+    )
+    yield check_terminal(
+        dict(os.environ), sys.stdin.isatty() if sys.stdin else False, signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    )
     yield from check_versions(settings, {p: found for p in LOOKED_AT if (found := installed(p))})
     cards = torch.cuda.device_count() if settings.device == "auto" else 0
     yield check_devices(settings, local, [torch.cuda.get_device_name(i) for i in range(cards)])
     if not cards: return
-    yield check_compiler(next((found for c in (os.environ.get("CC"), "gcc", "clang") if c and (found := shutil.which(c))), None), Path(sysconfig.get_paths()["include"], "Python.h").is_file())
-    yield check_other_processes(asked("--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits"), [str(torch.cuda.get_device_properties(i).uuid) for i in range(cards)])
+    yield check_compiler(
+        next((found for c in (os.environ.get("CC"), "gcc", "clang") if c and (found := shutil.which(c))), None),
+        Path(sysconfig.get_paths()["include"], "Python.h").is_file(),
+    )
+    yield check_other_processes(
+        asked("--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits"),
+        [str(torch.cuda.get_device_properties(i).uuid) for i in range(cards)],
+    )
     if cards > 1: yield check_interconnect(asked("topo", "-m"))
-
 
 # %% ../../nbs/training/09_doctor.ipynb #terminal
 def check_terminal(environment: dict[str, str], is_terminal: bool, ignores_hangup: bool) -> Finding:
     "Whether a lost connection would end the run."
-    if not is_terminal or ignores_hangup or {"TMUX", "STY"} & set(environment): return Finding("terminal", "ok", "A lost connection does not end this run.")
+    if not is_terminal or ignores_hangup or {"TMUX", "STY"} & set(environment):
+        return Finding("terminal", "ok", "A lost connection does not end this run.")
     level = "warn" if "SSH_CONNECTION" in environment else "ok"
-    return Finding("terminal", level, "This terminal hangs up when it is closed.", "Start `tmux new -s sft` first." if level == "warn" else "")
+    return Finding(
+        "terminal",
+        level,
+        "This terminal hangs up when it is closed.",
+        "Start `tmux new -s sft` first." if level == "warn" else "",
+    )
 
 def check_compiler(compiler: Optional[str], headers: bool) -> Finding: # its path; whether Python.h is there
     "Whether Triton can build what starts its kernels: the fused loss needs it on a GPU."
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    if not find_spec("triton"): return Finding("compiler", "warn", "Triton is not installed: the loss runs without its kernels.", "Install PyTorch's CUDA build, which brings it.")
-    if not compiler: return Finding("compiler", "fail", "Triton needs a C compiler, and there is none.", "Install one (`apt install gcc`), or name it in CC.")
-    if not headers: return Finding("compiler", "fail", f"Triton needs Python.h, which is not in {sysconfig.get_paths()['include']}.", f"Install {python}'s headers (`apt install {python}-dev`).")
+    if not find_spec("triton"):
+        return Finding(
+            "compiler",
+            "warn",
+            "Triton is not installed: the loss runs without its kernels.",
+            "Install PyTorch's CUDA build, which brings it.",
+        )
+    if not compiler:
+        return Finding(
+            "compiler",
+            "fail",
+            "Triton needs a C compiler, and there is none.",
+            "Install one (`apt install gcc`), or name it in CC.",
+        )
+    if not headers:
+        return Finding(
+            "compiler",
+            "fail",
+            f"Triton needs Python.h, which is not in {sysconfig.get_paths()['include']}.",
+            f"Install {python}'s headers (`apt install {python}-dev`).",
+        )
     return Finding("compiler", "ok", f"Triton can use {compiler}.")
-
 
 # %% ../../nbs/training/09_doctor.ipynb #devices
 def installed(package: str) -> Optional[str]: # version
@@ -217,25 +318,65 @@ def installed(package: str) -> Optional[str]: # version
 def check_versions(settings: Settings, found: dict[str, str]) -> Iterator[Finding]: # package -> version
     "What is installed, beside what was tested; and what an optimizer needs."
     lock = settings.root / "requirements.lock"
-    wanted = [Requirement(line) for line in lock.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("#")] if lock.is_file() else []
-    tested = {r.name: r.specifier for r in wanted if r.marker is None or r.marker.evaluate()}  # a package may have a line for each Python
+    wanted = (
+        [
+            Requirement(line)
+            for line in lock.read_text(encoding="utf-8").splitlines()
+            if line.strip() and not line.startswith("#")
+        ]
+        if lock.is_file()
+        else []
+    )
+    # a package may have a line for each Python
+    tested = {r.name: r.specifier for r in wanted if r.marker is None or r.marker.evaluate()}
     other = [f"{p} {v} (tested: {str(tested[p])[2:]})" for p, v in found.items() if p in tested and v not in tested[p]]
-    yield Finding("versions", "warn" if other else "ok", ", ".join(f"{p} {v}" for p, v in found.items()) + (f", CUDA {torch.version.cuda}." if torch.version.cuda else ", without CUDA."),
-                  f"Install what was tested: {', '.join(other)}." if other else "")
+    yield Finding(
+        "versions",
+        "warn" if other else "ok",
+        ", ".join(f"{p} {v}" for p, v in found.items())
+        + (f", CUDA {torch.version.cuda}." if torch.version.cuda else ", without CUDA."),
+        f"Install what was tested: {', '.join(other)}." if other else "",
+    )
     needs = PACKAGES.get(settings.optimizer)
     if needs and needs not in found:
-        yield Finding("optimizer", "fail", f"{settings.optimizer} needs {needs}, which is not installed.", f"`pip install {needs}`, or set optimizer to adamw_torch_fused.")
+        yield Finding(
+            "optimizer",
+            "fail",
+            f"{settings.optimizer} needs {needs}, which is not installed.",
+            f"`pip install {needs}`, or set optimizer to adamw_torch_fused.",
+        )
 
 def check_devices(settings: Settings, local: int, names: list[str]) -> Finding: # processes, and GPUs, of this machine
     "Whether there is a GPU for each process, and whether it can do what is asked."
     told = f"{len(names)} GPU(s) {', '.join(sorted(set(names)))}." if names else "No GPU."
-    if not names: return Finding("devices", "warn" if settings.device == "auto" else "ok", told, "Training would run on the CPU." if settings.device == "auto" else "")
-    if local > len(names): return Finding("devices", "fail", f"{told} {local} processes were asked for on this machine.", f"Start with --nproc {len(names)} on each machine.")
-    if settings.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False): return Finding("devices", "fail", f"{told} It has no bfloat16.", "Set bf16 to false.")
-    if len(set(names)) > 1: return Finding("devices", "warn", told, "The slowest sets the pace: choose equal cards with CUDA_VISIBLE_DEVICES.")
-    if local < len(names): return Finding("devices", "warn", f"{told} {local} of them would be used.", f"Start with --nproc {len(names)}, or show the run fewer with CUDA_VISIBLE_DEVICES.")
+    if not names:
+        return Finding(
+            "devices",
+            "warn" if settings.device == "auto" else "ok",
+            told,
+            "Training would run on the CPU." if settings.device == "auto" else "",
+        )
+    if local > len(names):
+        return Finding(
+            "devices",
+            "fail",
+            f"{told} {local} processes were asked for on this machine.",
+            f"Start with --nproc {len(names)} on each machine.",
+        )
+    if settings.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return Finding("devices", "fail", f"{told} It has no bfloat16.", "Set bf16 to false.")
+    if len(set(names)) > 1:
+        return Finding(
+            "devices", "warn", told, "The slowest sets the pace: choose equal cards with CUDA_VISIBLE_DEVICES."
+        )
+    if local < len(names):
+        return Finding(
+            "devices",
+            "warn",
+            f"{told} {local} of them would be used.",
+            f"Start with --nproc {len(names)}, or show the run fewer with CUDA_VISIBLE_DEVICES.",
+        )
     return Finding("devices", "ok", told)
-
 
 # %% ../../nbs/training/09_doctor.ipynb #links
 def asked(*question: str) -> Optional[str]: # None: nobody can tell
@@ -250,70 +391,161 @@ def check_interconnect(text: Optional[str]) -> Finding: # `nvidia-smi topo -m`
     if text is None: return Finding("links", "ok", "nvidia-smi does not tell how the GPUs are connected.")
     rows = [line.split() for line in text.splitlines() if line.startswith("GPU")]
     between = sorted({word for i, row in enumerate(rows) for word in row[1:1 + len(rows)][:i]})
-    if between and all(word.startswith("NV") for word in between): return Finding("links", "ok", f"Every pair of GPUs has NVLink ({', '.join(between)}).")
-    return Finding("links", "warn", f"Some pairs of GPUs have no NVLink ({', '.join(between) or 'no pair was found'}).",
-                   "ZeRO-2 exchanges gradients at every micro-batch: set batch_size higher and gradient_accumulation lower, or deepspeed to ds_zero1.json, which exchanges once per step.")
+    if between and all(word.startswith("NV") for word in between):
+        return Finding("links", "ok", f"Every pair of GPUs has NVLink ({', '.join(between)}).")
+    return Finding(
+        "links",
+        "warn",
+        f"Some pairs of GPUs have no NVLink ({', '.join(between) or 'no pair was found'}).",
+        "ZeRO-2 exchanges gradients at every micro-batch: set batch_size higher and gradient_accumulation lower, or deepspeed to ds_zero1.json, which exchanges once per step.",
+    )
 
-def check_other_processes(text: Optional[str], mine: list[str]) -> Finding: # a line per card: index, uuid, MiB in use; uuids of the cards of this run
+def check_other_processes(
+    text: Optional[str], mine: list[str]
+) -> Finding: # a line per card: index, uuid, MiB in use; uuids of the cards of this run
     "Whether other programs hold memory of the cards."
     if text is None: return Finding("cards", "ok", "nvidia-smi does not tell what other programs hold.")
     lines = [[word.strip() for word in line.split(",")] for line in text.splitlines() if line.count(",") == 2]
-    held = [f"{int(used) / 1024:.1f} GiB of GPU {index}" for index, uuid, used in lines if used.isdigit() and int(used) > 2048 and any(uuid.removeprefix("GPU-") == m.removeprefix("GPU-") for m in mine)]
-    if held: return Finding("cards", "warn", f"Other programs hold {', '.join(held)}.", "End them (`nvidia-smi` lists them; a killed run may have left one), or choose other cards with CUDA_VISIBLE_DEVICES.")
+    held = [
+        f"{int(used) / 1024:.1f} GiB of GPU {index}"
+        for index, uuid, used in lines
+        if used.isdigit()
+        and int(used) > 2048
+        and any(uuid.removeprefix("GPU-") == m.removeprefix("GPU-") for m in mine)
+    ]
+    if held:
+        return Finding(
+            "cards",
+            "warn",
+            f"Other programs hold {', '.join(held)}.",
+            "End them (`nvidia-smi` lists them; a killed run may have left one), or choose other cards with CUDA_VISIBLE_DEVICES.",
+        )
     return Finding("cards", "ok", "No other program holds memory of them.")
 
-
 # %% ../../nbs/training/09_doctor.ipynb #time
-def matching(settings: Settings) -> tuple[Optional[Prepared], str]: # the newest prepared data of these settings; what differs in the nearest otherwise
+def matching(
+    settings: Settings,
+) -> tuple[Optional[Prepared], str]: # the newest prepared data of these settings; what differs in the nearest otherwise
     "Everything in the key is compared except the data's bytes."
     folders = sorted(prepared_folders(settings.prepared_dir), key=lambda f: f.stat().st_mtime, reverse=True)
     if not folders: return None, "nothing is prepared yet"
     mine = key_parts(settings, data=False)
-    differing = {f: sorted(n for n in {*mine, *then} if not n.startswith("data/") and mine.get(n) != then.get(n)) for f in folders if (then := read_manifest(f)["key_parts"])}
+    differing = {
+        f: sorted(n for n in {*mine, *then} if not n.startswith("data/") and mine.get(n) != then.get(n))
+        for f in folders
+        if (then := read_manifest(f)["key_parts"])
+    }
     best = min(folders, key=lambda f: len(differing[f]))
-    return (None, f"changed since the nearest prepared data: {', '.join(differing[best])}") if differing[best] else (Prepared(best), "")
+    return (
+        (None, f"changed since the nearest prepared data: {', '.join(differing[best])}")
+        if differing[best]
+        else (Prepared(best), "")
+    )
 
 def check_data(settings: Settings, prepared: Optional[Prepared], why: str) -> Finding:
     "Whether the data is there, and prepared."
-    if prepared: return Finding("data", "ok", f"Prepared: {prepared.splits['train']['rows']:,} rows, {prepared.splits['train']['tokens']:,} tokens in {prepared.splits['train']['blocks']:,} blocks.")
-    if settings.is_demo: return Finding("data", "ok", f"The demo makes and prepares its data when the run starts ({why}).")
-    if not (settings.converted_dir / "train.jsonl").is_file(): return Finding("data", "warn", f"{settings.dataset} is not converted yet.", "Run nbs/00_download.ipynb and nbs/01_convert.ipynb.")
-    return Finding("data", "ok", f"It will be prepared first: {why}.", "`proxy-sft prepare` does it beforehand, without a GPU.")
+    if prepared:
+        return Finding(
+            "data",
+            "ok",
+            f"Prepared: {prepared.splits['train']['rows']:,} rows, {prepared.splits['train']['tokens']:,} tokens in {prepared.splits['train']['blocks']:,} blocks.",
+        )
+    if settings.is_demo:
+        return Finding("data", "ok", f"The demo makes and prepares its data when the run starts ({why}).")
+    if not (settings.converted_dir / "train.jsonl").is_file():
+        return Finding(
+            "data",
+            "warn",
+            f"{settings.dataset} is not converted yet.",
+            "Run nbs/00_download.ipynb and nbs/01_convert.ipynb.",
+        )
+    return Finding(
+        "data", "ok", f"It will be prepared first: {why}.", "`proxy-sft prepare` does it beforehand, without a GPU."
+    )
 
 # %% ../../nbs/training/09_doctor.ipynb #time-estimate
 ASSUMED = 0.4  # of the card's peak
 
-def amounts(settings: Settings, ranks: int, prepared: Optional[Prepared]) -> Optional[tuple[float, float, str]]: # tokens to train, mean context, where they are from; None: not known
+def amounts(
+    settings: Settings,
+    ranks: int,
+    prepared: Optional[Prepared],
+) -> Optional[tuple[float, float, str]]: # tokens to train, mean context, where they are from; None: not known
     "How much there is to train."
     per_step = settings.batch_size * settings.gradient_accumulation * ranks
     if prepared:
         split, lengths = prepared.splits["train"], prepared.facts("train")["used_tokens"].to_numpy()
-        tokens, context, blocks, told = split["tokens"], mean_context(lengths[lengths > 0].tolist()), split["blocks"], "the prepared data"
+        tokens, context, blocks, told = (
+            split["tokens"],
+            mean_context(lengths[lengths > 0].tolist()),
+            split["blocks"],
+            "the prepared data",
+        )
     elif settings.dataset == "allenai/Dolci-Instruct-SFT":
         rows = min(DOLCI["rows"], settings.max_train_samples or DOLCI["rows"])
-        tokens, context, told = rows * DOLCI["tokens"], DOLCI["context"], f"{rows:,} conversations of Dolci's usual length"
+        tokens, context, told = (
+            rows * DOLCI["tokens"],
+            DOLCI["context"],
+            f"{rows:,} conversations of Dolci's usual length",
+        )
         blocks = -(-tokens // settings.max_length) if settings.packing else rows
     else: return None
-    return tokens * settings.epochs if settings.max_steps is None else settings.max_steps * per_step * tokens / max(1, blocks), context, told
+    return (
+        tokens * settings.epochs
+        if settings.max_steps is None
+        else settings.max_steps * per_step * tokens / max(1, blocks),
+        context,
+        told,
+    )
 
-def check_duration(settings: Settings, ranks: int, config: PreTrainedConfig, device_name: str, prepared: Optional[Prepared]) -> Finding:
+def check_duration(
+    settings: Settings,
+    ranks: int,
+    config: PreTrainedConfig,
+    device_name: str,
+    prepared: Optional[Prepared],
+) -> Finding:
     "How long, and what it costs."
-    if not (found := amounts(settings, ranks, prepared)): return Finding("time", "ok", "The number of tokens is not known before the data is prepared.", "`proxy-sft prepare` counts them.")
+    if not (found := amounts(settings, ranks, prepared)):
+        return Finding(
+            "time",
+            "ok",
+            "The number of tokens is not known before the data is prepared.",
+            "`proxy-sft prepare` counts them.",
+        )
     tokens, context, told = found
-    flops, peak = flops_per_token(Shape.of(config), context, frozen=settings.lora_rank is not None), peak_flops(device_name)
+    flops, peak = (
+        flops_per_token(Shape.of(config), context, frozen=settings.lora_rank is not None),
+        peak_flops(device_name),
+    )
     told = f"{tokens:,.0f} tokens to train, a mean context of {context:,.0f} ({told}), {flops * tokens:.2g} operations"
     if not settings.packing: told += "; padding, which packing would save, comes on top"
     if peak is None: return Finding("time", "ok", f"{told}; no speed is assumed for this device ({device_name}).")
     hours = tokens * flops / (ASSUMED * peak * ranks) / 3600
-    money = f", {hours * ranks * settings.gpu_hour_price:,.0f} at {settings.gpu_hour_price} per GPU hour" if settings.gpu_hour_price else ", set gpu_hour_price for its cost"
-    return Finding("time", "ok", f"{told}: about {hours:,.1f} hours{money}, if {ASSUMED:.0%} of the peak of {ranks} x {device_name} is reached.")
+    money = (
+        f", {hours * ranks * settings.gpu_hour_price:,.0f} at {settings.gpu_hour_price} per GPU hour"
+        if settings.gpu_hour_price
+        else ", set gpu_hour_price for its cost"
+    )
+    return Finding(
+        "time",
+        "ok",
+        f"{told}: about {hours:,.1f} hours{money}, if {ASSUMED:.0%} of the peak of {ranks} x {device_name} is reached.",
+    )
 
 # %% ../../nbs/training/09_doctor.ipynb #diagnose
 def check_model(settings: Settings) -> Finding:
     "Whether the model is on the disk."
     if (settings.model_dir / "config.json").is_file(): return Finding("model", "ok", f"{settings.model} is there.")
-    if settings.is_demo and settings.model == "demo": return Finding("model", "ok", "The demo makes its model when the run starts; memory, disk and time are told then.")
-    known = "Its published shape is taken for what follows." if published_config(settings.model) else "Memory, disk and time cannot be estimated."
+    if settings.is_demo and settings.model == "demo":
+        return Finding(
+            "model", "ok", "The demo makes its model when the run starts; memory, disk and time are told then."
+        )
+    known = (
+        "Its published shape is taken for what follows."
+        if published_config(settings.model)
+        else "Memory, disk and time cannot be estimated."
+    )
     return Finding("model", "warn", f"{settings.model} is not downloaded yet. {known}", "Run nbs/00_download.ipynb.")
 
 def diagnose(
@@ -327,19 +559,35 @@ def diagnose(
     prepared, why = matching(settings)
     found = [check_model(settings), check_data(settings, prepared, why)]
     if config is not None:
-        if rehearsal: found += [check_gpu_memory(settings, ranks, config, card), *check_host_memory(settings, ranks, config, host_memory())]
-        found += [check_disk_space(settings, disk_needed(config, settings, ranks), shutil.disk_usage(existing(settings.run_dir)).free),
-                  check_duration(settings, ranks, config, device_name(settings), prepared)]
+        if rehearsal:
+            found += [
+                check_gpu_memory(settings, ranks, config, card),
+                *check_host_memory(settings, ranks, config, host_memory()),
+            ]
+        found += [
+            check_disk_space(
+                settings, disk_needed(config, settings, ranks), shutil.disk_usage(existing(settings.run_dir)).free
+            ),
+            check_duration(settings, ranks, config, device_name(settings), prepared),
+        ]
     folders = [check_run_folder(settings.run_dir), check_run_folder(settings.prepared_dir, "workspace")]
-    return Report([*found, *folders, *check_system(settings, ranks, local or int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))])
+    return Report(
+        [*found, *folders, *check_system(settings, ranks, local or int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))]
+    )
 
 def require_health(settings: Settings, ranks: int = 1) -> Report: # raises DoctorError
     "`diagnose`, and an end when something failed and `preflight` does not say warn; memory is counted where there is a card to compare with."
     if offloads(settings) and "RANK" not in os.environ:
-        raise DoctorError(f"{settings.deepspeed} keeps states in the host's memory, which needs DeepSpeed and therefore the launcher: start with `proxy-sft run NOTEBOOK --nproc 1`.")
+        raise DoctorError(
+            f"{settings.deepspeed} keeps states in the host's memory, which needs DeepSpeed and therefore the launcher: start with `proxy-sft run NOTEBOOK --nproc 1`."
+        )
     report = diagnose(settings, ranks, rehearsal=device_memory(settings) is not None)
     if report.failed and settings.preflight == "require":
-        raise DoctorError("The run would fail:\n" + Report(report.failed).text(colour=False) + "\nSet preflight to warn to start all the same.")
+        raise DoctorError(
+            "The run would fail:\n"
+            + Report(report.failed).text(colour=False)
+            + "\nSet preflight to warn to start all the same."
+        )
     return report
 
 # %% ../../nbs/training/09_doctor.ipynb #command

@@ -20,17 +20,29 @@ from .cost import bucket_bytes, state_bytes, tiled_loss
 from ..core.settings import Settings
 
 # %% ../../nbs/training/02_memory.ipynb #advice
-def memory_advice(settings: Settings, divided: bool) -> list[str]: # three, the cheapest first; divided: states are divided between ranks
+def memory_advice(
+    settings: Settings, divided: bool
+) -> list[str]: # three, the cheapest first; divided: states are divided between ranks
     "Settings that take less memory, with their present values."
     now = lambda name: f"(now {getattr(settings, name)})"
-    offers = [(settings.batch_size > 1, f"batch_size to 1 {now('batch_size')}, gradient_accumulation as many times higher"),
-              (settings.activation_checkpointing != "full", f"activation_checkpointing to full {now('activation_checkpointing')}"),
-              (not divided and settings.lora_rank is None and settings.optimizer.startswith("adamw_torch"), f"optimizer to adamw_8bit {now('optimizer')}"),
-              (settings.max_length > 1024, f"max_length to {settings.max_length // 2:,} (now {settings.max_length:,})"),
-              (settings.lora_rank is None, "lora_rank to 64 (now null), to train adapters"),
-              (settings.lora_rank is not None and settings.quantize == "none", f"quantize to nf4 {now('quantize')}"),
-              ((settings.lora_rank or 0) > 8, f"lora_rank to 8 {now('lora_rank')}"),
-              (True, f"deepspeed to a configuration that keeps states in the host's memory {now('deepspeed')}"), (True, f"weights to bfloat16 {now('weights')}"), (True, f"dataloader_workers to 0 {now('dataloader_workers')}")]
+    offers = [
+        (settings.batch_size > 1, f"batch_size to 1 {now('batch_size')}, gradient_accumulation as many times higher"),
+        (
+            settings.activation_checkpointing != "full",
+            f"activation_checkpointing to full {now('activation_checkpointing')}",
+        ),
+        (
+            not divided and settings.lora_rank is None and settings.optimizer.startswith("adamw_torch"),
+            f"optimizer to adamw_8bit {now('optimizer')}",
+        ),
+        (settings.max_length > 1024, f"max_length to {settings.max_length // 2:,} (now {settings.max_length:,})"),
+        (settings.lora_rank is None, "lora_rank to 64 (now null), to train adapters"),
+        (settings.lora_rank is not None and settings.quantize == "none", f"quantize to nf4 {now('quantize')}"),
+        ((settings.lora_rank or 0) > 8, f"lora_rank to 8 {now('lora_rank')}"),
+        (True, f"deepspeed to a configuration that keeps states in the host's memory {now('deepspeed')}"),
+        (True, f"weights to bfloat16 {now('weights')}"),
+        (True, f"dataloader_workers to 0 {now('dataloader_workers')}"),
+    ]
     return [text for fits, text in offers if fits][:3]
 
 def out_of_memory(settings: Settings, divided: bool, error: torch.OutOfMemoryError) -> str:
@@ -43,20 +55,34 @@ def longest_blocks(data: Dataset, count: int) -> list[int]:
     lengths = pc.list_value_length(data.with_format("arrow")[:]["input_ids"]).to_numpy()
     return np.argsort(-lengths, kind="stable")[:count].tolist()
 
-def standing_in(trainer: Any, trained: list[torch.nn.Parameter], zero: Optional[dict[str, Any]]) -> list[torch.Tensor]: # zero: DeepSpeed's `zero_optimization`; None: without it
+def standing_in(
+    trainer: Any,
+    trained: list[torch.nn.Parameter],
+    zero: Optional[dict[str, Any]],
+) -> list[torch.Tensor]: # zero: DeepSpeed's `zero_optimization`; None: without it
     "As many bytes as will lie there later: states of a plain optimizer, gradients and buckets under ZeRO."
     count, size, device = sum(p.numel() for p in trained), trained[0].element_size(), trained[0].device
     if zero is None: later = [count * state_bytes(trainer.settings.optimizer, size)]
-    else: later = [count * size // (trainer.args.world_size if zero["stage"] > 1 else 1), bucket_bytes(zero, count, trainer.model.config.hidden_size, size)]
+    else:
+        later = [
+            count * size // (trainer.args.world_size if zero["stage"] > 1 else 1),
+            bucket_bytes(zero, count, trainer.model.config.hidden_size, size),
+        ]
     return [torch.empty(n, dtype=torch.uint8, device=device) for n in later]
 
 def probe(trainer: Any) -> int: # tokens that went through; 0: not probed
     "Forwards and backwards over the longest blocks; weights, gradients, states, random numbers and the order of data stay as they were."
     zero = trainer.accelerator.deepspeed_config["zero_optimization"] if trainer.is_deepspeed_enabled else None
     if zero and zero["stage"] == 3: return 0
-    model, before = trainer.model if zero is None else trainer.accelerator.unwrap_model(trainer.model_wrapped), (random.getstate(), np.random.get_state())
+    model, before = (
+        trainer.model if zero is None else trainer.accelerator.unwrap_model(trainer.model_wrapped),
+        (random.getstate(), np.random.get_state()),
+    )
     trained, training = [p for p in model.parameters() if p.requires_grad], model.training
-    blocks = [trainer.train_dataset[i] for i in longest_blocks(trainer.train_dataset, trainer.args.per_device_train_batch_size)]
+    blocks = [
+        trainer.train_dataset[i]
+        for i in longest_blocks(trainer.train_dataset, trainer.args.per_device_train_batch_size)
+    ]
     batch = trainer._prepare_inputs(trainer.data_collator(blocks))
     cards = [trained[0].device] if trained[0].is_cuda else []
     with ExitStack() as all_as_before:
@@ -84,8 +110,13 @@ class MemoryProbe(TrainerCallback):
         if self.wanted == "never" or (self.wanted == "auto" and not on_gpu): return
         if on_gpu: torch.cuda.reset_peak_memory_stats()
         tokens = probe(self.trainer)
-        peak = f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of {torch.cuda.get_device_properties(args.device).total_memory / 2**30:.1f} at the worst moment" if on_gpu else ""
+        peak = (
+            f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of {torch.cuda.get_device_properties(args.device).total_memory / 2**30:.1f} at the worst moment"
+            if on_gpu
+            else ""
+        )
         if on_gpu:
             torch.cuda.empty_cache()  # the run begins without the probe's pieces
             torch.cuda.reset_peak_memory_stats()
-        if tokens and state.is_world_process_zero: print(f"Memory: the longest micro-batch ({tokens:,} tokens) went forwards and backwards{peak}.", flush=True)
+        if tokens and state.is_world_process_zero:
+            print(f"Memory: the longest micro-batch ({tokens:,} tokens) went forwards and backwards{peak}.", flush=True)

@@ -32,24 +32,50 @@ def training_device(settings: Settings) -> torch.device:
 def quantization(settings: Settings) -> Optional[BitsAndBytesConfig]: # None: weights as they are; raises ModelError
     "How frozen weights are stored."
     if settings.quantize == "none": return None
-    if settings.lora_rank is None: raise ModelError("quantize is nf4, and weights of 4 bits cannot be trained. Set lora_rank (64, for example), or quantize to none.")
-    if is_deepspeed_zero3_enabled(): raise ModelError("quantize is nf4, and ZeRO-3 cannot divide such weights. Set deepspeed to ds_config_zero2.json, or quantize to none.")
+    if settings.lora_rank is None:
+        raise ModelError(
+            "quantize is nf4, and weights of 4 bits cannot be trained. Set lora_rank (64, for example), or quantize to none."
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ModelError(
+            "quantize is nf4, and ZeRO-3 cannot divide such weights. Set deepspeed to ds_config_zero2.json, or quantize to none."
+        )
     require_package("bitsandbytes", "quantize", "none")
-    if training_device(settings).type != "cuda": raise ModelError("quantize is nf4, and there is no GPU, without which gradients are wrong after the first held-out loss. Set quantize to none.")
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16 if settings.bf16 else torch.float32)
+    if training_device(settings).type != "cuda":
+        raise ModelError(
+            "quantize is nf4, and there is no GPU, without which gradients are wrong after the first held-out loss. Set quantize to none."
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if settings.bf16 else torch.float32,
+    )
 
 def require_package(package: str, setting: str, instead: str) -> None: # raises ModelError
     "See that a setting's package is installed."
-    if not find_spec(package): raise ModelError(f"{setting} needs the package {package}, which is not installed (`pip install {package}`). Or set {setting} to {instead}.")
+    if not find_spec(package):
+        raise ModelError(
+            f"{setting} needs the package {package}, which is not installed (`pip install {package}`). Or set {setting} to {instead}."
+        )
 
 # %% ../../nbs/training/03_model.ipynb #load
 def load_for_training(settings: Settings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
     "The base model on its device, its stop token set to the one that is trained."
     if settings.lora_rank and settings.activation_checkpointing == "selective" and is_deepspeed_zero3_enabled():
-        raise ModelError("Adapters under ZeRO-3 cannot be trained with activation_checkpointing selective (now set). Set it to full or none, or deepspeed to ds_config_zero2.json.")
+        raise ModelError(
+            "Adapters under ZeRO-3 cannot be trained with activation_checkpointing selective (now set). Set it to full or none, or deepspeed to ds_config_zero2.json."
+        )
     placed = {} if is_deepspeed_zero3_enabled() else {"device_map": {"": training_device(settings)}}
     placed |= {"quantization_config": nf4} if (nf4 := quantization(settings)) else {}
-    model = AutoModelForCausalLM.from_pretrained(settings.model_dir, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True, **placed)
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.model_dir,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        local_files_only=True,
+        **placed,
+    )
     require_dtype(model, dtype)
     stops = stop_token_ids(tokenizer, model.generation_config.to_dict())
     model.config.eos_token_id = model.generation_config.eos_token_id = stops
@@ -60,7 +86,10 @@ def load_for_training(settings: Settings, tokenizer: PreTrainedTokenizerBase, dt
 def require_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None: # raises ModelError
     "See that no weight came in another precision."
     wrong = [(name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != dtype]
-    if wrong: raise ModelError(f"{len(wrong)} weights were loaded as {wrong[0][1]} where {dtype} was wanted, {wrong[0][0]} among them. Set weights to auto, bfloat16 or float32.")
+    if wrong:
+        raise ModelError(
+            f"{len(wrong)} weights were loaded as {wrong[0][1]} where {dtype} was wanted, {wrong[0][0]} among them. Set weights to auto, bfloat16 or float32."
+        )
 
 # %% ../../nbs/training/03_model.ipynb #kernels
 LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -68,7 +97,13 @@ LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False,
 def kernels_for(settings: Settings, device: torch.device) -> str: # none or liger; raises ModelError
     "Which kernels the layers run with."
     if settings.kernels == "none": return "none"
-    missing = "there is no GPU" if device.type != "cuda" else "the package liger-kernel is not installed (`pip install liger-kernel`)" if not find_spec("liger_kernel") else ""
+    missing = (
+        "there is no GPU"
+        if device.type != "cuda"
+        else "the package liger-kernel is not installed (`pip install liger-kernel`)"
+        if not find_spec("liger_kernel")
+        else ""
+    )
     if not missing: return "liger"
     if settings.kernels == "liger": raise ModelError(f"kernels is liger, and {missing}. Set kernels to auto or none.")
     return "none"
@@ -78,14 +113,37 @@ def kernel_arguments(kernels: str) -> dict[str, Any]: # of SFTConfig
     return {"use_liger_kernel": True, "liger_kernel_config": LIGER} if kernels == "liger" else {}
 
 # %% ../../nbs/training/03_model.ipynb #optimizer
-def optimizer_arguments(settings: Settings, dtype: torch.dtype, device: torch.device, with_deepspeed: bool) -> tuple[dict[str, Any], Optional[tuple[type, dict[str, Any]]]]: # for SFTConfig, and a class where transformers has no name; raises ModelError
+def optimizer_arguments(
+    settings: Settings,
+    dtype: torch.dtype,
+    device: torch.device,
+    with_deepspeed: bool,
+) -> tuple[
+    dict[str, Any],
+    Optional[tuple[type, dict[str, Any]]],
+]: # for SFTConfig, and a class where transformers has no name; raises ModelError
     "The optimizer in transformers' words."
     name = settings.optimizer
     if package := PACKAGES.get(name):
-        if with_deepspeed: raise ModelError(f"optimizer is {name}, and DeepSpeed divides the states of PyTorch's AdamW only. Set optimizer to adamw_torch_fused, or deepspeed to null.")
+        if with_deepspeed:
+            raise ModelError(
+                f"optimizer is {name}, and DeepSpeed divides the states of PyTorch's AdamW only. Set optimizer to adamw_torch_fused, or deepspeed to null."
+            )
         require_package(package, "optimizer", "adamw_torch_fused")
-    if name == "paged_adamw_8bit" and device.type != "cuda": raise ModelError("optimizer is paged_adamw_8bit, and there is no GPU to page from. Set it to adamw_8bit.")
+    if name == "paged_adamw_8bit" and device.type != "cuda":
+        raise ModelError("optimizer is paged_adamw_8bit, and there is no GPU to page from. Set it to adamw_8bit.")
     if name != "adamw_bf16": return {"optim": name}, None
-    if dtype != torch.bfloat16 and settings.lora_rank is None: raise ModelError("optimizer is adamw_bf16, and the weights have 32 bits. Set weights to bfloat16, or optimizer to adamw_8bit.")
+    if dtype != torch.bfloat16 and settings.lora_rank is None:
+        raise ModelError(
+            "optimizer is adamw_bf16, and the weights have 32 bits. Set weights to bfloat16, or optimizer to adamw_8bit."
+        )
     from torchao.optim import _AdamW
-    return {}, (_AdamW, {"lr": settings.learning_rate, "betas": (0.9, settings.adam_beta2), "weight_decay": settings.weight_decay, "bf16_stochastic_round": True})
+    return {}, (
+        _AdamW,
+        {
+            "lr": settings.learning_rate,
+            "betas": (0.9, settings.adam_beta2),
+            "weight_decay": settings.weight_decay,
+            "bf16_stochastic_round": True,
+        },
+    )

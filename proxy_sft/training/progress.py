@@ -37,7 +37,13 @@ class SpeedMeter:
     def count(self, inputs: dict[str, Any]) -> None: # a micro-batch
         "Add a micro-batch."
         ends, mask = inputs.get("cu_seq_lens_q"), inputs.get("attention_mask")
-        lengths = ends.diff() if ends is not None else mask.sum(-1) if mask is not None else torch.tensor([inputs["input_ids"].shape[-1]])
+        lengths = (
+            ends.diff()
+            if ends is not None
+            else mask.sum(-1)
+            if mask is not None
+            else torch.tensor([inputs["input_ids"].shape[-1]])
+        )
         self.tokens = self.tokens + lengths.sum()
         self.squares = self.squares + (lengths.double() ** 2).sum()
         self.supervised = self.supervised + (inputs["labels"] != -100).sum()
@@ -64,17 +70,39 @@ def speed_fields(
     if not meter.steps or not meter.seconds: return {}
     tokens, supervised, squares = (float(n) for n in (meter.tokens, meter.supervised, meter.squares))
     speed, flops = tokens / meter.seconds, flops_per_token(meter.shape, squares / max(1.0, tokens), meter.frozen)
-    found = {"tokens_per_second": speed, "supervised_tokens_per_second": supervised / meter.seconds, "mfu": utilisation(speed, flops, meter.peak),
-             "data_wait": meter.waited / meter.seconds, "eta_seconds": steps_left * meter.seconds / meter.steps}
+    found = {
+        "tokens_per_second": speed,
+        "supervised_tokens_per_second": supervised / meter.seconds,
+        "mfu": utilisation(speed, flops, meter.peak),
+        "data_wait": meter.waited / meter.seconds,
+        "eta_seconds": steps_left * meter.seconds / meter.steps,
+    }
     if torch.cuda.is_initialized(): found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     meter.clear()
     return {name: value for name, value in found.items() if value is not None}
 
 # %% ../../nbs/training/08_progress.ipynb #records
-FIELDS = ("step", "max_steps", "loss", "grad_norm", "learning_rate", "tokens_per_second", "supervised_tokens_per_second", "mfu", "peak_memory_gib",
-          "data_wait", "eta_seconds", "eval_loss", "time")
+FIELDS = (
+    "step",
+    "max_steps",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+    "supervised_tokens_per_second",
+    "mfu",
+    "peak_memory_gib",
+    "data_wait",
+    "eta_seconds",
+    "eval_loss",
+    "time",
+)
 
-def progress_record(logs: dict[str, Any], step: int, max_steps: int) -> dict[str, Any]: # FIELDS first, then what else was logged
+def progress_record(
+    logs: dict[str, Any],
+    step: int,
+    max_steps: int,
+) -> dict[str, Any]: # FIELDS first, then what else was logged
     "A log as it is written to `progress.jsonl`."
     known = {**logs, "step": step, "max_steps": max_steps, "time": round(time.time(), 3)}
     return {**{name: known.get(name) for name in FIELDS}, **known}
@@ -88,7 +116,8 @@ def progress_line(record: dict[str, Any]) -> Optional[str]: # None: nothing for 
 
 def speed_words(record: dict[str, Any]) -> str: # empty for a run of a few minutes: its lines stay the same each time
     "How fast and how long still, where it takes long enough to be asked."
-    if (record["eta_seconds"] or 0) < 600 or record["step"] < 2: return ""  # a first step warms up, and says nothing about the others
+    if (record["eta_seconds"] or 0) < 600 or record["step"] < 2:
+        return ""  # a first step warms up, and says nothing about the others
     shown = f"  {record['tokens_per_second']:,.0f} tokens/s"
     if record["mfu"] is not None: shown += f"  MFU {record['mfu']:.1%}"
     if record["peak_memory_gib"] is not None: shown += f"  {record['peak_memory_gib']:.1f} GiB"
@@ -98,8 +127,14 @@ def speed_words(record: dict[str, Any]) -> str: # empty for a run of a few minut
 class Progress(TrainerCallback):
     "A readable line per log, on rank 0; every record also to `logs/progress.jsonl`."
 
-    def __init__(self, run_dir: Path, every: int, meter: Optional[SpeedMeter] = None): # print every so many optimizer steps
-        self.file, self.every, self.meter, self.more = run_dir / "logs" / "progress.jsonl", every, meter, {}  # more: what every record says
+    def __init__(
+        self,
+        run_dir: Path,
+        every: int,
+        meter: Optional[SpeedMeter] = None,
+    ): # print every so many optimizer steps
+        # more: what every record says
+        self.file, self.every, self.meter, self.more = run_dir / "logs" / "progress.jsonl", every, meter, {}
         self.file.parent.mkdir(parents=True, exist_ok=True)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -110,7 +145,8 @@ class Progress(TrainerCallback):
         record = progress_record({**self.more, **logs}, state.global_step, state.max_steps)
         with self.file.open("a", encoding="utf-8") as file: file.write(json.dumps(record) + "\n")
         line = progress_line(record)
-        if line and ("eval_loss" in logs or state.global_step % self.every == 0 or state.global_step == 1): print(line, flush=True)
+        if line and ("eval_loss" in logs or state.global_step % self.every == 0 or state.global_step == 1):
+            print(line, flush=True)
 
 # %% ../../nbs/training/08_progress.ipynb #plot
 def thinned(points: list, most: int = 120) -> list: # at most so many; the first and the last stay
@@ -118,28 +154,50 @@ def thinned(points: list, most: int = 120) -> list: # at most so many; the first
     step = max(1, math.ceil(len(points) / most))
     return points[::step] + ([points[-1]] if points and (len(points) - 1) % step else [])
 
-def curves(records: list[dict[str, Any]], speed: bool = False) -> Any: # a matplotlib figure; speed: with tokens per second
+def curves(
+    records: list[dict[str, Any]],
+    speed: bool = False,
+) -> Any: # a matplotlib figure; speed: with tokens per second
     "Losses, gradient norm and maybe speed over the optimizer steps."
     from matplotlib.figure import Figure
-    points = lambda name: list(zip(*thinned([(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))])))
-    panels = [("loss per token", (("loss", "#999999", "-"), ("eval_loss", "#0072B2", ".-"))), ("gradient norm", (("grad_norm", "#009E73", "-"),)),
-              *([("tokens/s", (("tokens_per_second", "#D55E00", "-"),))] if speed else [])]
+    points = lambda name: list(
+        zip(*thinned([(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))]))
+    )
+    panels = [
+        ("loss per token", (("loss", "#999999", "-"), ("eval_loss", "#0072B2", ".-"))),
+        ("gradient norm", (("grad_norm", "#009E73", "-"),)),
+        *([("tokens/s", (("tokens_per_second", "#D55E00", "-"),))] if speed else []),
+    ]
     figure = Figure(figsize=(2.6 * len(panels), 1.5), dpi=64, layout="constrained")
     for axes, (title, series) in zip(figure.subplots(1, len(panels)), panels):
         for name, colour, mark in series:
-            if found := points(name): axes.plot(*found, mark, color=colour, lw=1, antialiased=False, label={"loss": "training", "eval_loss": "held out"}.get(name))
+            if found := points(name):
+                axes.plot(
+                    *found,
+                    mark,
+                    color=colour,
+                    lw=1,
+                    antialiased=False,
+                    label={"loss": "training", "eval_loss": "held out"}.get(name),
+                )
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=8)
         if len(series) > 1 and axes.lines: axes.legend(fontsize=8, frameon=False)
     return figure
-
 
 # %% ../../nbs/training/08_progress.ipynb #live
 class LivePlot(TrainerCallback):
     "The curves of this run, updated in place, in a notebook and on rank 0."
 
     def __init__(self, every: float = 20.0): # seconds between two drawings at least
-        self.every, self.records, self.shown, self.began, self.drawn, self.left = every, [], None, time.monotonic(), -math.inf, 0.0
+        self.every, self.records, self.shown, self.began, self.drawn, self.left = (
+            every,
+            [],
+            None,
+            time.monotonic(),
+            -math.inf,
+            0.0,
+        )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs: return
@@ -156,7 +214,9 @@ class LivePlot(TrainerCallback):
         from IPython import get_ipython
         from IPython.display import Image, display
         if get_ipython() is None or sum("loss" in r for r in self.records) < 2: return
-        picture, self.drawn = Image(small_png(curves(self.records, time.monotonic() - self.began + self.left >= 600))), time.monotonic()
+        picture, self.drawn = (
+            Image(small_png(curves(self.records, time.monotonic() - self.began + self.left >= 600))),
+            time.monotonic(),
+        )
         if self.shown is None: self.shown = display(picture, display_id="training")
         else: self.shown.update(picture)
-

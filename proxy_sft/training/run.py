@@ -46,16 +46,25 @@ def require_parity(prepared: Prepared, settings: Settings) -> None: # raises Tra
     if found["passed"]: return
     text = f"The parity check failed: {found['verdict']}"
     if settings.parity == "require":
-        raise TrainError(f"{text} Choose another template (now {settings.template}), look at the rows with nbs/chat/10_inspector.ipynb, "
-                         "or set parity to warn to train all the same; the model card will say so.")
+        raise TrainError(
+            f"{text} Choose another template (now {settings.template}), look at the rows with nbs/chat/10_inspector.ipynb, "
+            "or set parity to warn to train all the same; the model card will say so."
+        )
     print(f"Warning: {text}")
 
 # %% ../../nbs/training/13_run.ipynb #prepare-run
-def begin_run(settings: Settings, prepared: Prepared, lock: RunLock) -> tuple[dict[str, Any], Optional[Path], bool]: # facts for manifests, checkpoint to go on from, separate disks
+def begin_run(
+    settings: Settings,
+    prepared: Prepared,
+    lock: RunLock,
+) -> tuple[dict[str, Any], Optional[Path], bool]: # facts for manifests, checkpoint to go on from, separate disks
     "Settle with all ranks what is trained and where it goes on; rank 0 tidies the run's folder."
     world = World.from_environment()
     key = broadcast(prepared.key)
-    if key != prepared.key: raise TrainError(f"Rank {world.rank} prepared {prepared.key}, rank 0 prepared {key}: the machines hold different inputs.")
+    if key != prepared.key:
+        raise TrainError(
+            f"Rank {world.rank} prepared {prepared.key}, rank 0 prepared {key}: the machines hold different inputs."
+        )
     facts = checkpoint_facts(settings, prepared.key, world.size)
     try: settings.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError: pass # rank 0 says it below, for all
@@ -69,14 +78,14 @@ def begin_run(settings: Settings, prepared: Prepared, lock: RunLock) -> tuple[di
         if resume == "never": set_aside(settings.run_dir)
         return swept, resume
     tidied = all_gather(agree(tidy if tidies else None))
-    again = settings.model_copy(update={"resume": tidied[0][1]}) # the repetition of a start goes on from what that has made
+    # the repetition of a start goes on from what that has made
+    again = settings.model_copy(update={"resume": tidied[0][1]})
     swept = {name: fate for one in tidied if one for name, fate in one[0].items()}
     if world.rank == 0 and swept: print(lost_checkpoints_message(swept, again), file=sys.stderr, flush=True)
     if separate and again.resume == "auto": agreed_checkpoint(settings.run_dir)
     outcome = agree((lambda: checkpoint_to_resume(again, facts, ranks=ranks)) if tidies else None)
     if separate and not tidies: outcome = checkpoint_to_resume(again, facts, check=False, ranks=ranks)
     return facts, (outcome if separate else broadcast(outcome)), separate
-
 
 # %% ../../nbs/training/13_run.ipynb #agree
 def agree(act: Optional[Callable[[], Any]]) -> Any: # what it gave here; raises on every rank what it raised on one
@@ -95,7 +104,8 @@ def start_processes(settings: Settings) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, one warning per collective
+    # DeepSpeed's calls, one warning per collective
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(settings.run_dir / "logs" / "tensorboard")
     if training_device(settings).type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -103,11 +113,13 @@ def start_processes(settings: Settings) -> None:
     training_arguments(settings, resumed=False).distributed_state
     if uses_deepspeed(settings):
         from deepspeed import init_distributed
-        init_distributed(auto_mpi_discovery=False)  # joins the group that is there: ZeRO-3 divides weights before a trainer exists, and would count one rank
+        # joins the group that is there: ZeRO-3 divides weights before a trainer exists, and would count one rank
+        init_distributed(auto_mpi_discovery=False)
 
 def keep_memory_whole() -> None:
     "Blocks differ in length; PyTorch's allocator then leaves gaps that nothing fits, unless its segments can grow. Read at the first use of a GPU."
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ): os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 def leave_reductions_to_gloo() -> None:
     "Without a GPU DeepSpeed would first compile C++ for shared-memory reductions; a killed compile leaves a lock that hangs the next run."
@@ -115,7 +127,9 @@ def leave_reductions_to_gloo() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # %% ../../nbs/training/13_run.ipynb #result
-def publish_model(settings: Settings, last: Path) -> None: # the training's last checkpoint; with `resume: PATH` it may be another run's
+def publish_model(
+    settings: Settings, last: Path
+) -> None: # the training's last checkpoint; with `resume: PATH` it may be another run's
     "Make the run's folder a full model: the last checkpoint, its adapter merged where there is one."
     if settings.lora_rank is None: return publish_final(last, settings.run_dir)
     if is_merged(settings.run_dir, last): return
@@ -149,27 +163,56 @@ def out_of_memory_explained(settings: Settings): # raises TrainError
     except torch.OutOfMemoryError as error: raise TrainError(out_of_memory(settings, uses_deepspeed(settings), error)) from error
 
 # %% ../../nbs/training/13_run.ipynb #train-from
-def train_from(checkpoint: Optional[Path], settings: Settings, prepared: Prepared, facts: dict[str, Any], separate: bool) -> None:
+def train_from(
+    checkpoint: Optional[Path],
+    settings: Settings,
+    prepared: Prepared,
+    facts: dict[str, Any],
+    separate: bool,
+) -> None:
     "Train until the last step, or until a stop."
     universal = checkpoint is not None and read_manifest(checkpoint)["world_size"] != facts["world_size"]
     if universal: checkpoint = converted(checkpoint, settings, facts, separate)
     trainer = build_trainer(settings, prepared, facts, checkpoint is not None, separate, universal)
     if trainer.publishes:
         weights = [p for p in trainer.model.parameters() if p.requires_grad]
-        size = expected_bytes(settings.run_dir, sum(getattr(p, "ds_numel", p.numel()) for p in weights), settings.optimizer, uses_deepspeed(settings), weights[0].element_size())
-    agree((lambda: require_room(settings.run_dir, size, settings.save_total_limit, settings.on_full_disk)) if trainer.publishes else None)
+        size = expected_bytes(
+            settings.run_dir,
+            sum(getattr(p, "ds_numel", p.numel()) for p in weights),
+            settings.optimizer,
+            uses_deepspeed(settings),
+            weights[0].element_size(),
+        )
+    agree(
+        (lambda: require_room(settings.run_dir, size, settings.save_total_limit, settings.on_full_disk))
+        if trainer.publishes
+        else None
+    )
     check_batch(trainer)
     if checkpoint: vars(trainer.watch).update(json.loads((checkpoint / "steps.json").read_text(encoding="utf-8")))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stop.stopped:
         step = checkpoint_step(complete_checkpoints(settings.run_dir)[-1])
-        raise StopRequested(f"Stopped as asked{f' ({trainer.stop.reason})' if trainer.stop.reason else ''}, with a complete checkpoint at step {step}. "
-                            f"{resume_advice(settings.resume)}")
+        raise StopRequested(
+            f"Stopped as asked{f' ({trainer.stop.reason})' if trainer.stop.reason else ''}, with a complete checkpoint at step {step}. "
+            f"{resume_advice(settings.resume)}"
+        )
 
-def converted(checkpoint: Path, settings: Settings, facts: dict[str, Any], separate: bool) -> Path: # the same on every rank
+def converted(
+    checkpoint: Path,
+    settings: Settings,
+    facts: dict[str, Any],
+    separate: bool,
+) -> Path: # the same on every rank
     "The checkpoint for another number of ranks, made by rank 0."
-    if separate: raise TrainError("A checkpoint of another number of ranks cannot be converted where machines have run folders of their own: no machine has all parts.")
+    if separate:
+        raise TrainError(
+            "A checkpoint of another number of ranks cannot be converted where machines have run folders of their own: no machine has all parts."
+        )
     def convert():
-        print(f"{checkpoint.name} was written by {read_manifest(checkpoint)['world_size']} ranks; it is converted for {facts['world_size']}. Losses go on but for rounding.", flush=True)
+        print(
+            f"{checkpoint.name} was written by {read_manifest(checkpoint)['world_size']} ranks; it is converted for {facts['world_size']}. Losses go on but for rounding.",
+            flush=True,
+        )
         return convert_world(checkpoint, settings.run_dir)
     return broadcast(agree(convert if World.from_environment().rank == 0 else None))

@@ -33,7 +33,11 @@ class StepWatch:
         self.seen.append((loss.detach().float(), ids.detach()))
         if self.spike is None or not trainer.accelerator.sync_gradients: return
         mean = sum(m for m in all_gather(float(sum(loss for loss, _ in self.seen)))) / trainer.args.world_size
-        self.skipping = len(self.usual) >= 10 and math.isfinite(mean) and mean > self.spike * sorted(self.usual)[len(self.usual) // 2]
+        self.skipping = (
+            len(self.usual) >= 10
+            and math.isfinite(mean)
+            and mean > self.spike * sorted(self.usual)[len(self.usual) // 2]
+        )
         if not self.skipping: self.usual = [*self.usual, mean][-50:]
         elif trainer.is_deepspeed_enabled: skip_deepspeed_step(trainer.deepspeed.optimizer)
 
@@ -51,7 +55,6 @@ class StepWatch:
         found = all_gather((losses, bool(bad), mine))
         raise TrainError(broken_step(trainer.state.global_step + 1, norm, found, trainer.lines))
 
-
 # %% ../../nbs/training/11_step_watch.ipynb #skip-deepspeed
 def skip_deepspeed_step(optimizer: Any) -> None: # a ZeRO optimizer
     "Have the next step treated as DeepSpeed treats an overflow: gradients thrown away, nothing else touched."
@@ -62,26 +65,38 @@ def skip_deepspeed_step(optimizer: Any) -> None: # a ZeRO optimizer
     optimizer.check_grad_overflow, optimizer.check_overflow = True, overflow
 
 # %% ../../nbs/training/11_step_watch.ipynb #blocks
-def which_blocks(data: Dataset, ids: torch.Tensor) -> list[int]: # block numbers in the prepared data, in the micro-batch's order
+def which_blocks(
+    data: Dataset, ids: torch.Tensor
+) -> list[int]: # block numbers in the prepared data, in the micro-batch's order
     "Which blocks a micro-batch holds, found again by their tokens; reads the data once, and only after a failure."
     rows, found, tokens = ids.cpu().numpy(), [], data.with_format("arrow")
     wanted = {row[at:at + 8].tobytes() for row in rows for at in range(len(row))}
-    near = [(n, block) for n in range(len(data)) if (block := tokens[n]["input_ids"].combine_chunks().values.to_numpy())[:8].astype(rows.dtype).tobytes() in wanted]
+    near = [
+        (n, block)
+        for n in range(len(data))
+        if (block := tokens[n]["input_ids"].combine_chunks().values.to_numpy())[:8].astype(rows.dtype).tobytes()
+        in wanted
+    ]
     for row in rows: # without packing a row is one block and padding; with packing, blocks one after the other
         at = 0
-        while fitting := next(((n, len(b)) for n, b in near if len(b) <= len(row) - at and (row[at:at + len(b)] == b).all()), None):
+        while fitting := next(
+            ((n, len(b)) for n, b in near if len(b) <= len(row) - at and (row[at : at + len(b)] == b).all()), None
+        ):
             found.append(fitting[0])
             at += fitting[1]
     return found
 
-def lines_of(prepared: Prepared, settings: Settings, blocks: list[int]) -> list[int]: # rows of the converted train.jsonl, from 0
+def lines_of(
+    prepared: Prepared,
+    settings: Settings,
+    blocks: list[int],
+) -> list[int]: # rows of the converted train.jsonl, from 0
     "The conversations in some blocks; packing is repeated for it, which is exact and quick."
     facts = prepared.facts("train")
     used = facts.filter(pc.is_in(facts["fate"], pa.array([0, 1], facts["fate"].type)))
     rows, counts = blocks_of(used["used_tokens"].to_numpy(), settings)
     lines, ends = used["line"].to_numpy(), np.cumsum(counts)
     return sorted(int(lines[row]) for block in blocks for row in rows[ends[block] - counts[block]:ends[block]])
-
 
 # %% ../../nbs/training/11_step_watch.ipynb #broken-step
 def broken_step(
@@ -91,10 +106,18 @@ def broken_step(
 ) -> str:
     "What is wrong with a step, where to look, and what to do."
     broken = [rank for rank, (_, bad, _) in enumerate(found) if bad]
-    what = f"The loss is not finite on rank {', '.join(map(str, broken))}" if broken else f"The gradient norm is {norm} and every loss is finite"
-    blocks = sorted({b for rank, (_, _, some) in enumerate(found) if rank in broken or not broken for micro in some for b in micro})
+    what = (
+        f"The loss is not finite on rank {', '.join(map(str, broken))}"
+        if broken
+        else f"The gradient norm is {norm} and every loss is finite"
+    )
+    blocks = sorted(
+        {b for rank, (_, _, some) in enumerate(found) if rank in broken or not broken for micro in some for b in micro}
+    )
     numbers = lines(blocks)
     shown = f"{', '.join(map(str, numbers[:40]))}{' …' if len(numbers) > 40 else ''}"
-    return (f"{what} at step {step}. Losses by rank: {[losses for losses, _, _ in found]}. Nothing was saved after the last complete checkpoint. Blocks {blocks} were "
-            f"trained, rows {shown} (from 0) of train.jsonl: open them with `proxy-sft inspect FILE --row {numbers[0] if numbers else 'N'}`. Lower the learning rate, or leave them out; "
-            "starting again goes on from that checkpoint.")
+    return (
+        f"{what} at step {step}. Losses by rank: {[losses for losses, _, _ in found]}. Nothing was saved after the last complete checkpoint. Blocks {blocks} were "
+        f"trained, rows {shown} (from 0) of train.jsonl: open them with `proxy-sft inspect FILE --row {numbers[0] if numbers else 'N'}`. Lower the learning rate, or leave them out; "
+        "starting again goes on from that checkpoint."
+    )

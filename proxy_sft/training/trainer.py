@@ -49,11 +49,15 @@ class ToolTrainer(CompleteCheckpoints, SFTTrainer):
 
     def save_companions(self, folder: Path) -> None:
         "What a server, a reader and a later start need beside the weights."
-        save_chat_files(folder, self.processing_class, self.settings.template, self.model.generation_config.to_diff_dict())
+        save_chat_files(
+            folder, self.processing_class, self.settings.template, self.model.generation_config.to_diff_dict()
+        )
         (folder / "README.md").write_text(self.card, encoding="utf-8")
         save_settings(self.settings, folder)
         serving_notes(self.settings, folder)
-        (folder / "steps.json").write_text(json.dumps({"usual": self.watch.usual, "skipped": self.watch.skipped}), encoding="utf-8")
+        (folder / "steps.json").write_text(
+            json.dumps({"usual": self.watch.usual, "skipped": self.watch.skipped}), encoding="utf-8"
+        )
 
     def create_model_card(self, *args, **kwargs):
         "Our own card is written with every checkpoint."
@@ -67,7 +71,6 @@ class ToolTrainer(CompleteCheckpoints, SFTTrainer):
         norm = super()._get_grad_norm(model, grad_norm)
         self.watch.step_ends(norm, self)
         return norm
-
 
 # %% ../../nbs/training/12_trainer.ipynb #trainer-speed
 @patch
@@ -88,10 +91,13 @@ def training_step(self: ToolTrainer, model, inputs, *args, **kwargs):
 def log(self: ToolTrainer, logs: dict[str, float], start_time: Optional[float] = None) -> None: # raises TrainError
     "As TRL does, with speeds; a held-out loss that is no number ends the run."
     if not math.isfinite(logs.get("eval_loss", 0.0)):
-        raise TrainError(f"eval_loss is {logs['eval_loss']} at step {self.state.global_step}. Nothing was saved after the last complete checkpoint.")
+        raise TrainError(
+            f"eval_loss is {logs['eval_loss']} at step {self.state.global_step}. Nothing was saved after the last complete checkpoint."
+        )
     if "loss" in logs: logs = {**logs, **speed_fields(self.meter, self.state.max_steps - self.state.global_step)}
-    super(ToolTrainer, self).log({**logs, **({"skipped_steps": self.watch.skipped} if self.watch.skipped else {})}, start_time)
-
+    super(ToolTrainer, self).log(
+        {**logs, **({"skipped_steps": self.watch.skipped} if self.watch.skipped else {})}, start_time
+    )
 
 # %% ../../nbs/training/12_trainer.ipynb #card
 def model_card(settings: Settings, prepared: Prepared) -> str: # Markdown with the hub's front matter
@@ -120,28 +126,57 @@ whoever passes this model on keeps that attribution.
 """
 
 # %% ../../nbs/training/12_trainer.ipynb #build-trainer
-def build_trainer(settings: Settings, prepared: Prepared, facts: dict[str, Any], resumed: bool, separate: bool = False, universal: bool = False) -> ToolTrainer:
+def build_trainer(
+    settings: Settings,
+    prepared: Prepared,
+    facts: dict[str, Any],
+    resumed: bool,
+    separate: bool = False,
+    universal: bool = False,
+) -> ToolTrainer:
     "Model, data and arguments joined."
     tokenizer = AutoTokenizer.from_pretrained(settings.model_dir)
     tokenizer.chat_template = served_template(settings.template)
     split = lambda name: None if (data := prepared.dataset(name)) is None else trainer_columns(data, settings)
     stop, watch = StopOnRequest(settings.run_dir, settings.max_hours), StepWatch(settings.skip_loss_spikes)
-    arguments = training_arguments(settings, resumed, separate, universal, heldout="heldout" in prepared.splits)  # before the model: ZeRO-3 divides weights while they are read
+    # before the model: ZeRO-3 divides weights while they are read
+    arguments = training_arguments(settings, resumed, separate, universal, heldout="heldout" in prepared.splits)
     model = load_for_training(settings, tokenizer, weights_dtype(settings, uses_deepspeed(settings)))
     meter = SpeedMeter(Shape.of(model.config), device_name(settings), frozen=settings.lora_rank is not None)
     progress = Progress(settings.run_dir, max(25, settings.logging_steps), meter)
-    trainer = ToolTrainer(model, arguments, processing_class=tokenizer, train_dataset=split("train"), eval_dataset=split("heldout"), callbacks=[stop, progress, LivePlot(), probe := MemoryProbe(settings.memory_probe)],
-                          peft_config=adapter_config(settings, model), optimizer_cls_and_kwargs=optimizer_of(settings)[1])
+    trainer = ToolTrainer(
+        model,
+        arguments,
+        processing_class=tokenizer,
+        train_dataset=split("train"),
+        eval_dataset=split("heldout"),
+        callbacks=[stop, progress, LivePlot(), probe := MemoryProbe(settings.memory_probe)],
+        peft_config=adapter_config(settings, model),
+        optimizer_cls_and_kwargs=optimizer_of(settings)[1],
+    )
     speed = speed_record(trainer, settings)
     progress.more = {name: speed[name] for name in ("attention", "kernels")}
-    if settings.eval_tool_calls_every: trainer.add_callback(ToolCallsWhileTraining(settings, tokenizer, super(SFTTrainer, trainer).log))
+    if settings.eval_tool_calls_every:
+        trainer.add_callback(ToolCallsWhileTraining(settings, tokenizer, super(SFTTrainer, trainer).log))
     if settings.sample_steps: trainer.add_callback(SamplesWhileTraining(settings, tokenizer))
     trainer.remove_callback(PrinterCallback)  # it prints raw dictionaries beside our lines
     probe.trainer = trainer
-    trainer.settings, trainer.run_dir, trainer.keep, trainer.facts = settings, settings.run_dir, settings.save_total_limit, {**facts, "speed": speed}
+    trainer.settings, trainer.run_dir, trainer.keep, trainer.facts = (
+        settings,
+        settings.run_dir,
+        settings.save_total_limit,
+        {**facts, "speed": speed},
+    )
     trainer.card, trainer.stop, trainer.meter = model_card(settings, prepared), stop, meter
-    if separate: model.should_save_on_this_rank = bool  # transformers 5.23 has rank 0 alone write weights, whatever save_on_each_node says
-    trainer.watch, trainer.separate, trainer.on_full_disk, trainer.weights_every = watch, separate, settings.on_full_disk, settings.save_weights_steps
+    if separate:
+        # transformers 5.23 has rank 0 alone write weights, whatever save_on_each_node says
+        model.should_save_on_this_rank = bool
+    trainer.watch, trainer.separate, trainer.on_full_disk, trainer.weights_every = (
+        watch,
+        separate,
+        settings.on_full_disk,
+        settings.save_weights_steps,
+    )
     trainer.lines = lambda blocks: lines_of(prepared, settings, blocks)
     return trainer
 
