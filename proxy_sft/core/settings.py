@@ -200,6 +200,9 @@ class Record(Group):
         description="optimizer steps between samples: answers to a few held-out turns in log and logs/samples.jsonl; null for never",
     )
     sample_turns: int = Field(3, ge=1, description="held-out turns that are asked for samples")
+    control_token_turns: int = Field(
+        32, ge=0, description="held-out turns whose control tokens are measured by themselves at each evaluation; 0 for none"
+    )
     logging_steps: int = Field(1, ge=1, description="optimizer steps between log lines")
     save_weights_steps: Optional[int] = Field(
         None,

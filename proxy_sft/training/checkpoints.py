@@ -120,6 +120,7 @@ FREE_TO_CHANGE = {
     "eval_steps",
     "eval_tool_calls_every",
     "eval_tool_calls_turns",
+    "control_token_turns",
     "eval_tool_calls_seconds",
     "device",
     "parity",

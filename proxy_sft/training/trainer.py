@@ -22,6 +22,7 @@ from ..chat.parity import check_batch_parity
 from ..chat.saving import save_chat_files
 from ..chat.templates import served_template
 from ..core.settings import save_settings, Settings
+from ..evaluation.control_tokens import ControlTokensWhileTraining
 from ..evaluation.generation import ToolCallsWhileTraining
 from ..evaluation.samples import SamplesWhileTraining
 from ..evaluation.serving import serving_notes
@@ -158,6 +159,8 @@ def build_trainer(
     progress.more = {name: speed[name] for name in ("attention", "kernels")}
     if settings.eval_tool_calls_every:
         trainer.add_callback(ToolCallsWhileTraining(settings, tokenizer, super(SFTTrainer, trainer).log))
+    if settings.control_token_turns:
+        trainer.add_callback(ControlTokensWhileTraining(settings, tokenizer, super(SFTTrainer, trainer).log))
     if settings.sample_steps: trainer.add_callback(SamplesWhileTraining(settings, tokenizer))
     trainer.remove_callback(PrinterCallback)  # it prints raw dictionaries beside our lines
     probe.trainer = trainer
