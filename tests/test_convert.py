@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from proxy_sft.data import files, ledger, rows
+from proxy_sft.data import files, ledger
 import pytest
 import zstandard
 from transformers import AutoTokenizer
@@ -21,7 +21,7 @@ from proxy_sft.chat.templates import render_chat
 from proxy_sft.convert import convert
 from proxy_sft.data.conversion import convert_file
 from proxy_sft.data.ledger import row_facts
-from proxy_sft.data.rows import convert_row, ConvertError
+from proxy_sft.data.rows import convert_row, ConvertError, read_usual, usual_row
 from proxy_sft.demo.model import write_demo_model
 from proxy_sft.demo.rows import demo_plan, demo_rows
 from proxy_sft.core.settings import load_settings
@@ -465,7 +465,7 @@ def test_the_short_way_and_the_long_way_agree(tmp_path, strictness):
         try: assert kept.get(line) == convert_row(row, strictness=strictness), (line, row)
         except ConvertError as error: assert rejected.get(line) == (error.reason, error.found[:200]), (line, row)
     lines = [line for line in source.read_bytes().splitlines() if b"extra" not in line and b"narrator" not in line]
-    short = sum(rows.read_usual(rows.usual_row(line), strictness) is not None for line in lines[:500])
+    short = sum(read_usual(usual_row(line), strictness) is not None for line in lines[:500])
     assert short > 300, "the short way is hardly ever taken"
 
 

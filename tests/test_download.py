@@ -31,7 +31,7 @@ SHARD, OTHER = "model-00001-of-00002.safetensors", "model-00002-of-00002.safeten
 BIG = 24 << 20  # bytes; the library hands data over in pieces of 10 MiB
 
 
-def model_files(big: int = 4096) -> dict:
+def model_repository(big: int = 4096) -> dict:
     "A model's files as the hub has them, its first shard of about `big` bytes."
     rng = np.random.default_rng(0)
     first = {"embed": rng.integers(0, 255, big, dtype="uint8"), "norm": np.ones(8, "float32")}
@@ -81,14 +81,14 @@ def environment(monkeypatch, tmp_path):
 
 @pytest.fixture
 def hub():
-    model = Repo(model_files(), card={"license": "apache-2.0"})
+    model = Repo(model_repository(), card={"license": "apache-2.0"})
     data = Repo(data_files(rows(10)), kind="dataset", card={"license": "odc-by"})
     with HubServer({"ex/model": model, "ex/data": data}, page_size=3) as server: yield server
 
 
 @pytest.fixture
 def big_hub():
-    with HubServer({"ex/model": Repo(model_files(BIG))}) as server: yield server
+    with HubServer({"ex/model": Repo(model_repository(BIG))}) as server: yield server
 
 
 def fetch(hub, folder, **more):
@@ -115,9 +115,9 @@ def from_profile(folder, **more):
 
 def test_model_is_pinned_verified_and_free_of_code(hub, tmp_path):
     report = fetch(hub, tmp_path)
-    wanted = sorted(n for n in model_files() if not n.endswith((".bin", ".py", ".pt")))
+    wanted = sorted(n for n in model_repository() if not n.endswith((".bin", ".py", ".pt")))
     assert files_in(tmp_path) == sorted([*wanted, "download.json"])
-    assert all((tmp_path / name).read_bytes() == model_files()[name] for name in wanted)
+    assert all((tmp_path / name).read_bytes() == model_repository()[name] for name in wanted)
     record = json.loads((tmp_path / "download.json").read_text())
     commit = hub.repos["model", "ex/model"].branches["main"]
     stated = {name: record[name] for name in ("repo", "revision", "commit", "license")}
@@ -131,14 +131,14 @@ def test_model_is_pinned_verified_and_free_of_code(hub, tmp_path):
 
 def test_files_of_one_content_do_not_share_a_partial_file(tmp_path):
     same = {f"same-{i:02}.json": b"{}" * 50_000 for i in range(24)}
-    with HubServer({"ex/model": Repo({**model_files(), **same})}) as hub: fetch(hub, tmp_path)
+    with HubServer({"ex/model": Repo({**model_repository(), **same})}) as hub: fetch(hub, tmp_path)
     assert {(tmp_path / name).read_bytes() for name in same} == {b"{}" * 50_000}
 
 
 def test_second_run_makes_no_request_and_a_moved_branch_waits_for_refresh(hub, tmp_path):
     fetch(hub, tmp_path)
     newer = {"config.json": b'{"model_type": "qwen3", "new": 1}', "merges.txt": b"b c\n"}
-    hub.repos["model", "ex/model"].commit({**model_files(), **newer})
+    hub.repos["model", "ex/model"].commit({**model_repository(), **newer})
     hub.requests.clear()
     assert fetch(hub, tmp_path)["fetched"] == [] and hub.requests == []
     assert fetch(hub, tmp_path, verify=True)["fetched"] == [] and hub.requests == []
@@ -158,7 +158,7 @@ def test_offline_second_run(hub, tmp_path):
 
 def test_another_revision_replaces_and_removes(hub, tmp_path):
     fetch(hub, tmp_path)
-    files = {k: v for k, v in model_files().items() if k != "merges.txt"}
+    files = {k: v for k, v in model_repository().items() if k != "merges.txt"}
     hub.repos["model", "ex/model"].commit({**files, "config.json": b'{"model_type": "other"}'}, branch="v2")
     report = fetch(hub, tmp_path, revision="v2")
     assert report["fetched"] == ["config.json"] and not (tmp_path / "merges.txt").exists()
@@ -170,7 +170,7 @@ def test_another_revision_replaces_and_removes(hub, tmp_path):
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_cut_at_half_is_resumed_with_a_range(big_hub, tmp_path, reset):
-    body = model_files(BIG)[SHARD]
+    body = model_repository(BIG)[SHARD]
     big_hub.faults[SHARD] = Fault(cut_at=len(body) // 2, reset=reset)
     fetch(big_hub, tmp_path)
     ranges = [r["range"] for r in big_hub.bodies() if r["path"].endswith(hashlib.sha256(body).hexdigest())]
@@ -183,7 +183,7 @@ def record_of(folder, name): return next(f for f in read_manifest(folder)["files
 
 
 def test_line_that_stays_cut_gives_up_and_the_next_run_goes_on(big_hub, tmp_path, monkeypatch):
-    body = model_files(BIG)[SHARD]
+    body = model_repository(BIG)[SHARD]
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     big_hub.faults[SHARD] = Fault(cut_at=11 << 20, times=1000)
     with pytest.raises(DownloadError, match="no connection|cut|not a hub"): fetch(big_hub, tmp_path)
@@ -210,7 +210,7 @@ print(download_model("ex/model", sys.argv[1], margin=0)["fetched"])
 
 
 def test_killed_process_leaves_a_part_that_the_next_one_continues(big_hub, tmp_path):
-    body = model_files(BIG)[SHARD]
+    body = model_repository(BIG)[SHARD]
     big_hub.faults[SHARD] = held = Fault(hold_at=22 << 20)
     client = run_python(CLIENT, tmp_path, HF_ENDPOINT=big_hub.url)
     parts = tmp_path / ".parts" / hashlib.sha256(body).hexdigest() / SHARD
@@ -257,7 +257,7 @@ def test_wrong_bytes_once_are_fetched_again(hub, tmp_path):
     hub.faults[SHARD] = Fault(flip_at=3000)
     hub.faults["config.json"] = Fault(flip_at=3)
     fetch(hub, tmp_path)
-    for name in (SHARD, "config.json"): assert (tmp_path / name).read_bytes() == model_files()[name]
+    for name in (SHARD, "config.json"): assert (tmp_path / name).read_bytes() == model_repository()[name]
 
 
 def test_wrong_bytes_twice_are_an_error_and_leave_nothing(hub, tmp_path):
@@ -266,14 +266,14 @@ def test_wrong_bytes_twice_are_an_error_and_leave_nothing(hub, tmp_path):
     assert SHARD in str(error.value) and not (tmp_path / SHARD).exists()
     assert record_of(tmp_path, SHARD).get("mtime_ns") is None
     fetch(hub, tmp_path)
-    assert (tmp_path / SHARD).read_bytes() == model_files()[SHARD]
+    assert (tmp_path / SHARD).read_bytes() == model_repository()[SHARD]
 
 
 def test_busy_server_is_asked_again(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     hub.faults[SHARD] = Fault(status=503, times=2)
     fetch(hub, tmp_path)
-    assert (tmp_path / SHARD).read_bytes() == model_files()[SHARD]
+    assert (tmp_path / SHARD).read_bytes() == model_repository()[SHARD]
 
 
 # ---- refused
@@ -285,8 +285,8 @@ def test_busy_server_is_asked_again(hub, tmp_path, monkeypatch):
     ("ex/hidden", "main", "no such repository is visible.*\n.*private one set HF_TOKEN"),
     ("a b/c", "main", "no name of a repository.*\n.*owner/name")])
 def test_refusals_are_explained(hub, tmp_path, repo, revision, words):
-    hub.repos["model", "ex/gated"] = Repo(model_files(), gated=True, readers=(TOKEN,))
-    hub.repos["model", "ex/hidden"] = Repo(model_files(), private=True, readers=(TOKEN,))
+    hub.repos["model", "ex/gated"] = Repo(model_repository(), gated=True, readers=(TOKEN,))
+    hub.repos["model", "ex/hidden"] = Repo(model_repository(), private=True, readers=(TOKEN,))
     with pytest.raises(DownloadError, match="(?s)" + words) as error:
         download_model(repo, tmp_path, revision, endpoint=hub.url, token=False)
     assert repo in str(error.value) and hub.url in str(error.value) and "HF_ENDPOINT" in str(error.value)
@@ -299,7 +299,7 @@ def test_refusals_are_explained(hub, tmp_path, repo, revision, words):
     ("hf_stranger", "ex/gated", "403, the repository is gated")])
 def test_refusals_with_a_token(hub, tmp_path, monkeypatch, token, repo, words):
     hub.tokens |= {TOKEN, "hf_stranger"}
-    hub.repos["model", "ex/gated"] = Repo(model_files(), gated=True, readers=(TOKEN,))
+    hub.repos["model", "ex/gated"] = Repo(model_repository(), gated=True, readers=(TOKEN,))
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(DownloadError, match=words) as error: download_model(repo, tmp_path, endpoint=hub.url)
     assert token not in str(error.value)
@@ -307,7 +307,7 @@ def test_refusals_with_a_token(hub, tmp_path, monkeypatch, token, repo, words):
 
 def test_token_opens_a_gated_repository_and_is_seen_nowhere(hub, tmp_path):
     hub.tokens.add(TOKEN)
-    hub.repos["model", "ex/model"] = Repo(model_files(), gated=True, readers=(TOKEN,))
+    hub.repos["model", "ex/model"] = Repo(model_repository(), gated=True, readers=(TOKEN,))
     hub.faults[SHARD] = Fault(flip_at=9, times=9)
     home = tmp_path / "home"
     env = {"HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_VERBOSITY": "debug"}
@@ -338,7 +338,7 @@ def test_no_connection_and_pages_that_are_no_hub(hub, tmp_path, monkeypatch):
 
 
 def test_path_that_leaves_the_folder_is_refused(hub, tmp_path):
-    hub.repos["model", "ex/model"] = Repo({**model_files(), "../evil.json": b"{}"})
+    hub.repos["model", "ex/model"] = Repo({**model_repository(), "../evil.json": b"{}"})
     with pytest.raises(DownloadError, match="leaves the folder"): fetch(hub, tmp_path / "m")
     assert not (tmp_path / "evil.json").exists()
 
@@ -474,7 +474,7 @@ def break_weights(folder, how):
     ("a tensor is nowhere", "the tensor ghost is not in"), ("a tensor is extra", "the tensor norm is in"),
     ("the sum is wrong", "promises 4161 bytes of tensors|promises"), ("a shard is outside", "leaves the folder")])
 def test_weights_that_do_not_fit_together(tmp_path, how, words):
-    for name, body in model_files().items():
+    for name, body in model_repository().items():
         if "/" not in name: (tmp_path / name).write_bytes(body)
     assert check_weights(tmp_path)["tensors"] == 3
     break_weights(tmp_path, how)
@@ -509,7 +509,7 @@ def test_misspelt_dataset_is_seen_before_the_model_is_fetched(hub, tmp_path, mon
 def test_local_folders_are_used_in_place(tmp_path):
     model, data = tmp_path / "model", tmp_path / "data"
     model.mkdir(); data.mkdir()
-    for name, body in model_files().items():
+    for name, body in model_repository().items():
         if "/" not in name: (model / name).write_bytes(body)
     (data / "b.parquet").write_bytes(parquet(rows(4)))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
