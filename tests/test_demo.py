@@ -6,12 +6,17 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from proxy_sft.demo import cases, conversations, model, rows, tokenizer, tools
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
+from proxy_sft.data import schema
+from proxy_sft.demo import model as demo_model
+from proxy_sft.demo.cases import CASES
+from proxy_sft.demo.conversations import KINDS
+from proxy_sft.demo.rows import build_demo, DEMO_ROWS, DEMO_SEED, demo_plan, demo_rows, DUPLICATES, write_demo_data
+from proxy_sft.demo.tokenizer import MARKUP_TOKENS, SPECIAL_TOKENS
+from proxy_sft.demo.tools import UNSEEN_TOOLS
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "qwen3-8b"
 N, SEED = 400, 3
@@ -24,7 +29,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    return model.write_demo_model(tmp_path_factory.mktemp("demo") / "model", seed=SEED, n=N)
+    return demo_model.write_demo_model(tmp_path_factory.mktemp("demo") / "model", seed=SEED, n=N)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,7 @@ def tokenizer(model_folder):
 
 
 def test_rows_have_dolci_columns_and_the_plan_their_order():
-    rows, plan = rows.demo_rows(N, SEED), rows.demo_plan(N, SEED)
+    rows, plan = demo_rows(N, SEED), demo_plan(N, SEED)
     assert len(rows) == len(plan) == N and [r["id"] for r in rows] == [p["id"] for p in plan]
     assert len({r["id"] for r in rows}) == N
     for row in rows:
@@ -45,45 +50,44 @@ def test_rows_have_dolci_columns_and_the_plan_their_order():
     assert {(r["source_dataset"] == "Dolci Instruct Tool Use") == (r["domain"] == "Tool Use") for r in rows} == {True}
 
 
-@pytest.mark.parametrize("n, seed", [(N, SEED), (rows.DEMO_ROWS, rows.DEMO_SEED)])
+@pytest.mark.parametrize("n, seed", [(N, SEED), (DEMO_ROWS, DEMO_SEED)])
 def test_everything_is_planted_in_its_number(n, seed):
-    planted = Counter(p["planted"] for p in rows.demo_plan(n, seed))
-    for name, case in cases.CASES.items(): assert planted.pop(name) == case.copies, name
-    assert planted.pop("duplicate_row") == rows.DUPLICATES
-    assert set(planted) == {*conversations.KINDS, "chat"} and sum(planted.values()) > n // 3
+    planted = Counter(p["planted"] for p in demo_plan(n, seed))
+    for name, case in CASES.items(): assert planted.pop(name) == case.copies, name
+    assert planted.pop("duplicate_row") == DUPLICATES
+    assert set(planted) == {*KINDS, "chat"} and sum(planted.values()) > n // 3
 
 
 def test_plan_speaks_the_policy_table():
-    from proxy_sft.data import schema
-    for name, case in cases.CASES.items():
+    for name, case in CASES.items():
         assert case.outcome in ("kept", "repaired", "rejected"), name
         if case.outcome != "kept": assert case.reason in schema.REASONS, (name, case.reason)
 
 
 def test_conversations_differ_except_for_the_planted_duplicates():
-    rows, plan = rows.build_demo(rows.DEMO_ROWS, rows.DEMO_SEED)
+    rows, plan = build_demo(DEMO_ROWS, DEMO_SEED)
     seen = Counter(json.dumps(row["messages"]) for row in rows)
-    assert Counter(seen.values()) == {1: len(rows) - 2 * rows.DUPLICATES, 2: rows.DUPLICATES}
-    assert [p["planted"] for p in plan[-rows.DUPLICATES:]] == ["duplicate_row"] * rows.DUPLICATES
+    assert Counter(seen.values()) == {1: len(rows) - 2 * DUPLICATES, 2: DUPLICATES}
+    assert [p["planted"] for p in plan[-DUPLICATES:]] == ["duplicate_row"] * DUPLICATES
 
 
 def test_unseen_tools_are_in_their_rows_only():
-    rows, plan = rows.build_demo(rows.DEMO_ROWS, rows.DEMO_SEED)
-    unseen = tuple(f'"{tool.name}"' for tool in tools.UNSEEN_TOOLS)
+    rows, plan = build_demo(DEMO_ROWS, DEMO_SEED)
+    unseen = tuple(f'"{tool.name}"' for tool in UNSEEN_TOOLS)
     for row, planned in zip(rows, plan):
         lists = " ".join(m["functions"] or "" for m in row["messages"])
         assert any(name in lists for name in unseen) == (planned["planted"] == "unseen_tool"), row["id"]
 
 
 def test_too_few_rows_are_refused():
-    with pytest.raises(ValueError, match="at least"): rows.demo_rows(20)
+    with pytest.raises(ValueError, match="at least"): demo_rows(20)
 
 
 def test_same_seed_same_bytes_in_another_process(tmp_path, model_folder):
     here = tmp_path / "here"
-    rows.write_demo_data(here, N, SEED)
+    write_demo_data(here, N, SEED)
     before = digests(here)
-    rows.write_demo_data(here, N, SEED)
+    write_demo_data(here, N, SEED)
     code = (
         f"from proxy_sft.demo.rows import write_demo_data; from proxy_sft.demo.model import write_demo_model; write_demo_data({str(tmp_path / 'there')!r}, {N}, {SEED});"
         f"write_demo_model({str(tmp_path / 'model')!r}, seed={SEED}, n={N})"
@@ -95,18 +99,18 @@ def test_same_seed_same_bytes_in_another_process(tmp_path, model_folder):
             "PYTHONHASHSEED": "7",
             "PATH": "",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(rows.__file__).parents[2]),
+            "PYTHONPATH": str(Path(demo_model.__file__).parents[2]),
         },
     )
     assert digests(here) == before == digests(tmp_path / "there") and list(before) == ["train.jsonl"]
     assert digests(model_folder) == digests(tmp_path / "model")
-    assert rows.write_demo_data(tmp_path / "other", N, SEED + 1).read_bytes() != (here / "train.jsonl").read_bytes()
+    assert write_demo_data(tmp_path / "other", N, SEED + 1).read_bytes() != (here / "train.jsonl").read_bytes()
 
 
 def test_lines_are_rows(tmp_path):
-    text = rows.write_demo_data(tmp_path, N, SEED).read_bytes()
+    text = write_demo_data(tmp_path, N, SEED).read_bytes()
     assert text.endswith(b"}\n") and b"\r" not in text
-    assert [json.loads(line) for line in text.decode("utf-8").split("\n")[:-1]] == rows.demo_rows(N, SEED)
+    assert [json.loads(line) for line in text.decode("utf-8").split("\n")[:-1]] == demo_rows(N, SEED)
 
 
 def test_model_folder_looks_like_the_hub(model_folder):
@@ -128,17 +132,17 @@ def test_model_folder_looks_like_the_hub(model_folder):
 def test_tokenizer_is_fast_and_round_trips(tokenizer):
     assert tokenizer.is_fast and type(tokenizer).__name__.startswith("Qwen2Tokenizer")
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == ("<|im_end|>", "<|endoftext|>", None)
-    for row in rows.demo_rows(N, SEED)[:150]:
+    for row in demo_rows(N, SEED)[:150]:
         for message in row["messages"]:
             text = message["content"] or ""
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_added_tokens_are_single_ids_and_special_as_in_qwen3(tokenizer):
-    for token in (*tokenizer.SPECIAL_TOKENS, *tokenizer.MARKUP_TOKENS):
+    for token in (*SPECIAL_TOKENS, *MARKUP_TOKENS):
         ids = tokenizer.encode(token)
         assert len(ids) == 1 and tokenizer.decode(ids, skip_special_tokens=True) == (
-            "" if token in tokenizer.SPECIAL_TOKENS else token
+            "" if token in SPECIAL_TOKENS else token
         )
 
 
@@ -187,7 +191,7 @@ def test_building_leaves_the_random_state_alone(tokenizer):
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    model.build_demo_model(tokenizer)
+    demo_model.build_demo_model(tokenizer)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -196,7 +200,7 @@ def test_a_folder_is_replaced_whole(tmp_path):
     for folder, name in ((target, "old"), (aside, "new")):
         folder.mkdir()
         (folder / name).touch()
-    model.publish_folder(aside, target)
+    demo_model.publish_folder(aside, target)
     assert [path.name for path in tmp_path.iterdir()] == ["model"] and [path.name for path in target.iterdir()] == [
         "new"
     ]

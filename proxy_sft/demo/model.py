@@ -177,9 +177,12 @@ def build_demo_model(
     "A tiny Qwen3 with random weights and its head start; the caller's random state stays as it was."
     import torch
     from transformers import GenerationConfig, Qwen3ForCausalLM
+    threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = give_head_start(Qwen3ForCausalLM(demo_config(tokenizer, **changes)), tokenizer)
+        torch.set_num_threads(1)  # sums of products differ in their last digit with the number of threads
+        try: model = give_head_start(Qwen3ForCausalLM(demo_config(tokenizer, **changes)), tokenizer)
+        finally: torch.set_num_threads(threads)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.pad_token_id,
         pad_token_id=tokenizer.pad_token_id,
