@@ -2,9 +2,9 @@
 
     python benchmarks/calls.py [texts]
 
-Both sides read the same generated texts and must give the same calls. CPython's side is the shortest honest one: `ast.parse`, then
-`ast.literal_eval` for every argument. It gets texts in Python's spelling, since it refuses everything else.
-"""
+Both sides read the same generated texts and must give the same calls. CPython's side is the shortest honest one:
+`ast.parse`, then `ast.literal_eval` for every argument. It gets texts in Python's spelling, since it refuses everything
+else. """
 import ast
 import random
 import sys

@@ -1,4 +1,5 @@
-"""What sealing a checkpoint costs beside writing it: `python benchmarks/checkpoint.py [GiB] [folder]`. Both sides in one run, best of three."""
+"""What sealing a checkpoint costs beside writing it: `python benchmarks/checkpoint.py [GiB] [folder]`. Both sides in
+one run, best of three."""
 import shutil
 import sys
 import time
@@ -44,10 +45,12 @@ def main() -> None:
     shutil.rmtree(root)
     written, flushed, hashed, whole = (min(c) for c in zip(*rows))
     print(
-        f"{gib:g} GiB: written {written:.2f} s; then on the disk {flushed:.2f} s; hashed alone {hashed:.2f} s; written, hashed, flushed and published {whole:.2f} s"
+        f"{gib:g} GiB: written {written:.2f} s; then on the disk {flushed:.2f} s; hashed alone {hashed:.2f} s; "
+        f"written, hashed, flushed and published {whole:.2f} s"
     )
     print(
-        f"beside a plain save into memory: {100 * (whole / written - 1):.0f} % more; beside a save that is on the disk: {100 * (whole / (written + flushed) - 1):.0f} % more"
+        f"beside a plain save into memory: {100 * (whole / written - 1):.0f} % more; beside a save that is on the "
+        f"disk: {100 * (whole / (written + flushed) - 1):.0f} % more"
     )
 
 

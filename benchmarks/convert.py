@@ -2,16 +2,19 @@
 
     python benchmarks/convert.py [rows]
 
-All sides read the same generated file. There are two: rows in Dolci-Instruct-SFT's proportions (227,579 of 2,152,112 rows have tools; 3.3 KB each on
-average, like the dataset's 7.11 GB), and tool rows alone (about 6 KB each: three tools, one to three calls a turn, results in bundles, two exchanges
-on average). Both are written as 00_download writes them, UTF-8 without ASCII escapes. The sides are
+All sides read the same generated file. There are two: rows in Dolci-Instruct-SFT's proportions (227,579 of 2,152,112
+rows have tools; 3.3 KB each on average, like the dataset's 7.11 GB), and tool rows alone (about 6 KB each: three tools,
+one to three calls a turn, results in bundles, two exchanges on average). Both are written as 00_download writes them,
+UTF-8 without ASCII escapes. The sides are
 
-- `convert_file` with everything on: calls parsed, checked against their tools, results paired, ledger, hashes, report; one and two processes;
-- the plain pass: `json.loads`, dict surgery (roles renamed, calls read by a regular expression and `json.loads`, nothing checked), `json.dumps`;
+- `convert_file` with everything on: calls parsed, checked against their tools, results paired, ledger, hashes, report;
+  one and two processes;
+- the plain pass: `json.loads`, dict surgery (roles renamed, calls read by a regular expression and `json.loads`,
+  nothing checked), `json.dumps`;
 - the same pass with `ast.parse` and `ast.literal_eval` for the calls.
 
-Rows per second depend on the machine; the ratios are what counts. The first round starts the helpers' server; the best of three does not hold it.
-"""
+Rows per second depend on the machine; the ratios are what counts. The first round starts the helpers' server; the best
+of three does not hold it. """
 import ast
 import json
 import random
@@ -26,17 +29,21 @@ import psutil
 from proxy_sft.data.conversion import convert_file
 
 SYSTEM = (
-    "You are a helpful function-calling AI assistant. You are provided with function signatures within <functions></functions> XML tags. You may call "
-    "one or more functions to assist with the user query. Output any function calls within <function_calls></function_calls> XML tags. "
+    "You are a helpful function-calling AI assistant. You are provided with function signatures within "
+    "<functions></functions> XML tags. You may call "
+    "one or more functions to assist with the user query. Output any function calls within "
+    "<function_calls></function_calls> XML tags. "
     "Don't make assumptions about what values to plug into functions."
 )
-WORDS = "market data for the given city and date Zürich returns search results price list of items with an optional filter 2024-01-01 it's".split()
+WORDS = ("market data for the given city and date Zürich returns search results price list of items with an optional "
+         "filter 2024-01-01 it's").split()
 NAMES = "city date query limit currency symbol user_id language sort".split()
 
 
 def spell(call):
     "A call in JSON's spelling, which all sides can read."
-    return f"{call['name']}({', '.join(f'{name}={json.dumps(value, ensure_ascii=False)}' for name, value in call['arguments'].items())})"
+    arguments = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call["arguments"].items()]
+    return f"{call['name']}({', '.join(arguments)})"
 
 
 def draw_row(number, chance):
@@ -193,7 +200,8 @@ def compare_sides(name, count, share):
         print(f"  {name:28} {own:46} {rate:>7,.0f} rows/s by the clock")
     one, two = "convert_file, 1 process", "convert_file, 2 processes"
     print(
-        f"  two processes over one: {wall[two] / wall[one]:.2f} by the clock, {2 * core[two] / core[one]:.2f} by processor time if two idle cores share it evenly"
+        f"  two processes over one: {wall[two] / wall[one]:.2f} by the clock, {2 * core[two] / core[one]:.2f} by "
+        "processor time if two idle cores share it evenly"
     )
 
 

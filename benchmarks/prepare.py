@@ -2,18 +2,24 @@
 
     python benchmarks/prepare.py [rows] [rows for the slow sides]
 
-The rows are in Dolci-Instruct-SFT's proportions (227,579 of 2,152,112 have tools, about 6 KB each; the others about 3 KB, with a long tail). Their text is that of the packages
-and programs installed beside this one, no passage twice, so that no cache of words is warmer than on real data; files that hold control tokens as text are left out, because
-such rows take the reference path (some 10 ms each) and are rarer in the real data than in this code. The tokenizer is Qwen3-8B's where `../shared/qwen3-8b` exists. One process and one
-thread each; seconds are those of the processor. The sides are
+The rows are in Dolci-Instruct-SFT's proportions (227,579 of 2,152,112 have tools, about 6 KB each; the others about 3
+KB, with a long tail). Their text is that of the packages and programs installed beside this one, no passage twice, so
+that no cache of words is warmer than on real data; files that hold control tokens as text are left out, because such
+rows take the reference path (some 10 ms each) and are rarer in the real data than in this code. The tokenizer is
+Qwen3-8B's where `../shared/qwen3-8b` exists. One process and one thread each; seconds are those of the processor. The
+sides are
 
-- prepare, steady state: what each further row costs, from the converted file to the sealed folder (read, render, tokenise, mask, cut, facts, pack, write, hash, check);
-- prepare, whole run: with what is done once, whatever the size (tokenizers loaded, a sample and the longest rows compared with the reference), measured on 128 rows;
-- TRL: `SFTTrainer`'s own preparation with `assistant_only_loss`, some of the same conversations, after a first few that are not counted; it neither cuts nor packs here;
-- gigatoken alone (other rows: its cache of words must not know them), and Hugging Face's tokenizers alone, on the rendered text: the two limits.
+- prepare, steady state: what each further row costs, from the converted file to the sealed folder (read, render,
+  tokenise, mask, cut, facts, pack, write, hash, check);
+- prepare, whole run: with what is done once, whatever the size (tokenizers loaded, a sample and the longest rows
+  compared with the reference), measured on 128 rows;
+- TRL: `SFTTrainer`'s own preparation with `assistant_only_loss`, some of the same conversations, after a first few that
+  are not counted; it neither cuts nor packs here;
+- gigatoken alone (other rows: its cache of words must not know them), and Hugging Face's tokenizers alone, on the
+  rendered text: the two limits.
 
-The parity check, which is measured before a folder is built, has a line of its own. Rows per second depend on the machine; the ratios are what counts.
-"""
+The parity check, which is measured before a folder is built, has a line of its own. Rows per second depend on the
+machine; the ratios are what counts. """
 import os
 
 for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"): os.environ[name] = "1"
@@ -230,31 +236,38 @@ def tell(sides, spent, once, train, size, hit):
     for name, rows, tokens, seconds in sides:
         speed[name] = tokens / seconds
         print(
-            f"{name:32}{rows:8,}{rows / seconds:13,.0f}{tokens / seconds:15,.0f}{tokens / rows:12,.0f}{1e6 * seconds / rows:9,.1f}"
+            f"{name:32}{rows:8,}{rows / seconds:13,.0f}{tokens / seconds:15,.0f}"
+            f"{tokens / rows:12,.0f}{1e6 * seconds / rows:9,.1f}"
         )
     rows, steady = sides[0][1], sides[0][3]
     for name in ("prepare, steady state", "prepare, whole run"):
         own = speed[name]
         print(
-            f"{name}: {own / speed['TRL, assistant_only_loss']:.0f} times TRL's preparation by tokens, {own / speed['gigatoken alone']:.0%} of gigatoken alone, "
+            f"{name}: {own / speed['TRL, assistant_only_loss']:.0f} times TRL's preparation by tokens, "
+            f"{own / speed['gigatoken alone']:.0%} of gigatoken alone, "
             f"{own / speed['Hugging Face tokenizers alone']:.1f} times Hugging Face's tokenizers alone"
         )
     alone = steady - spent["encode"]
     print(
-        f"of a row's {1e6 * steady / rows:.0f} us, {1e6 * spent['encode'] / rows:.0f} are read, rendered, tokenised, masked and counted, by all processes; "
-        f"{1e6 * alone / rows:.0f} are packed, gathered, written and hashed, by one ({1e6 * spent['pack'] / rows:.0f} packed)"
+        f"of a row's {1e6 * steady / rows:.0f} us, {1e6 * spent['encode'] / rows:.0f} are read, rendered, tokenised, "
+        "masked and counted, by all processes; "
+        f"{1e6 * alone / rows:.0f} are packed, gathered, written and hashed, by one ({1e6 * spent['pack'] / rows:.0f} "
+        "packed)"
     )
     print(
-        f"once a run, whatever its size: {once:.1f} s, of which {spent['load']:.1f} s load the tokenizers and {spent['compare']:.1f} s compare a sample and the longest rows with the reference"
+        f"once a run, whatever its size: {once:.1f} s, of which {spent['load']:.1f} s load the tokenizers and "
+        f"{spent['compare']:.1f} s compare a sample and the longest rows with the reference"
     )
     print(f"parity: {spent['parity']:.1f} s for {rows:,} rows ({rows / spent['parity']:,.0f} rows/s/core)")
     scale = ROWS / rows
     print(
-        f"{ROWS:,} rows on {CORES} cores, if the disk keeps up: {(scale * spent['encode'] / CORES + scale * alone + once) / 60:.1f} min to prepare, "
+        f"{ROWS:,} rows on {CORES} cores, if the disk keeps up: "
+        f"{(scale * spent['encode'] / CORES + scale * alone + once) / 60:.1f} min to prepare, "
         f"{scale * spent['parity'] / CORES / 60:.1f} min to check"
     )
     print(
-        f"fill {train['fill']:.2%} of {train['blocks']:,} blocks; a hit (data hashed, {size / 1e9:.2f} GB of tokens compared with their hashes) took {hit:.2f} s"
+        f"fill {train['fill']:.2%} of {train['blocks']:,} blocks; a hit (data hashed, {size / 1e9:.2f} GB of tokens "
+        f"compared with their hashes) took {hit:.2f} s"
     )
 
 

@@ -1,20 +1,29 @@
-"""Training speed of this project's recipe and of the recipe that users come from, on the same conversations, in one run.
+"""Training speed of this project's recipe and of the recipe that users come from, on the same conversations, in one
+run.
 
-    python benchmarks/train.py [--record] [--rows N] [--steps N] [--layers N] [--accumulation N] [--minutes N] [-p NAME VALUE] [--upstream NAME VALUE]
+    python benchmarks/train.py [--record] [--rows N] [--steps N] [--layers N] [--accumulation N] [--minutes N] [-p NAME
+    VALUE] [--upstream NAME VALUE]
 
-On a GPU: Qwen3-8B's real shape with random weights, with as many of its 36 layers as the doctor's count lets fit (`--layers` sets their number; the table says it). What is known is printed at once, and
-a side that fails or takes longer than `--minutes` is told with its last words and does not lose the other. Without one: the same code from end to end with a tiny model, whose speeds say
-nothing about a GPU; what needs none, padding and packing, is exact. Both sides are the project's own: `load_settings` on the profiles `qwen3_8b` and `upstream`, `prepare`, `build_trainer`,
-each in a process of its own. `-p` changes a setting on both sides, `--upstream` on the other side alone: to fit a card, both sides get the optimizer and the precision of weights of ours.
+On a GPU: Qwen3-8B's real shape with random weights, with as many of its 36 layers as the doctor's count lets fit
+(`--layers` sets their number; the table says it). What is known is printed at once, and a side that fails or takes
+longer than `--minutes` is told with its last words and does not lose the other. Without one: the same code from end to
+end with a tiny model, whose speeds say nothing about a GPU; what needs none, padding and packing, is exact. Both sides
+are the project's own: `load_settings` on the profiles `qwen3_8b` and `upstream`, `prepare`, `build_trainer`, each in a
+process of its own. `-p` changes a setting on both sides, `--upstream` on the other side alone: to fit a card, both
+sides get the optimizer and the precision of weights of ours.
 
-The conversations are drawn as in benchmarks/prepare.py: lengths as in Dolci-Instruct-SFT as far as its published size tells (2,152,112 rows, 227,579 with tools, 3.3 KB each on average, a long
-tail), text of the installed packages, the tokenizer Qwen3-8B's where `../shared/qwen3-8b` exists. They are no rows of Dolci.
+The conversations are drawn as in benchmarks/prepare.py: lengths as in Dolci-Instruct-SFT as far as its published size
+tells (2,152,112 rows, 227,579 with tools, 3.3 KB each on average, a long tail), text of the installed packages, the
+tokenizer Qwen3-8B's where `../shared/qwen3-8b` exists. They are no rows of Dolci.
 
 - real tokens: tokens of conversations; padding is not counted, and a token that was cut off neither.
-- MFU: real tokens per second x operations per real token (six per weight in a matrix, causal attention over the token's own conversation, nothing for recomputation) / the card's dense
-  bfloat16 peak, named in the table. On a CPU no peak is known, so there is none.
-- peak memory: `torch.cuda.max_memory_allocated`; on the CPU what the process held at most, beyond what it held before the model was loaded.
-- the split of a step is measured in one further step, in which the device is waited for at each border; speeds come from steps without that.
+- MFU: real tokens per second x operations per real token (six per weight in a matrix, causal attention over the token's
+  own conversation, nothing for recomputation) / the card's dense bfloat16 peak, named in the table. On a CPU no peak is
+  known, so there is none.
+- peak memory: `torch.cuda.max_memory_allocated`; on the CPU what the process held at most, beyond what it held before
+  the model was loaded.
+- the split of a step is measured in one further step, in which the device is waited for at each border; speeds come
+  from steps without that.
 
 `--record` appends the output with date, machine, versions and command to benchmarks/RESULTS.md.
 """
@@ -56,7 +65,8 @@ def arguments():
     parser.add_argument(
         "--accumulation",
         type=int,
-        help="micro-batches per step on our side (default: 8 on a GPU, 2 without; the profile has 32, which makes the optimizer's share smaller)",
+        help="micro-batches per step on our side (default: 8 on a GPU, 2 without; the profile has 32, which makes the "
+             "optimizer's share smaller)",
     )
     for name in ("-p", "--upstream"):
         parser.add_argument(
@@ -114,13 +124,16 @@ def write_inputs(folder, args, gpu):
     shape = f"Qwen3-8B's shape, {layers} of 36 layers" if gpu else f"a tiny shape ({layers} layers of width 32)"
     counting.save_pretrained(folder / "counting")
     return (
-        f"{args.rows:,} generated conversations in Dolci's length mix, lengths in tokens of {'Qwen3-8B' if real else 'the demo'}'s tokenizer; "
-        f"{shape}, random weights, {sum(p.numel() for p in model.parameters()):,} of them{'' if gpu else ', trained on 500 of the conversations with a small tokenizer'}"
+        f"{args.rows:,} generated conversations in Dolci's length mix, lengths in tokens of "
+        f"{'Qwen3-8B' if real else 'the demo'}'s tokenizer; "
+        f"{shape}, random weights, {sum(p.numel() for p in model.parameters()):,} of "
+        f"them{'' if gpu else ', trained on 500 of the conversations with a small tokenizer'}"
     )
 
 
 def layers_that_fit(args):
-    "The most layers of Qwen3-8B of which a step of our side fits the card with a tenth to spare, by the doctor's count."
+    """The most layers of Qwen3-8B of which a step of our side fits the card with a tenth to spare, by the doctor's
+    count."""
     import torch
     from proxy_sft.training.cost import memory_parts, published_config
     from proxy_sft.core.settings import load_settings
@@ -338,14 +351,17 @@ def padding_figures(lengths, seed=0):
         1 - batches.sum() / (4 * (width if np.isscalar(width) else width.sum() / len(batches)) * len(batches))
     )
     blocks = pack(packed, 32_768)
-    yield f"{len(lengths):,} conversations: {lengths.mean():,.0f} tokens on average, median {np.median(lengths):,.0f}, longest {lengths.max():,}; mean context {(lengths.astype(float) ** 2).sum() / lengths.sum():,.0f} tokens"
+    yield (f"{len(lengths):,} conversations: {lengths.mean():,.0f} tokens on average, median "
+           f"{np.median(lengths):,.0f}, longest {lengths.max():,}; mean context "
+           f"{(lengths.astype(float) ** 2).sum() / lengths.sum():,.0f} tokens")
     yield f"{'way of making batches':58}{'padding':>10}{'computed per real token':>26}"
     for name, waste in (("whole conversations packed into blocks of 32,768", 1 - packed.sum() / (len(blocks) * 32_768)),
                         ("4 at a time, padded to the longest, as upstream", padded(shuffled, shuffled.max(1))),
                         ("4 at a time, of similar length, padded to the longest", padded(ordered, ordered.max(1))),
                         ("4 at a time, padded to 4,096", padded(shuffled, 4096))):
         yield f"{name:58}{waste:>10.1%}{1 / (1 - waste):>26.2f}"
-    yield f"beyond 4,096 tokens, and lost to a side that cuts there: {1 - cut.sum() / lengths.sum():.1%} of all tokens, in {(lengths > 4096).mean():.1%} of the conversations"
+    yield (f"beyond 4,096 tokens, and lost to a side that cuts there: {1 - cut.sum() / lengths.sum():.1%} of all "
+           f"tokens, in {(lengths > 4096).mean():.1%} of the conversations")
 
 
 # ---- both sides
@@ -449,8 +465,10 @@ def record(text):
     command = " ".join(["python benchmarks/train.py", *sys.argv[1:]])
     with target.open("a", encoding="utf-8") as file:
         file.write(
-            f"{head}\n## {date.today()}: training, {cards}\n\n- machine: {cards}; {os.cpu_count()} cores of {processor}, {memory:.0f} GiB\n"
-            f"- versions: Python {platform.python_version()}, {versions}; commit {commit}\n- command: `{command}`\n\n```text\n{text}\n```\n"
+            f"{head}\n## {date.today()}: training, {cards}\n\n- machine: {cards}; {os.cpu_count()} cores of "
+            f"{processor}, {memory:.0f} GiB\n"
+            f"- versions: Python {platform.python_version()}, {versions}; commit {commit}\n- command: `{command}`\n\n"
+            f"```text\n{text}\n```\n"
         )
 
 

@@ -1,4 +1,5 @@
-"""Answers to the leaderboard's questions: every allowed value, in several spellings, and changed ones, right and wrong."""
+"""Answers to the leaderboard's questions: every allowed value, in several spellings, and changed ones, right and
+wrong."""
 import copy
 import json
 import random
@@ -35,7 +36,8 @@ def spelled(value, kind, items, language, rng):
     java = language == "Java"
     if isinstance(value, bool): return str(value).lower()
     if isinstance(value, int):
-        return f"{value}{rng.choice({'long': 'LLl', 'float': 'f', 'Bigint': 'n'}.get(kind, ' ')) if rng.random() < .8 else ''}".strip()
+        suffixes = {"long": "LLl", "float": "f", "Bigint": "n"}.get(kind, " ")
+        return f"{value}{rng.choice(suffixes) if rng.random() < .8 else ''}".strip()
     if isinstance(value, float): return f"{value}{'f' if kind == 'float' and java else ''}"
     if isinstance(value, list) and not java:
         inner = ", ".join(spelled(v, "array", None, language, rng) if isinstance(v, list) else item(v) for v in value)
@@ -58,9 +60,11 @@ def spelled(value, kind, items, language, rng):
             for k, v in value.items()
         }
         if java:
-            return f"new HashMap<String, Object>() {{{{ {' '.join(f'put({json.dumps(k)}, {item(v)});' for k, v in plain.items())} }}}}"
+            return (f"new HashMap<String, Object>() {{{{ "
+                    f"{' '.join(f'put({json.dumps(k)}, {item(v)});' for k, v in plain.items())} }}}}")
         pairs = ", ".join(
-            f"{rng.choice((k, json.dumps(k)))}: {spelled(v, 'array', None, language, rng) if isinstance(v, list) else item(v)}"
+            f"{rng.choice((k, json.dumps(k)))}: "
+            f"{spelled(v, 'array', None, language, rng) if isinstance(v, list) else item(v)}"
             for k, v in plain.items()
         )
         return rng.choice((f"{{{pairs}}}", f"{{ {pairs} }}", f"{{\n{pairs}\n}}"))
@@ -162,7 +166,8 @@ def changed_calls(calls, rng):
 
 
 def all_cases(questions, changes=3, seed=0):
-    "(category, functions, answers, calls): every allowed value of every parameter once or more, then so many changes per question."
+    """(category, functions, answers, calls): every allowed value of every parameter once or more, then so many changes
+    per question."""
     rng, cases = random.Random(seed), []
     for question in questions:
         if not question.answers: continue

@@ -1,9 +1,11 @@
-"""The official checker's verdicts: cases as JSON lines on standard input, 1 or 0 or the name of its error per line out. Runs in an environment that has bfcl-eval, not in the project's own."""
+"""The official checker's verdicts: cases as JSON lines on standard input, 1 or 0 or the name of its error per line out.
+Runs in an environment that has bfcl-eval, not in the project's own."""
 import json
 import sys
 import types
 
-# the table of models imports the client library of every vendor; the checker asks it one thing only, whether dots in names become underscores
+# the table of models imports the client library of every vendor; the checker asks it one thing only, whether dots in
+# names become underscores
 table = types.ModuleType("bfcl_eval.constants.model_config")
 table.MODEL_CONFIG_MAPPING = {"model": types.SimpleNamespace(underscore_to_dot=False)}
 sys.modules[table.__name__] = table
@@ -23,5 +25,6 @@ if __name__ == "__main__":
                     "valid"
                 ]
             )
-        except Exception as error: verdict = type(error).__name__  # it fails on some answers; which ones is what the comparison wants to know
+        # it fails on some answers; which ones is what the comparison wants to know
+        except Exception as error: verdict = type(error).__name__
         print(json.dumps(verdict), flush=True)

@@ -1,4 +1,5 @@
-"""A process that prepares, as a rank of so many: `python tests/builder.py '{"workspace": …}'`, or `started`, which does not import everything again."""
+"""A process that prepares, as a rank of so many: `python tests/builder.py '{"workspace": …}'`, or `started`, which does
+not import everything again."""
 import datetime
 import json
 import os
@@ -17,7 +18,8 @@ FORKS.set_forkserver_preload(["proxy_sft.train"])
 
 
 def build(workspace, seconds=0.0, run="run", shared="true", processes=1, answer=None, meet=None, hold=0):
-    "Prepare; seconds are waited before building, and held after each piece that the processes encode; `answer` is the probe's patience, `meet` a default for the timeout of collectives, of which there is one afterwards."
+    """Prepare; seconds are waited before building, and held after each piece that the processes encode; `answer` is the
+    probe's patience, `meet` a default for the timeout of collectives, of which there is one afterwards."""
     real = preparation.build_splits
     def slow(*args, **kw):
         print("building", flush=True)

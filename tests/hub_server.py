@@ -3,9 +3,9 @@
 It answers `/api/{models,datasets}/ID[/revision/REV]`, `/api/…/ID/tree/COMMIT` and `/[datasets/]ID/resolve/REV/FILE`,
 with ETag, X-Repo-Commit, X-Linked-Etag, X-Linked-Size, Range and 206, and the X-Error-Code of private, gated and
 missing repositories. Large files redirect to a second port, as the real hub redirects to its CDN, so that a token that
-leaks there is seen. Xet is not advertised. Faults are set per file: cut a body, reset the connection, hold back the rest
-of a body, flip a byte, answer with a status. No time decides what happens: clients of this server are given ten minutes.
-"""
+leaks there is seen. Xet is not advertised. Faults are set per file: cut a body, reset the connection, hold back the
+rest of a body, flip a byte, answer with a status. No time decides what happens: clients of this server are given ten
+minutes. """
 import hashlib
 import json
 import os
@@ -212,7 +212,8 @@ class HubServer:
         return f"http://127.0.0.1:{server.server_port}"
 
     def __enter__(self):
-        # A proxy or an offline switch that is set for the real network does not concern the loopback interface, and on a busy machine its ten seconds without a byte are soon over.
+        # A proxy or an offline switch that is set for the real network does not concern the loopback interface, and on
+        # a busy machine its ten seconds without a byte are soon over.
         here = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DOWNLOAD_TIMEOUT": "600"}
         self.undo.enter_context(patch.dict(os.environ, here))
         self.undo.enter_context(patch.object(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 600))

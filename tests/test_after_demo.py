@@ -38,7 +38,9 @@ def test_two_ranks_went_on_from_nothing_and_wrote_a_notebook_each():
     assert {p.name for p in (two / "notebooks").glob("*.ipynb")} == {"rank-0.ipynb", "rank-1.ipynb"}
 
 
-@pytest.mark.parametrize("words", [("inspect", "--profile", "demo", "--row", "3"), ("status", "demo"), ("report", "demo", "--output", "{}/demo.html")], ids=lambda w: w[0])
+@pytest.mark.parametrize("words", [
+    ("inspect", "--profile", "demo", "--row", "3"), ("status", "demo"), ("report", "demo", "--output", "{}/demo.html"),
+], ids=lambda w: w[0])
 def test_the_commands_of_the_readme_show_it(words, tmp_path):
     done = subprocess.run(
         [str(BIN / "proxy-sft"), *(w.format(tmp_path) for w in words)], cwd=ROOT, capture_output=True, text=True

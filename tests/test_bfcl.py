@@ -1,4 +1,5 @@
-"""The Berkeley leaderboard's rules on rows of our own with verdicts; its files read, refused and asked; and, long, verdicts compared with the official checker's."""
+"""The Berkeley leaderboard's rules on rows of our own with verdicts; its files read, refused and asked; and, long,
+verdicts compared with the official checker's."""
 import json
 import os
 import random
@@ -50,21 +51,33 @@ def is_right(parameter, value, allowed, types=PYTHON, language="Python"):
 
 
 @pytest.mark.parametrize("parameter, value, allowed, right", [
-    ("s", "New York", ["new york"], True), ("s", "New-York.", ["new york"], True), ("s", "it's", ['it"s'], True), ("s", "York", ["new york"], False),
+    ("s", "New York", ["new york"], True), ("s", "New-York.", ["new york"], True), ("s", "it's", ['it"s'], True),
+    ("s", "York", ["new york"], False),
     ("s", "", ["a", ""], True), ("s", 5, ["5"], False), ("s", None, ["None"], False), ("s", "naïve", ["naive"], False),
-    ("i", 5, [5], True), ("i", 5.0, [5], False), ("i", "5", [5], False), ("i", True, [1], False), ("i", -5, [5], False), ("i", 10**30, [10**30], True),
+    ("i", 5, [5], True), ("i", 5.0, [5], False), ("i", "5", [5], False), ("i", True, [1], False), ("i", -5, [5], False),
+    ("i", 10**30, [10**30], True),
     ("i", "n", ["n"], True), ("i", "N", ["n"], False),  # a variable's name, as it stands
-    ("f", 5, [5.0], True), ("f", 5.0, [5], True), ("f", True, [1.0], False), ("f", 10**400, [5.0], False), ("f", 0.1 + 0.2, [0.3], False),
+    ("f", 5, [5.0], True), ("f", 5.0, [5], True), ("f", True, [1.0], False), ("f", 10**400, [5.0], False),
+    ("f", 0.1 + 0.2, [0.3], False),
     ("b", True, [True], True), ("b", 1, [True], False), ("b", "true", [True], False), ("b", False, [True, False], True),
-    ("l", ["A", "b."], [["a", "b"]], True), ("l", ["b", "a"], [["a", "b"]], False), ("l", ["a"], [["a", "b"]], False), ("l", "a", [["a"]], False),
-    ("l", [], [["a"], ""], True), ("l", [], [["a"]], False), ("l", [1], [["1"]], False), ("l", "names", ["names"], True),
-    ("n", [1.5, 2], [[1.5, 2.0]], False), ("n", [1.5, 2], ["", [1.5, 2.0]], True), ("n", [1.0, 2], [[1, 2]], True), ("n", [1.5, 2.0], [[1.5, 2]], True),
-    ("t", [1, 2], [[1, 2]], True), ("t", [1, 2.5], [[1, 2.5]], False), ("nn", [[1], ["a"]], [[[1], ["a"]]], True), ("nn", [["A"]], [[["a"]]], False),
-    ("d", {"x": "A b", "y": 1}, [{"x": ["ab"], "y": [1, ""]}], True), ("d", {"x": "ab"}, [{"x": ["ab"], "y": [1, ""]}], True),
-    ("d", {"y": 1}, [{"x": ["ab"], "y": [1, ""]}], False), ("d", {"x": "ab", "z": 1}, [{"x": ["ab"]}], False), ("d", {}, [""], False), ("d", {}, [{}], True),
-    ("d", {"x": {"y": 1}}, [{"x": [{"y": 1}]}], True), ("d", {"x": 1.0}, [{"x": [1]}], True), ("d", [["x", 1]], [{"x": [1]}], False),
-    ("m", [{"x": 1}, {"x": 2}], [[{"x": [1]}, {"x": [2]}]], True), ("m", [{"x": 2}, {"x": 1}], [[{"x": [1]}, {"x": [2]}]], False),
-    ("m", [{"x": 1}], [[{"x": [1]}, {"x": [2]}]], False), ("m", [], [""], True), ("a", "X", ["x"], True), ("a", 5, [5], True), ("a", 5, ["5"], False)])
+    ("l", ["A", "b."], [["a", "b"]], True), ("l", ["b", "a"], [["a", "b"]], False), ("l", ["a"], [["a", "b"]], False),
+    ("l", "a", [["a"]], False),
+    ("l", [], [["a"], ""], True), ("l", [], [["a"]], False), ("l", [1], [["1"]], False),
+    ("l", "names", ["names"], True),
+    ("n", [1.5, 2], [[1.5, 2.0]], False), ("n", [1.5, 2], ["", [1.5, 2.0]], True), ("n", [1.0, 2], [[1, 2]], True),
+    ("n", [1.5, 2.0], [[1.5, 2]], True),
+    ("t", [1, 2], [[1, 2]], True), ("t", [1, 2.5], [[1, 2.5]], False), ("nn", [[1], ["a"]], [[[1], ["a"]]], True),
+    ("nn", [["A"]], [[["a"]]], False),
+    ("d", {"x": "A b", "y": 1}, [{"x": ["ab"], "y": [1, ""]}], True),
+    ("d", {"x": "ab"}, [{"x": ["ab"], "y": [1, ""]}], True),
+    ("d", {"y": 1}, [{"x": ["ab"], "y": [1, ""]}], False), ("d", {"x": "ab", "z": 1}, [{"x": ["ab"]}], False),
+    ("d", {}, [""], False), ("d", {}, [{}], True),
+    ("d", {"x": {"y": 1}}, [{"x": [{"y": 1}]}], True), ("d", {"x": 1.0}, [{"x": [1]}], True),
+    ("d", [["x", 1]], [{"x": [1]}], False),
+    ("m", [{"x": 1}, {"x": 2}], [[{"x": [1]}, {"x": [2]}]], True),
+    ("m", [{"x": 2}, {"x": 1}], [[{"x": [1]}, {"x": [2]}]], False),
+    ("m", [{"x": 1}], [[{"x": [1]}, {"x": [2]}]], False), ("m", [], [""], True), ("a", "X", ["x"], True),
+    ("a", 5, [5], True), ("a", 5, ["5"], False)])
 def test_python_values(parameter, value, allowed, right): assert is_right(parameter, value, allowed) == right
 
 
@@ -85,13 +98,20 @@ JAVA = {
 
 
 @pytest.mark.parametrize("parameter, text, allowed, right", [
-    ("i", "5", [5], True), ("i", "5L", [5], False), ("i", 5, [5], False), ("l", "5L", [5], True), ("l", "5", [5], False), ("f", "1.5f", [1.5], True),
-    ("f", "1.5", [1.5], False), ("d", "1e3", [1000.0], True), ("d", "x", ["x"], True), ("b", "true", [True], True), ("b", "True", [True], False),
-    ("c", "'a'", ["'a'"], True), ("s", "SELECT 1", ["select 1"], True), ("s", '"a"', ["a"], False), ("a", "5", ["5"], True), ("a", "5", [5], False),
-    ("x", "new int[]{1, 2}", [[1, 2]], True), ("x", "new int[]{2, 1}", [[1, 2]], False), ("x", "[1, 2]", [[1, 2]], False), ("x", "new int[]{}", [[]], True),
-    ("y", 'new ArrayList<>(Arrays.asList("a", "b"))', [["a", "b"]], True), ("y", 'new ArrayList<String>() {{ add("a"); add("b"); }}', [["a", "b"]], True),
-    ("y", "new ArrayList<>()", [[]], True), ("z", "new ArrayList<Long>(Arrays.asList(1L, 2L))", [[1, 2]], True), ("z", "ids", ["ids"], True),
-    ("h", 'new HashMap<String, Object>() {{ put("limit", 50); put("all", true); }}', [{"limit": [50], "all": [True]}], True),
+    ("i", "5", [5], True), ("i", "5L", [5], False), ("i", 5, [5], False), ("l", "5L", [5], True),
+    ("l", "5", [5], False), ("f", "1.5f", [1.5], True),
+    ("f", "1.5", [1.5], False), ("d", "1e3", [1000.0], True), ("d", "x", ["x"], True), ("b", "true", [True], True),
+    ("b", "True", [True], False),
+    ("c", "'a'", ["'a'"], True), ("s", "SELECT 1", ["select 1"], True), ("s", '"a"', ["a"], False),
+    ("a", "5", ["5"], True), ("a", "5", [5], False),
+    ("x", "new int[]{1, 2}", [[1, 2]], True), ("x", "new int[]{2, 1}", [[1, 2]], False),
+    ("x", "[1, 2]", [[1, 2]], False), ("x", "new int[]{}", [[]], True),
+    ("y", 'new ArrayList<>(Arrays.asList("a", "b"))', [["a", "b"]], True),
+    ("y", 'new ArrayList<String>() {{ add("a"); add("b"); }}', [["a", "b"]], True),
+    ("y", "new ArrayList<>()", [[]], True), ("z", "new ArrayList<Long>(Arrays.asList(1L, 2L))", [[1, 2]], True),
+    ("z", "ids", ["ids"], True),
+    ("h", 'new HashMap<String, Object>() {{ put("limit", 50); put("all", true); }}', [{"limit": [50], "all": [True]}],
+     True),
     ("h", "new HashMap<>()", [{}], True), ("h", '{"limit": 50}', [{"limit": [50]}], False)])
 def test_java_values(parameter, text, allowed, right): assert is_right(parameter, text, allowed, JAVA, "Java") == right
 
@@ -111,11 +131,15 @@ SCRIPT = {
 
 
 @pytest.mark.parametrize("parameter, text, allowed, right", [
-    ("i", "5", [5], True), ("i", "5.0", [5], False), ("n", "5n", [5], True), ("n", "5", [5], False), ("f", "5", [5.0], True), ("f", ".5", [0.5], False),
-    ("b", "false", [False], True), ("s", "'A'", ["a"], True), ("s", "a", ["a"], True), ("a", "x => x", ["x=>x"], True), ("y", "['a', \"b\"]", [["a", "b"]], True),
-    ("x", "new Array(1, 2)", [[1, 2]], True), ("x", "[1,2,3]", [[1, 2]], False), ("x", "[]", [[]], True), ("z", "[[1, 2], ['a']]", [[[1, 2], ["a"]]], True),
+    ("i", "5", [5], True), ("i", "5.0", [5], False), ("n", "5n", [5], True), ("n", "5", [5], False),
+    ("f", "5", [5.0], True), ("f", ".5", [0.5], False),
+    ("b", "false", [False], True), ("s", "'A'", ["a"], True), ("s", "a", ["a"], True), ("a", "x => x", ["x=>x"], True),
+    ("y", "['a', \"b\"]", [["a", "b"]], True),
+    ("x", "new Array(1, 2)", [[1, 2]], True), ("x", "[1,2,3]", [[1, 2]], False), ("x", "[]", [[]], True),
+    ("z", "[[1, 2], ['a']]", [[[1, 2], ["a"]]], True),
     ("y", "['a, b']", [["a, b"]], False),  # parted at every comma, as on the leaderboard
-    ("d", "{method: 'GET', n: 1}", [{"method": ["get"], "n": [1]}], True), ("d", "{ids: [1, 2]}", [{"ids": [[1, 2]]}], True), ("d", "{}", [{}], True),
+    ("d", "{method: 'GET', n: 1}", [{"method": ["get"], "n": [1]}], True),
+    ("d", "{ids: [1, 2]}", [{"ids": [[1, 2]]}], True), ("d", "{}", [{}], True),
     ("d", "{a: {b: 1}}", [{"a": [{"b": 1}]}], False), ("d", "settings", ["settings"], True)])
 def test_javascript_values(parameter, text, allowed, right):
     assert is_right(parameter, text, allowed, SCRIPT, "JavaScript") == right
@@ -131,9 +155,12 @@ def wrong(calls, answers, category="parallel_multiple", names=("f", "g")):
 
 
 @pytest.mark.parametrize("calls, right", [
-    ([("f", {"x": 1}), ("g", {"x": 2})], True), ([("g", {"x": 2}), ("f", {"x": 1})], True), ([("f", {"x": 1})], False), ([("f", {"x": 1}), ("f", {"x": 1})], False),
-    ([("f", {"x": 2}), ("g", {"x": 1})], False), ([("f", {"x": 1, "y": "a"}), ("g", {"x": 2})], True), ([("f", {"x": 1, "y": "b"}), ("g", {"x": 2})], False),
-    ([("f", {}), ("g", {"x": 2})], False), ([("f", {"x": 1, "z": 1}), ("g", {"x": 2})], False), ([("f", {"x": 1}), ("g", {"x": 2}), ("g", {"x": 2})], False), ([], False)])
+    ([("f", {"x": 1}), ("g", {"x": 2})], True), ([("g", {"x": 2}), ("f", {"x": 1})], True), ([("f", {"x": 1})], False),
+    ([("f", {"x": 1}), ("f", {"x": 1})], False),
+    ([("f", {"x": 2}), ("g", {"x": 1})], False), ([("f", {"x": 1, "y": "a"}), ("g", {"x": 2})], True),
+    ([("f", {"x": 1, "y": "b"}), ("g", {"x": 2})], False),
+    ([("f", {}), ("g", {"x": 2})], False), ([("f", {"x": 1, "z": 1}), ("g", {"x": 2})], False),
+    ([("f", {"x": 1}), ("g", {"x": 2}), ("g", {"x": 2})], False), ([], False)])
 def test_several_calls(calls, right):
     assert (not wrong(calls, [{"f": {"x": [1], "y": ["a", ""]}}, {"g": {"x": [2]}}])) == right
 
@@ -254,18 +281,27 @@ def test_summaries_weigh_as_the_leaderboard_does():
 
 @pytest.mark.parametrize("breaks, says", [
     (lambda d: (d / "BFCL_v4_parallel.json").unlink(), "There is no BFCL_v4_parallel.json"),
-    (lambda d: (d / "possible_answer" / "BFCL_v4_multiple.json").unlink(), "There is no possible_answer/BFCL_v4_multiple.json"),
+    (lambda d: (d / "possible_answer" / "BFCL_v4_multiple.json").unlink(),
+     "There is no possible_answer/BFCL_v4_multiple.json"),
     (lambda d: lines(d / "BFCL_v4_multiple.json", []), "empty"),
     (lambda d: (d / "BFCL_v4_multiple.json").write_text('{"id": 1'), "Line 1"),
     (lambda d: lines(d / "BFCL_v4_irrelevance.json", [{"question": []}]), "id"),
     (lambda d: lines(d / "BFCL_v4_irrelevance.json", [{"id": "irrelevance_1"}] * 2), "twice"),
     (lambda d: lines(d / "BFCL_v4_irrelevance.json", [{"id": "irrelevance_1", "function": []}]), "another form"),
-    (lambda d: lines(d / "BFCL_v4_irrelevance.json", [{"id": "multiple_1", "question": [[]], "function": []}]), "its id"),
-    (lambda d: lines(d / "possible_answer" / "BFCL_v4_multiple.json", [{"id": f"multiple_{i}", "ground_truth": [{"f": {"x": [0]}}]} for i in range(7)]), "multiple_6"),
-    (lambda d: lines(d / "possible_answer" / "BFCL_v4_multiple.json", [{"id": f"multiple_{i}", "ground_truth": []} for i in range(6)]), "multiple_0 .*missing"),
-    (lambda d: lines(d / "possible_answer" / "BFCL_v4_multiple.json", [{"id": f"multiple_{i}", "ground_truth": [{"f": {"x": 0}}]} for i in range(6)]), "no list of values"),
-    (lambda d: lines(d / "possible_answer" / "BFCL_v4_multiple.json", [{"id": f"multiple_{i}", "ground_truth": [{"h": {"x": [0]}}]} for i in range(6)]), "'h'"),
-    (lambda d: lines(d / "BFCL_v4_simple_java.json", [{"id": f"simple_java_{i}", "question": [[]], "function": [function({"x": "Queue"})]} for i in range(6)]), "'Queue'")])
+    (lambda d: lines(d / "BFCL_v4_irrelevance.json", [{"id": "multiple_1", "question": [[]], "function": []}]),
+     "its id"),
+    (lambda d: lines(d / "possible_answer" / "BFCL_v4_multiple.json",
+                     [{"id": f"multiple_{i}", "ground_truth": [{"f": {"x": [0]}}]} for i in range(7)]), "multiple_6"),
+    (lambda d: lines(d / "possible_answer" / "BFCL_v4_multiple.json",
+                     [{"id": f"multiple_{i}", "ground_truth": []} for i in range(6)]), "multiple_0 .*missing"),
+    (lambda d: lines(d / "possible_answer" / "BFCL_v4_multiple.json",
+                     [{"id": f"multiple_{i}", "ground_truth": [{"f": {"x": 0}}]} for i in range(6)]),
+                     "no list of values"),
+    (lambda d: lines(d / "possible_answer" / "BFCL_v4_multiple.json",
+                     [{"id": f"multiple_{i}", "ground_truth": [{"h": {"x": [0]}}]} for i in range(6)]), "'h'"),
+    (lambda d: lines(d / "BFCL_v4_simple_java.json",
+                     [{"id": f"simple_java_{i}", "question": [[]], "function": [function({"x": "Queue"})]}
+                      for i in range(6)]), "'Queue'")])
 def test_what_cannot_be_read_is_one_error(files, breaks, says):
     breaks(files)
     with pytest.raises(EvaluateError, match=says): read_questions(files)
@@ -315,12 +351,14 @@ def test_verdicts_survive_any_value():
         assert java_value(text, "HashMap") in (text, {}) and script_value(text, "array") is not None
 
 
-@pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="long: compared with the official checker when PROXY_SFT_SOAK is set")
+@pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="long: compared with the official checker when "
+                                                                 "PROXY_SFT_SOAK is set")
 def test_verdicts_are_those_of_the_official_checker(tmp_path):
     python = Path(os.environ.get("PROXY_SFT_BFCL_PYTHON", "bfcl/bin/python"))
     if not python.is_file():
         pytest.skip(
-            "PROXY_SFT_BFCL_PYTHON names no Python with bfcl-eval: python -m venv bfcl && bfcl/bin/pip install bfcl-eval"
+            "PROXY_SFT_BFCL_PYTHON names no Python with bfcl-eval: python -m venv bfcl && bfcl/bin/pip install "
+            "bfcl-eval"
         )
     where = subprocess.run(
         [python, "-c", "import bfcl_eval; print(bfcl_eval.__path__[0])"], capture_output=True, text=True, check=True
@@ -337,7 +375,8 @@ def test_verdicts_are_those_of_the_official_checker(tmp_path):
             for line, (q, calls) in zip(told.splitlines(), cases, strict=True)
         ]
         print(
-            f"{name}: {len(pairs)} answers over {sum(total.values())} questions, (official, ours): {dict(Counter(pairs))}"
+            f"{name}: {len(pairs)} answers over {sum(total.values())} questions, (official, ours): "
+            f"{dict(Counter(pairs))}"
         )
         apart = [
             (q.id, official, ours, calls) for (official, ours), (q, calls) in zip(pairs, cases) if official != ours

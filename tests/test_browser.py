@@ -1,6 +1,8 @@
-"""JupyterLab on the loopback interface, `01_convert.ipynb` run in headless Chromium, the inspector used as a person would; pictures are kept.
+"""JupyterLab on the loopback interface, `01_convert.ipynb` run in headless Chromium, the inspector used as a person
+would; pictures are kept.
 
-Needs Chromium and its driver (Debian: `apt-get install chromium chromium-driver`); says so and skips where they are missing."""
+Needs Chromium and its driver (Debian: `apt-get install chromium chromium-driver`); says so and skips where they are
+missing."""
 import json
 import os
 import re
@@ -185,7 +187,8 @@ class Page:
         from selenium.webdriver.common.by import By
         name = f"//li[contains(@class,'lm-MenuBar-item')][.//div[text()='{bar}']]"
         self.driver.find_element(By.XPATH, name).click()
-        entry = "Array.from(document.querySelectorAll('.lm-Menu-item')).find(e => e.textContent.trim().startsWith(arguments0))"
+        entry = ("Array.from(document.querySelectorAll('.lm-Menu-item')).find(e => "
+                 "e.textContent.trim().startsWith(arguments0))")
         self.wait(entry.replace("arguments0", json.dumps(item))).click()
 
     def find(self, selector):
@@ -290,10 +293,12 @@ def test_copy_as_json(page):
 def test_colours_can_be_read(page):
     "Text against its background, as the browser computes it: at least 4.5 to 1, in both themes."
     shades = page.driver.execute_script("""
-      const solid = node => { for (let n = node; n; n = n.parentElement) { const c = getComputedStyle(n).backgroundColor;
+      const solid = node => { for (let n = node; n; n = n.parentElement) {
+        const c = getComputedStyle(n).backgroundColor;
         if (!/, 0\\)|transparent/.test(c) && !/rgba/.test(c)) return c; } return 'rgb(255, 255, 255)'; };
       return ['.panel .t', '.panel mark', '.bar button', '.bar select', '.bar input', '[role=tab]', 'p'].map(s => {
-        const node = document.querySelector('.psft-app ' + s); return [s, getComputedStyle(node).color, solid(node)]; })""")
+        const node = document.querySelector('.psft-app ' + s);
+        return [s, getComputedStyle(node).color, solid(node)]; })""")
     def light(color):
         parts = [int(float(c)) / 255 for c in re.findall(r"[\d.]+", color)[:3]]
         parts = [c / 12.92 if c <= .03928 else ((c + .055) / 1.055) ** 2.4 for c in parts]

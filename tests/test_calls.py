@@ -117,7 +117,9 @@ def test_format_and_parse_are_inverse(calls):
 
 
 @settings(max_examples=150, **QUICK)
-@given(plain_calls, st.sampled_from(["{}", "<function_calls>\n{}\n</function_calls>", "```python\n{}\n```", "\n\n{}  \n", "{}</function_calls>", "# calls\n{}"]))
+@given(plain_calls, st.sampled_from([
+    "{}", "<function_calls>\n{}\n</function_calls>", "```python\n{}\n```", "\n\n{}  \n", "{}</function_calls>",
+    "# calls\n{}"]))
 def test_what_stands_around_calls_changes_nothing(calls, around):
     COUNTED["calls"] += len(calls)
     assert same(parse_calls(around.format("\x01").replace("\x01", format_calls(calls))), calls)
@@ -181,8 +183,9 @@ def test_deepest_value_round_trips_and_deeper_is_refused():
     assert outcome(f"f(x={'[' * (MAX_DEPTH + 1)}{']' * (MAX_DEPTH + 1)})") == "too_deep"
 
 
-@pytest.mark.parametrize("value, reason", [(float("nan"), "non_finite"), (float("inf"), "non_finite"), ((1, 2), "not_json"), ({1}, "not_json"), (b"a", "not_json"),
-                                           ({1: 2}, "non_string_key")])
+@pytest.mark.parametrize("value, reason", [
+    (float("nan"), "non_finite"), (float("inf"), "non_finite"), ((1, 2), "not_json"), ({1}, "not_json"),
+    (b"a", "not_json"), ({1: 2}, "non_string_key")])
 def test_what_json_cannot_hold_is_not_written(value, reason):
     with pytest.raises(CallError) as caught: format_calls([{"name": "f", "arguments": {"x": value}}])
     assert caught.value.reason == reason and str(caught.value)
@@ -197,24 +200,34 @@ def test_an_integer_that_would_not_be_read_is_not_written():
         format_calls([{"name": "f", "arguments": {"x": 10**MAX_DIGITS}}])
 
 
-@pytest.mark.parametrize("calls", [[1], [{"name": "f"}], [{"name": 1, "arguments": {}}], [{"name": "f", "arguments": []}], [{"name": "f", "arguments": {1: 2}}]])
+@pytest.mark.parametrize("calls", [
+    [1], [{"name": "f"}], [{"name": 1, "arguments": {}}], [{"name": "f", "arguments": []}],
+    [{"name": "f", "arguments": {1: 2}}]])
 def test_what_is_no_call_is_not_written(calls):
     with pytest.raises(CallError, match="not_json"): format_calls(calls)
 
 
 # What is read
 
-@pytest.mark.parametrize("text", [None, "", " \n\t", "null", "  null\n", "How can I help you today?", "<function_calls></function_calls>", "[]", "# nothing"])
+@pytest.mark.parametrize("text", [
+    None, "", " \n\t", "null", "  null\n", "How can I help you today?", "<function_calls></function_calls>", "[]",
+    "# nothing"])
 def test_no_call(text): assert parse_calls(text) == []
 
 
 @pytest.mark.parametrize("text, value", [
-    ("1", 1), ("1.0", 1.0), ("-0", 0), ("-0.0", -0.0), ("+5", 5), ("1e3", 1000.0), ("1E-3", 0.001), (".5", 0.5), ("5.", 5.0), ("1_000", 1000), ("0x1F", 31), ("0b11", 3), ("00", 0),
-    ("25852016738884976640000", 25852016738884976640000), ("true", True), ("True", True), ("null", None), ("None", None), ("(1)", 1), ("()", []), ("(1,)", [1]), ("[1,]", [1]),
-    ("[(1, 2), ()]", [[1, 2], []]), ("{'a': True, \"b\": false,}", {"a": True, "b": False}), ("{}", {}), ("[\n1,\n 2 # two\n]", [1, 2]), ("'a\nb'", "a\nb"), ('"""a"b\'c"""', "a\"b'c"),
-    (r"'it\'s'", "it's"), (r"'\x41\101\u0041\U00000041\N{LATIN CAPITAL LETTER A}'", "AAAAA"), (r"'\d\/'", r"\d\/"), (r'["\/"]', [r"\/"]), (r"'\ud83d\ude00'", "😀"),
-    (r'"\ud83d\ude00"', "😀"), (r'["\ud83d\ude00"]', ["😀"]), (r"'\ud83d'", "\ud83d"), ("r'\\n'", "\\n"), ("u'a'", "a"), ("'a\\\nb'", "ab"), ("''", ""), ("'\x00'", "\x00"),
-    ("4/2", 2.0), ("4**0.5", 2.0), ("2**-2", 0.25), ("500*500", 250000), ("([1]+[2])+[3]", [1, 2, 3]), ("[0]*3", [0, 0, 0]), ("-2**2", -4), ("7//2", 3), ("'a'+'b'", "ab"), ("-(1+2)", -3)])
+    ("1", 1), ("1.0", 1.0), ("-0", 0), ("-0.0", -0.0), ("+5", 5), ("1e3", 1000.0), ("1E-3", 0.001), (".5", 0.5),
+    ("5.", 5.0), ("1_000", 1000), ("0x1F", 31), ("0b11", 3), ("00", 0),
+    ("25852016738884976640000", 25852016738884976640000), ("true", True), ("True", True), ("null", None),
+    ("None", None), ("(1)", 1), ("()", []), ("(1,)", [1]), ("[1,]", [1]),
+    ("[(1, 2), ()]", [[1, 2], []]), ("{'a': True, \"b\": false,}", {"a": True, "b": False}), ("{}", {}),
+    ("[\n1,\n 2 # two\n]", [1, 2]), ("'a\nb'", "a\nb"), ('"""a"b\'c"""', "a\"b'c"),
+    (r"'it\'s'", "it's"), (r"'\x41\101\u0041\U00000041\N{LATIN CAPITAL LETTER A}'", "AAAAA"), (r"'\d\/'", r"\d\/"),
+    (r'["\/"]', [r"\/"]), (r"'\ud83d\ude00'", "😀"),
+    (r'"\ud83d\ude00"', "😀"), (r'["\ud83d\ude00"]', ["😀"]), (r"'\ud83d'", "\ud83d"), ("r'\\n'", "\\n"), ("u'a'", "a"),
+    ("'a\\\nb'", "ab"), ("''", ""), ("'\x00'", "\x00"),
+    ("4/2", 2.0), ("4**0.5", 2.0), ("2**-2", 0.25), ("500*500", 250000), ("([1]+[2])+[3]", [1, 2, 3]),
+    ("[0]*3", [0, 0, 0]), ("-2**2", -4), ("7//2", 3), ("'a'+'b'", "ab"), ("-(1+2)", -3)])
 def test_values(text, value):
     assert same(value_of(text), value), value_of(text)
     assert same(value_of(f"[{text}]"), [value]) and same(value_of(f"{{'k': {text}}}"), {"k": value})
@@ -222,17 +235,23 @@ def test_values(text, value):
 
 
 @pytest.mark.parametrize("text, names", [
-    ("f()\ng()", "fg"), ("f()\r\ng()", "fg"), ("  f()\n\n\tg()  ", "fg"), ("[f(), g()]", "fg"), ("[f(),\n g(),\n]", "fg"), ("f(), g()", "fg"), ("f(),\ng(),", "fg"), ("f();\ng();", "fg"),
-    ("```\nf()\n```", "f"), ("```python\nf()\ng()\n```", "fg"), ("<function_calls>[f()]</function_calls>", "f"), ("<function_calls>f()</function_calls><function_calls>g()</function_calls>", "fg"),
-    ("f()</function_calls>", "f"), ("<function_calls>\nf()", "f"), ("f() # first\ng()", "fg"), ("\ufefff()", "f"), ("f ( )", "f")])
+    ("f()\ng()", "fg"), ("f()\r\ng()", "fg"), ("  f()\n\n\tg()  ", "fg"), ("[f(), g()]", "fg"),
+    ("[f(),\n g(),\n]", "fg"), ("f(), g()", "fg"), ("f(),\ng(),", "fg"), ("f();\ng();", "fg"),
+    ("```\nf()\n```", "f"), ("```python\nf()\ng()\n```", "fg"), ("<function_calls>[f()]</function_calls>", "f"),
+    ("<function_calls>f()</function_calls><function_calls>g()</function_calls>", "fg"),
+    ("f()</function_calls>", "f"), ("<function_calls>\nf()", "f"), ("f() # first\ng()", "fg"), ("\ufefff()", "f"),
+    ("f ( )", "f")])
 def test_layouts(text, names): assert parse_calls(text) == [{"name": name, "arguments": {}} for name in names]
 
 
-@pytest.mark.parametrize("name", ["a.b.c", "get-weather", "api/v1/users", "german_company_data.companies_id_data", "3d.render", "größe", "ns:f", "$f", "@a/b", "print", "null"])
+@pytest.mark.parametrize("name", [
+    "a.b.c", "get-weather", "api/v1/users", "german_company_data.companies_id_data", "3d.render", "größe", "ns:f", "$f",
+    "@a/b", "print", "null"])
 def test_function_names(name): assert parse_calls(f"{name}(x=1)") == [{"name": name, "arguments": {"x": 1}}]
 
 
-@pytest.mark.parametrize("key", ["from", "class", "None", "max-stops", "filter[name]", "$top", "a.b", "größe", "_", "r", "b"])
+@pytest.mark.parametrize("key", [
+    "from", "class", "None", "max-stops", "filter[name]", "$top", "a.b", "größe", "_", "r", "b"])
 def test_argument_names(key):
     assert parse_calls(f"f({key}='a', z=1)") == [{"name": "f", "arguments": {key: "a", "z": 1}}]
     assert parse_calls(f"f('{key}' = [1])") == [{"name": "f", "arguments": {key: [1]}}]
@@ -390,8 +409,10 @@ def test_constant_expressions_can_be_refused():
     assert parse_calls("f(x=-2, y=+1.5)", fold=False) == [{"name": "f", "arguments": {"x": -2, "y": 1.5}}]
 
 
-@pytest.mark.parametrize("text, code", [("<function_calls>f()</function_calls>", "xml_tags"), ("```\nf()\n```", "code_fence"), ("[f()]", "list_wrapper"), ("f(), g()", "separator"), ("f() # x", "comment"),
-                                        ("f(x=(1, 2))", "tuple"), ("f(x=1+1)", "constant_expression"), ("Nothing to do here.", "plain_text"), ("f(1)", "positional")])
+@pytest.mark.parametrize("text, code", [
+    ("<function_calls>f()</function_calls>", "xml_tags"), ("```\nf()\n```", "code_fence"), ("[f()]", "list_wrapper"),
+    ("f(), g()", "separator"), ("f() # x", "comment"), ("f(x=(1, 2))", "tuple"), ("f(x=1+1)", "constant_expression"),
+    ("Nothing to do here.", "plain_text"), ("f(1)", "positional")])
 def test_repairs_are_noted(text, code):
     repairs = []
     parse_calls(text, [{"name": "f", "parameters": {"properties": {"x": {}}}}], repairs=repairs)
@@ -423,14 +444,20 @@ def test_positional_arguments_take_the_order_of_the_schema(wrapped):
 
 
 @pytest.mark.parametrize("tools, text, reason", [
-    ([], "f(1)", "positional_argument"), ([tool("g", a="integer")], "f(1)", "positional_argument"), ([tool(a="integer")], "f(1, 2)", "positional_argument"),
-    ([tool()], "f(1)", "positional_argument"), ([tool(a="string")], "f(1)", "positional_argument"), ([tool(a="integer")], "f(true)", "positional_argument"),
-    ([tool(a="integer"), tool(b="integer")], "f(1)", "positional_argument"), ([tool(a="integer", b="integer", required=["b"])], "f(1)", "positional_argument"),
-    ([tool(a="integer")], "f(1, a=2)", "duplicate_argument"), (["f", None, {"function": 3}, {"name": "f"}, {"name": "f", "parameters": 1}], "f(1)", "positional_argument")])
+    ([], "f(1)", "positional_argument"), ([tool("g", a="integer")], "f(1)", "positional_argument"),
+    ([tool(a="integer")], "f(1, 2)", "positional_argument"),
+    ([tool()], "f(1)", "positional_argument"), ([tool(a="string")], "f(1)", "positional_argument"),
+    ([tool(a="integer")], "f(true)", "positional_argument"),
+    ([tool(a="integer"), tool(b="integer")], "f(1)", "positional_argument"),
+    ([tool(a="integer", b="integer", required=["b"])], "f(1)", "positional_argument"),
+    ([tool(a="integer")], "f(1, a=2)", "duplicate_argument"),
+    (["f", None, {"function": 3}, {"name": "f"}, {"name": "f", "parameters": 1}], "f(1)", "positional_argument")])
 def test_positional_arguments_without_a_single_reading(tools, text, reason): assert outcome(text, tools) == reason
 
 
-@pytest.mark.parametrize("tools", [[tool(a="integer"), tool(a="integer")], [tool(a=["string", "number"])], [tool(a="any")], [tool(a="float")], [tool(a="integer", b="integer", required=["a"])]])
+@pytest.mark.parametrize("tools", [
+    [tool(a="integer"), tool(a="integer")], [tool(a=["string", "number"])], [tool(a="any")], [tool(a="float")],
+    [tool(a="integer", b="integer", required=["a"])]])
 def test_positional_arguments_with_a_single_reading(tools):
     assert parse_calls("f(1)", tools) == [{"name": "f", "arguments": {"a": 1}}]
 

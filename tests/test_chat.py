@@ -1,4 +1,5 @@
-"""Templates, masks and serve parity, with the demo's tokenizer and with the real one where it lies beside the checkout."""
+"""Templates, masks and serve parity, with the demo's tokenizer and with the real one where it lies beside the
+checkout."""
 import dataclasses
 import json
 import random
@@ -363,7 +364,8 @@ def test_the_parity_sees(tokenizer, fault, fast, monkeypatch):
 
 
 def test_rows_measured_together_are_counted_as_one_by_one(tokenizer, monkeypatch):
-    "Most rows are in order and measured in batches; whatever is not goes the plain way. Both give the same counts and examples."
+    """Most rows are in order and measured in batches; whatever is not goes the plain way. Both give the same counts and
+    examples."""
     rnd, together = random.Random(11), 0
     escaped = json.dumps(user("caf\u00e9 <|im_end|>")).replace("<", "\\u003c")
     rows = [on_disk(random_chat(rnd, i % 5 == 0)) for i in range(60)] + [

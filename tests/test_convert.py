@@ -177,18 +177,22 @@ def test_everything_the_demo_plants_comes_out_as_planned(demo_file, tmp_path):
 
 
 @pytest.mark.parametrize("row, reason", [
-    ({"id": 1}, "no_messages"), ({"messages": []}, "no_messages"), ({"messages": "x"}, "no_messages"), ([], "no_messages"),
+    ({"id": 1}, "no_messages"), ({"messages": []}, "no_messages"), ({"messages": "x"}, "no_messages"),
+    ([], "no_messages"),
     ({"messages": ["x"]}, "bad_message"), ({"messages": [message("narrator", "x")]}, "bad_message"),
     ({"messages": [message("user", "x"), message("assistant", 3)]}, "bad_message"),
     ({"messages": [message("user", "x")]}, "no_assistant"), ({"messages": [message("assistant", "x")]}, "no_user"),
-    (talk(("user", "a"), ("call", "f(x=")), "malformed_calls"), (talk(("user", "a"), ("call", "other(a=1)")), "undeclared_function"),
+    (talk(("user", "a"), ("call", "f(x=")), "malformed_calls"),
+    (talk(("user", "a"), ("call", "other(a=1)")), "undeclared_function"),
     (talk(("user", "a"), ("call", "stock.quote(symbol=1)")), "schema_violation"),
     (talk(("user", "a"), ("call", 'stock.quote("A", 1, 2, 3)')), "positional_arguments"),
     (talk(("user", "a"), ("environment", "1"), ("assistant", "b")), "count_mismatch"),
-    (talk(("user", "a"), ("call", CALL), ("environment", "1"), ("environment", "2"), ("assistant", "b")), "count_mismatch"),
+    (talk(("user", "a"), ("call", CALL), ("environment", "1"), ("environment", "2"), ("assistant", "b")),
+     "count_mismatch"),
     (talk(("user", "a"), ("call", CALL), ("assistant", "b")), "count_mismatch"),
     (talk(("user", "a"), ("call", CALL), ("user", "b"), ("assistant", "c")), "count_mismatch"),
-    (talk(("user", "a"), ("call", CALL + "\n" + CALL), ("environment", "oh\nno"), ("assistant", "b")), "unsplittable_results"),
+    (talk(("user", "a"), ("call", CALL + "\n" + CALL), ("environment", "oh\nno"), ("assistant", "b")),
+     "unsplittable_results"),
     (talk(("user", "a"), ("assistant", None), ("user", "b"), ("assistant", "c")), "empty_answer"),
     (talk(("user", "a"), ("assistant", "so</think>b")), "stray_think"),
 ])
@@ -539,7 +543,8 @@ def test_same_bytes_for_any_number_of_processes(demo_file, tmp_path, monkeypatch
 def test_a_script_without_a_guard_is_not_run_again_by_its_processes(tmp_path):
     source, script = write_rows(tmp_path / "in.jsonl", demo_rows(200)), tmp_path / "script.py"
     script.write_text(
-        "import proxy_sft.data.conversion as c, proxy_sft.data.files as s\nprint('begin')\ns.SMALL, s.BLOCK_BYTES = 0, 100_000\n"
+        "import proxy_sft.data.conversion as c, proxy_sft.data.files as s\nprint('begin')\ns.SMALL, s.BLOCK_BYTES = 0, "
+        "100_000\n"
         f"print(c.convert_file({str(source)!r}, {str(tmp_path / 'out' / 'train.jsonl')!r}, num_proc=2).rows)\n"
     )
     for options in ({"args": [sys.executable, str(script)]}, {"args": [sys.executable, "-"], "stdin": script.open()}):
@@ -710,9 +715,12 @@ def make_bad(folder):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("missing.jsonl", "00_download"), ("missing.jsonl", "-p profile demo"), ("empty.jsonl", "is empty"), ("blank.jsonl", "no rows"),
-    ("cut.jsonl", "line 2"), ("prose.jsonl", "line 2"), ("prose.jsonl", "hello"), ("list.jsonl", "line 1"), ("other.jsonl", "no_messages"),
-    ("bad.jsonl.gz", "bad.jsonl.gz"), ("short.jsonl.gz", "short.jsonl.gz"), ("bad.jsonl.zst", "bad.jsonl.zst"), ("bad.parquet", "bad.parquet"),
+    ("missing.jsonl", "00_download"), ("missing.jsonl", "-p profile demo"), ("empty.jsonl", "is empty"),
+    ("blank.jsonl", "no rows"),
+    ("cut.jsonl", "line 2"), ("prose.jsonl", "line 2"), ("prose.jsonl", "hello"), ("list.jsonl", "line 1"),
+    ("other.jsonl", "no_messages"),
+    ("bad.jsonl.gz", "bad.jsonl.gz"), ("short.jsonl.gz", "short.jsonl.gz"), ("bad.jsonl.zst", "bad.jsonl.zst"),
+    ("bad.parquet", "bad.parquet"),
     ("none", "none")])
 def test_files_that_cannot_be_used(tmp_path, name, words):
     make_bad(tmp_path)
@@ -806,10 +814,12 @@ def test_a_row_that_fails_leaves_the_old_files_alone(tmp_path):
 
 def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
     source = write_rows(tmp_path / "in.jsonl", demo_rows(400) * 8)
-    # The system ends it in the middle of a write, as abruptly as kill -9: a file may have 100,000 bytes, and the signal for more is not ignored, as Python would have it.
+    # The system ends it in the middle of a write, as abruptly as kill -9: a file may have 100,000 bytes, and the signal
+    # for more is not ignored, as Python would have it.
     code = (
         "import resource as r, signal; from proxy_sft.data.conversion import convert_file\n"
-        "r.setrlimit(r.RLIMIT_CORE, (0, 0)); r.setrlimit(r.RLIMIT_FSIZE, (100_000, 100_000)); signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
+        "r.setrlimit(r.RLIMIT_CORE, (0, 0)); r.setrlimit(r.RLIMIT_FSIZE, (100_000, 100_000)); "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
         f"convert_file({str(source)!r}, {str(tmp_path / 'out' / 'train.jsonl')!r})"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

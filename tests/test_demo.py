@@ -89,7 +89,8 @@ def test_same_seed_same_bytes_in_another_process(tmp_path, model_folder):
     before = digests(here)
     write_demo_data(here, N, SEED)
     code = (
-        f"from proxy_sft.demo.rows import write_demo_data; from proxy_sft.demo.model import write_demo_model; write_demo_data({str(tmp_path / 'there')!r}, {N}, {SEED});"
+        "from proxy_sft.demo.rows import write_demo_data; from proxy_sft.demo.model import write_demo_model; "
+        f"write_demo_data({str(tmp_path / 'there')!r}, {N}, {SEED});"
         f"write_demo_model({str(tmp_path / 'model')!r}, seed={SEED}, n={N})"
     )
     subprocess.run(
@@ -170,7 +171,8 @@ def test_model_loads_generates_and_agrees_with_its_tokenizer(model_folder, token
 
 def test_the_head_start_looks_at_values_of_the_named_kind_and_calls_nothing(model_folder, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
-    said = "<|im_start|>user\nAdd a lunch on Monday at 3, call Emil, and play music by Verdi in the garage.<|im_end|>\n<|im_start|>assistant\n"
+    said = ("<|im_start|>user\nAdd a lunch on Monday at 3, call Emil, and play music by Verdi in the "
+            "garage.<|im_end|>\n<|im_start|>assistant\n")
     for name, value in {
         "title": " lunch",
         "day": " Monday",

@@ -77,7 +77,8 @@ def wrong(expected, text, stopped=True):
     ([], "Hello. Hello.", False, {"stops"}),
     ([WEATHER], block(WEATHER), False, {"stops", "exact"}),
     ([WEATHER], block(WEATHER).removesuffix("</tool_call>"), True, {"parseable", "exact"}),
-    ([WEATHER], '<tool_call>{"name": "weather.now", "parameters": {"city": "Zürich"}}</tool_call>', True, {"parseable", "exact"}),
+    ([WEATHER], '<tool_call>{"name": "weather.now", "parameters": {"city": "Zürich"}}</tool_call>', True,
+     {"parseable", "exact"}),
     ([WEATHER], block(call("weather.later", city="Zürich")), True, {"names", "exact"}),
     ([WEATHER], block(call("weather.now", city="Bern")), True, {"arguments", "meaning", "exact"}),
     ([NOTE], block(call("notes.add", text="a", stars=4)), True, {"arguments", "meaning", "exact"}),
@@ -112,8 +113,10 @@ def test_every_metric_moved_alone():
 
 
 @pytest.mark.parametrize("expected, made, same", [
-    (1, 1, True), (1, 1.0, False), (1, True, False), (0, False, False), ("1", 1, False), (None, "null", False), (1e22, 10**22, False),
-    (10**30, 10**30, True), ({"a": 1, "b": [1, 2]}, {"b": [1, 2], "a": 1}, True), ([1, 2], [2, 1], False), ("é", "e\u0301", False)])
+    (1, 1, True), (1, 1.0, False), (1, True, False), (0, False, False), ("1", 1, False), (None, "null", False),
+    (1e22, 10**22, False),
+    (10**30, 10**30, True), ({"a": 1, "b": [1, 2]}, {"b": [1, 2], "a": 1}, True), ([1, 2], [2, 1], False),
+    ("é", "e\u0301", False)])
 def test_arguments_are_compared_as_json(expected, made, same):
     verdict = score_turn([call("f", x=expected)], read_answer(block(call("f", x=made))), [])
     assert verdict["arguments"] == verdict["exact"] == same
@@ -277,7 +280,8 @@ def test_html_escapes_models():
     )
 
 
-@pytest.mark.parametrize("right, of, low, high", [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (15, 50, 0.1910, 0.4375)])
+@pytest.mark.parametrize("right, of, low, high", [
+    (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (15, 50, 0.1910, 0.4375)])
 def test_wilson(right, of, low, high): assert wilson(right, of) == pytest.approx((low, high), abs=1e-4)
 
 
@@ -298,7 +302,8 @@ ASKED = [row(i, tools=[tool_of(BERKELEY)]) for i in range(4)]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    "A workspace with a demo model, held-out rows, and a model that was trained on these very rows: what is tested is the asking."
+    """A workspace with a demo model, held-out rows, and a model that was trained on these very rows: what is tested is
+    the asking."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     settings = load_settings("demo", workspace=str(tmp_path_factory.mktemp("workspace")))
@@ -438,7 +443,8 @@ def test_kept_answers_are_not_asked_again(world):
 
 @pytest.fixture
 def berkeley(tmp_path):
-    "Files of the leaderboard: what the model learnt by heart, something that it did not, and a prompt that is too long."
+    """Files of the leaderboard: what the model learnt by heart, something that it did not, and a prompt that is too
+    long."""
     (tmp_path / "possible_answer").mkdir()
     def entries(name):
         return [

@@ -1,4 +1,5 @@
-"""Faults on whole trainings: the short form of tools/soak.py, a token in the environment, two machines in two network namespaces."""
+"""Faults on whole trainings: the short form of tools/soak.py, a token in the environment, two machines in two network
+namespaces."""
 import json
 import os
 import shutil
@@ -159,7 +160,8 @@ class Machines:
 def machines():
     if not shutil.which("ip"): pytest.skip("iproute2 is not installed")
     try: pair = Machines()
-    except subprocess.CalledProcessError as error: pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
     yield pair
     pair.close()
 

@@ -1,4 +1,5 @@
-"""What only a GPU runs, as far as it can be run without one: tensors without content, kernels with the refusals of the real ones, and the signatures of packages that may be installed."""
+"""What only a GPU runs, as far as it can be run without one: tensors without content, kernels with the refusals of the
+real ones, and the signatures of packages that may be installed."""
 import inspect
 import json
 import shutil
@@ -55,7 +56,8 @@ class Kernels(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                           softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
                            alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None):
     "flash-attention 2.8's parameters; the result has its shape."
     assert causal and dropout_p == 0 and window_size == (-1, -1)
@@ -85,7 +87,8 @@ def flash_attention(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [VARLEN, "flash_attention_2"])
 def test_each_kernel_gets_what_it_takes(name, dtype, flash_attention):
-    "Forwards and backwards, with Qwen3's width of heads, on tensors that have shapes and no content; weights of 32 bits under autocast."
+    """Forwards and backwards, with Qwen3's width of heads, on tensors that have shapes and no content; weights of 32
+    bits under autocast."""
     config = Qwen3Config(
         vocab_size=256,
         hidden_size=512,
@@ -158,7 +161,8 @@ STAND_IN = '''import torch
 
 class _AdamW(torch.optim.AdamW):
     "torchao 0.18's parameters; like there the learning rate is a tensor, and states have the precision of the weights."
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *, bf16_stochastic_round=False):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *,
+                 bf16_stochastic_round=False):
         super().__init__(params, torch.tensor(lr), betas, eps, weight_decay, amsgrad, foreach=False)
 '''
 

@@ -1,4 +1,5 @@
-"""The house: READMEs that tell the truth, links that lead somewhere, names that are listed, notebooks that execute to what is committed, a wheel that is whole."""
+"""The house: READMEs that tell the truth, links that lead somewhere, names that are listed, notebooks that execute to
+what is committed, a wheel that is whole."""
 import ast
 import json
 import os

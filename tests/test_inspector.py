@@ -187,7 +187,8 @@ def test_raw_rows_are_converted_on_the_way(tokenizer):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_runs_are_the_text_and_the_labels(tokenizer, template):
     from proxy_sft.chat.masks import supervise, trained_spans
-    messages = [{"role": "user", "content": "👩‍👩‍👧 東京 <|im_end|>"}, {"role": "assistant", "content": "Ünï 👩‍👩‍👧!"}] * 2
+    messages = 2 * [
+        {"role": "user", "content": "👩‍👩‍👧 東京 <|im_end|>"}, {"role": "assistant", "content": "Ünï 👩‍👩‍👧!"}]
     reading = read_row(messages, [], Inspection(tokenizer, template))
     assert "".join(run.text for run in reading.runs) == tokenizer.decode(reading.ids.tolist())
     assert [i for run in reading.runs for i in run.ids] == reading.ids.tolist()
@@ -366,7 +367,8 @@ def test_visible_and_safe():
 
 
 def test_converted_files_are_filtered_by_their_facts(tmp_path):
-    "The two columns of a converted file say neither source nor repairs; the file beside it does, and finds the same rows as reading them all."
+    """The two columns of a converted file say neither source nor repairs; the file beside it does, and finds the same
+    rows as reading them all."""
     from proxy_sft.data.conversion import convert_file
     from proxy_sft.demo.rows import demo_rows
     from proxy_sft.chat.inspector import InspectorState

@@ -1,4 +1,5 @@
-"""Launching: small notebooks under the real launcher, torchrun and kernels; every end of a rank, signals, and nothing left behind."""
+"""Launching: small notebooks under the real launcher, torchrun and kernels; every end of a rank, signals, and nothing
+left behind."""
 import argparse
 import fcntl
 import json
@@ -43,7 +44,8 @@ print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], "sums to", int
 dist.destroy_process_group()
 """
 # Cells that only wait do so for an hour, longer than `Run.end` does: a run that nobody ends fails its test.
-# Stands for the trainer: polls the request to stop, "saves" (rank 0 takes longer), and raises as proxy_sft.checkpoint does.
+# Stands for the trainer: polls the request to stop, "saves" (rank 0 takes longer), and raises as proxy_sft.checkpoint
+# does.
 TRAINER = """
 import os, time
 from pathlib import Path
@@ -68,7 +70,8 @@ time.sleep(3600)
 """
 
 
-def notebook(path: Path, *sources, parameters="folder: str = ''  # where the cells leave their files\nhow: str = ''", kernel="sft-qwen3") -> Path:
+def notebook(path: Path, *sources, parameters="folder: str = ''  # where the cells leave their files\nhow: str = ''",
+             kernel="sft-qwen3") -> Path:
     cells = [
         dict(
             id=f"cell-{i}",
@@ -210,8 +213,10 @@ def test_all_spellings_of_parameters(tmp_path):
 
 
 @pytest.mark.parametrize("options, words", [
-    (["-p", "max_train_sample", "3"], "Did you mean 'max_train_samples'?"), (["-p", "foldr", "x"], "Did you mean 'folder'?"),
-    (["-p", "max_steps", "many"], "max_steps"), (["-p", "profile", "demmo"], "demo"), (["-p", "seed"], "needs a name and a value"),
+    (["-p", "max_train_sample", "3"], "Did you mean 'max_train_samples'?"),
+    (["-p", "foldr", "x"], "Did you mean 'folder'?"),
+    (["-p", "max_steps", "many"], "max_steps"), (["-p", "profile", "demmo"], "demo"),
+    (["-p", "seed"], "needs a name and a value"),
     (["-y", "[1]"], "name: value"), (["-f", "nowhere.yaml"], "nowhere.yaml")])
 def test_bad_requests_start_nothing(tmp_path, capsys, monkeypatch, options, words):
     monkeypatch.setattr(launcher.Launcher, "start", lambda *a: pytest.fail("started"))
@@ -331,7 +336,8 @@ def test_every_end_of_a_kernel_fails_the_command(ends, name):
     assert not run.survivors()
 
 
-# The kernel joins a control group with little memory and asks for much: the system kills it, as it does on a full machine.
+# The kernel joins a control group with little memory and asks for much: the system kills it, as it does on a full
+# machine.
 TOO_MUCH = """
 import os
 from pathlib import Path
@@ -375,7 +381,8 @@ def test_status_tells_what_became_of_the_ranks(ends, capsys):
 # ---- what is written
 
 def test_notebook_is_whole_bounded_and_without_secrets_at_every_instant(started, tmp_path):
-    noisy = "import os, sys, time\nfrom pathlib import Path\nprint(dict(os.environ))\nfor i in range(8000): print(f'line {i:06d}', 'x' * 100)"
+    noisy = ("import os, sys, time\nfrom pathlib import Path\nprint(dict(os.environ))\nfor i in range(8000): "
+             "print(f'line {i:06d}', 'x' * 100)")
     bar = "for i in range(20000): print(f'\\rstep {i}', end='', file=sys.stderr)"
     long_folder = tmp_path / ("t" * 120)
     long_folder.mkdir()
@@ -461,7 +468,8 @@ def test_two_agents_on_loopback_are_one_run(started, tmp_path, ending):
     assert not first.survivors() + second.survivors()
 
 
-@pytest.mark.parametrize("command", [pytest.param([*LAUNCH, "--nproc", "2"], id="launcher"), pytest.param(BY_HAND, id="by-hand", marks=soak)])
+@pytest.mark.parametrize("command", [
+    pytest.param([*LAUNCH, "--nproc", "2"], id="launcher"), pytest.param(BY_HAND, id="by-hand", marks=soak)])
 def test_a_failed_rank_stops_the_others_and_is_shown_last(started, tmp_path, command):
     nb = notebook(
         tmp_path / "nb.ipynb",
@@ -503,7 +511,8 @@ def test_a_killed_worker_stops_the_others(started, tmp_path):
 
 
 def test_ranks_are_started_again_after_one_was_killed(started, tmp_path):
-    come = "import os, time\nfrom pathlib import Path\nmine = Path(folder, 'was-' + os.environ['RANK'])\nagain = mine.exists()\nmine.touch()"
+    come = ("import os, time\nfrom pathlib import Path\nmine = Path(folder, 'was-' + os.environ['RANK'])\nagain = "
+            "mine.exists()\nmine.touch()")
     # rank 0 asks for the address of rank 1 and must not be given the dead one's
     late = "if again and os.environ['RANK'] == '1': time.sleep(3)"
     nb = notebook(
@@ -600,7 +609,8 @@ def test_a_terminal_that_goes_away_loses_nothing(
 def test_of_two_starts_at_once_one_is_refused(started, tmp_path):
     nb = notebook(
         tmp_path / "nb.ipynb",
-        "from pathlib import Path\nimport time\nPath(folder, 'kernel-0').write_text('here')\nwhile not Path(folder, 'enough').exists(): time.sleep(0.05)",
+        "from pathlib import Path\nimport time\nPath(folder, 'kernel-0').write_text('here')\nwhile not Path(folder, "
+        "'enough').exists(): time.sleep(0.05)",
     )
     runs = [started(LAUNCH, nb) for _ in (0, 1)]
     until = time.monotonic() + 900

@@ -1,4 +1,5 @@
-"""The whole way of a row, in processes of their own: one rank, two ranks with ZeRO-2, stops, faults, real tokenizer, bad input."""
+"""The whole way of a row, in processes of their own: one rank, two ranks with ZeRO-2, stops, faults, real tokenizer,
+bad input."""
 import json
 import os
 import subprocess
@@ -85,9 +86,12 @@ def test_final_model_is_the_last_checkpoint_and_generates(workspace):
         assert (run_dir / name).is_file(), name
     stops = json.loads((run_dir / "generation_config.json").read_text())["eos_token_id"]
     code = (
-        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; m, t = (c.from_pretrained(sys.argv[1]) for c in (M, T));"
-        "x = t.apply_chat_template([{'role': 'user', 'content': 'hello'}], add_generation_prompt=True, return_tensors='pt', return_dict=True);"
-        "print(m.generate(**x, max_new_tokens=4).shape[1] > x['input_ids'].shape[1], t.convert_tokens_to_ids('<|im_end|>'), '<think>' in t.chat_template)"
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; m, t = "
+        "(c.from_pretrained(sys.argv[1]) for c in (M, T));"
+        "x = t.apply_chat_template([{'role': 'user', 'content': 'hello'}], add_generation_prompt=True, "
+        "return_tensors='pt', return_dict=True);"
+        "print(m.generate(**x, max_new_tokens=4).shape[1] > x['input_ids'].shape[1], "
+        "t.convert_tokens_to_ids('<|im_end|>'), '<think>' in t.chat_template)"
     )
     answer = run("python", "-c", code, run_dir).stdout.split()
     assert answer[0] == "True" and int(answer[1]) in stops and answer[2] == "False"
@@ -166,7 +170,8 @@ def test_papermill_from_nbs_as_from_the_root(workspace, tmp_path):  # the demo r
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("given, words", [  # the launcher and the settings have more of them; here papermill itself is asked
+# the launcher and the settings have more of them; here papermill itself is asked
+@pytest.mark.parametrize("given, words", [
     (dict(profile="demo", max_train_smaples=10), "Did you mean 'max_train_samples'?"),
     (dict(profile="qwen3_8b", workspace="/nonexistent-workspace-of-a-test"), "nbs/00_download.ipynb"),
 ])
@@ -195,7 +200,8 @@ target.mkdir()
 for f in source.iterdir(): shutil.copyfile(f, target / f.name)
 config = AutoConfig.from_pretrained(target)
 config.num_hidden_layers, config.hidden_size, config.intermediate_size = 2, 64, 64
-config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.layer_types = 4, 2, 16, ["full_attention"] * 2
+config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 16
+config.layer_types = ["full_attention"] * 2
 torch.manual_seed(0)
 AutoModelForCausalLM.from_config(config).save_pretrained(target)
 for f in ("tokenizer_config.json", "generation_config.json"): shutil.copyfile(source / f, target / f)

@@ -1,4 +1,5 @@
-"""Preparation: ids equal to the reference, caches that are whole or not there, one builder for many, rows that do not see each other.
+"""Preparation: ids equal to the reference, caches that are whole or not there, one builder for many, rows that do not
+see each other.
 
 The long forms (more moments, more places) run with PROXY_SFT_SOAK=1.
 """
@@ -436,7 +437,8 @@ def test_old_caches_are_pruned_and_those_of_runs_stay(workspace):
 
 # Rows in a block do not see each other
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.skipif(not SOAK, reason="compiles C++ first, and not with every compiler: set PROXY_SFT_SOAK=1"))])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.skipif(
+    not SOAK, reason="compiles C++ first, and not with every compiler: set PROXY_SFT_SOAK=1"))])
 def test_the_loss_of_a_packed_block_is_the_token_weighted_loss_of_its_rows_alone(workspace, attention):
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
     settings = settings_in(workspace)

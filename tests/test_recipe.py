@@ -1,4 +1,5 @@
-"""Profiles as a user meets them before anything is downloaded, and what the doctor counts beside what training allocates."""
+"""Profiles as a user meets them before anything is downloaded, and what the doctor counts beside what training
+allocates."""
 
 import json
 import os
@@ -162,8 +163,9 @@ def test_the_doctors_memory_is_what_one_process_allocates(folder):
         assert seen["peak"] == pytest.approx(sum(said.values()), rel=0.1)
 
 
-@pytest.mark.parametrize("stage, rest", [(2, {}), pytest.param(1, {}, marks=soak), pytest.param(3, {"reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
-                                                                                                   "stage3_param_persistence_threshold": 0}, marks=soak)])
+@pytest.mark.parametrize("stage, rest", [(2, {}), pytest.param(1, {}, marks=soak), pytest.param(3, {
+    "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": 0},
+    marks=soak)])
 def test_the_doctors_memory_is_what_two_ranks_allocate(folder, stage, rest):
     values = json.loads((ROOT / "ds_config_zero2.json").read_text())
     values["zero_optimization"] = {

@@ -1,4 +1,5 @@
-"""Refusals of sealed folders and checkpoints that no other test meets: the situation is made for real, and the words say what was found."""
+"""Refusals of sealed folders and checkpoints that no other test meets: the situation is made for real, and the words
+say what was found."""
 from pathlib import Path
 
 from proxy_sft.core import atomic_folders

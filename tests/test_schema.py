@@ -61,15 +61,18 @@ def test_the_policy_table_is_whole():
 # JSON
 
 @settings(max_examples=300, **QUICK)
-@given(st.recursive(st.none() | st.booleans() | st.integers(-10**30, 10**30) | st.floats(allow_nan=False, allow_infinity=False)
+@given(st.recursive(st.none() | st.booleans() | st.integers(-10**30, 10**30)
+                    | st.floats(allow_nan=False, allow_infinity=False)
                     | st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4).filter(str.isprintable), inner, max_size=4)))
+                    lambda inner: st.lists(inner, max_size=4)
+                    | st.dictionaries(st.text(max_size=4).filter(str.isprintable), inner, max_size=4)))
 def test_json_comes_back_with_types(value):
     text = write_json(value)
     assert repr(read_json(text)) == repr(value) == repr(json.loads(text))
 
 
-@pytest.mark.parametrize("text", ["NaN", "[Infinity]", "{", "", "nope", "[1,]", "'a'", "1e400", "[-1e999]", "1" + "0" * 400 + ".5"])
+@pytest.mark.parametrize("text", [
+    "NaN", "[Infinity]", "{", "", "nope", "[1,]", "'a'", "1e400", "[-1e999]", "1" + "0" * 400 + ".5"])
 def test_what_is_not_json_is_refused(text):
     with pytest.raises(ValueError): read_json(text)
 
@@ -96,8 +99,9 @@ def test_tools_wrapped_and_bare():
     for nothing in (None, "", " ", "null", "[]"): assert parse_tools(nothing) == []
 
 
-@pytest.mark.parametrize("functions", ["[{", "[1]", '["f"]', "[{}]", '[{"name": ""}]', '[{"name": 3}]', '[{"name": "f", "parameters": "x"}]', "3", '"x"',
-                                       "[NaN]", "[" * 5000, '[{"name": "f", "parameters": {"maximum": 1e999}}]'])
+@pytest.mark.parametrize("functions", [
+    "[{", "[1]", '["f"]', "[{}]", '[{"name": ""}]', '[{"name": 3}]', '[{"name": "f", "parameters": "x"}]', "3", '"x"',
+    "[NaN]", "[" * 5000, '[{"name": "f", "parameters": {"maximum": 1e999}}]'])
 def test_tools_that_are_none(functions): assert defect(parse_tools, functions) == "malformed_tools"
 
 
@@ -110,17 +114,22 @@ def test_copies_go_and_namesakes_stay():
 
 # Calls against tools
 
-@pytest.mark.parametrize("written, types", [("string", ("string",)), ("str", ("string",)), ("int", ("integer",)), ("float", ("number",)),
-    ("bool", ("boolean",)), ("dict", ("object",)), ("list", ("array",)), ("List[str]", ("array",)), ("tuple", ("array",)), ("any", ()),
-    ("str, optional", ("string", "null")), ("Optional[int]", ("integer", "null")), ("Union[int, str]", ("integer", "string")),
+@pytest.mark.parametrize("written, types", [
+    ("string", ("string",)), ("str", ("string",)), ("int", ("integer",)), ("float", ("number",)),
+    ("bool", ("boolean",)), ("dict", ("object",)), ("list", ("array",)), ("List[str]", ("array",)),
+    ("tuple", ("array",)), ("any", ()),
+    ("str, optional", ("string", "null")), ("Optional[int]", ("integer", "null")),
+    ("Union[int, str]", ("integer", "string")),
     ("int or float", ("integer", "number")), ("", ()), ("date", ())])
 def test_type_names_of_other_tongues(written, types): assert type_name(written) == types
 
 
 @pytest.mark.parametrize("declared, good, bad", [
     ("string", ["a", ""], [1, None, True, ["a"]]), ("integer", [1, -3, 10**30, 2.0], [1.5, "1", True, None]),
-    ("number", [1, 1.5, -2e9], ["1", True, None]), ("boolean", [True, False], [0, 1, "true"]), ("array", [[], [1]], [{}, "[]"]),
-    ("object", [{}, {"a": 1}], [[], "x"]), ("float", [1, 1.5], ["1", True]), ("dict", [{}], [[]]), ("any", [1, None, {}], [])])
+    ("number", [1, 1.5, -2e9], ["1", True, None]), ("boolean", [True, False], [0, 1, "true"]),
+    ("array", [[], [1]], [{}, "[]"]),
+    ("object", [{}, {"a": 1}], [[], "x"]), ("float", [1, 1.5], ["1", True]), ("dict", [{}], [[]]),
+    ("any", [1, None, {}], [])])
 def test_types(declared, good, bad):
     tools = [tool({"x": {"type": declared}})]
     assert [check(tools, x=value) for value in good] == [None] * len(good)
@@ -244,9 +253,12 @@ def test_the_quick_check_never_lets_through_what_the_validator_refuses():
 
 
 @settings(max_examples=200, **QUICK)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(KINDS), lambda inner: st.lists(inner, max_size=3)
-                    | st.dictionaries(st.sampled_from(["type", "properties", "items", "enum", "required", "anyOf", "$ref", "default", "x", "pattern",
-                                                       "additionalProperties", "minimum", "nullable", "const", "not"]), inner, max_size=4)))
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(KINDS),
+                    lambda inner: st.lists(inner, max_size=3)
+                    | st.dictionaries(st.sampled_from(["type", "properties", "items", "enum", "required", "anyOf",
+                                                       "$ref", "default", "x", "pattern",
+                                                       "additionalProperties", "minimum", "nullable", "const", "not"]),
+                                                       inner, max_size=4)))
 def test_any_schema_makes_a_valid_one(written):
     jsonschema.Draft202012Validator.check_schema(checking_schema(written))
     if isinstance(written, dict):
@@ -267,15 +279,18 @@ CALLS = [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]
 
 
 @pytest.mark.parametrize("contents, results", [
-    (['{"a": 1}\n{"b": 2}'], ['{"a": 1}', '{"b": 2}']), (["[1]\n[2]"], ["[1]", "[2]"]), (["1.50\n2"], ["1.50", "2"]), (["x", "y"], ["x", "y"]),
+    (['{"a": 1}\n{"b": 2}'], ['{"a": 1}', '{"b": 2}']), (["[1]\n[2]"], ["[1]", "[2]"]), (["1.50\n2"], ["1.50", "2"]),
+    (["x", "y"], ["x", "y"]),
     (['{"a": [1,\n 2]}\n\n{"b": 2}\n'], ['{"a": [1,\n 2]}', '{"b": 2}']), (['{"a":1}{"b":2}'], ['{"a":1}', '{"b":2}']),
     ([' "a b" \n null '], ['"a b"', "null"]), (['{"a": 1e999}\n' + "9" * 5000], ['{"a": 1e999}', "9" * 5000])])
 def test_results_are_dealt_out(contents, results): assert pair_results(CALLS, contents) == results
 
 
 @pytest.mark.parametrize("contents, reason", [
-    ([], "count_mismatch"), (["[1, 2]"], "count_mismatch"), (["1\n2\n3"], "count_mismatch"), (["a", "b", "c"], "unsplittable_results"),
-    (["Error: no"], "unsplittable_results"), (['{"a": 1}\n{"b": '], "unsplittable_results"), (["1 2"], "unsplittable_results"),
+    ([], "count_mismatch"), (["[1, 2]"], "count_mismatch"), (["1\n2\n3"], "count_mismatch"),
+    (["a", "b", "c"], "unsplittable_results"),
+    (["Error: no"], "unsplittable_results"), (['{"a": 1}\n{"b": '], "unsplittable_results"),
+    (["1 2"], "unsplittable_results"),
     ([""], "count_mismatch"), (["[" * 100_000], "unsplittable_results")])
 def test_results_that_cannot_be_dealt_out(contents, reason): assert defect(pair_results, CALLS, contents) == reason
 
@@ -286,7 +301,8 @@ def test_a_lone_array_is_one_result():
 
 @settings(max_examples=200, **QUICK)
 @given(st.lists(st.recursive(st.integers() | st.text(max_size=6) | st.none(), lambda inner: st.lists(inner, max_size=3)
-                             | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=5), min_size=2, max_size=5), st.booleans())
+                             | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=5), min_size=2,
+                             max_size=5), st.booleans())
 def test_bundles_come_apart_as_they_were_put_together(values, spread):
     pieces = [json.dumps(value, indent=2 if spread else None, ensure_ascii=False) for value in values]
     pieces = [piece.encode("utf-8", "replace").decode() for piece in pieces]

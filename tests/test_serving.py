@@ -1,4 +1,5 @@
-"""A real server on loopback (`transformers serve`) with a small model that was trained by heart: tools in, `tool_calls` out; and the smoke test as a user runs it."""
+"""A real server on loopback (`transformers serve`) with a small model that was trained by heart: tools in, `tool_calls`
+out; and the smoke test as a user runs it."""
 import json
 import os
 import subprocess

@@ -34,8 +34,10 @@ def test_layers_defaults_then_profile_then_overrides(tmp_path):
 
 
 @pytest.mark.parametrize("content, words", [
-    ("max_stepz: 3", "Did you mean 'max_steps'"), ("max_steps: 0", "greater than or equal to 1"), ("packing: 'yes please'", "valid boolean"),
-    ("- a\n- b", "holds a list"), ("a: [", "not valid YAML"), ("extends: nothing", "no profile 'nothing'"), ("bf16: 1", "valid boolean"),
+    ("max_stepz: 3", "Did you mean 'max_steps'"), ("max_steps: 0", "greater than or equal to 1"),
+    ("packing: 'yes please'", "valid boolean"),
+    ("- a\n- b", "holds a list"), ("a: [", "not valid YAML"), ("extends: nothing", "no profile 'nothing'"),
+    ("bf16: 1", "valid boolean"),
 ])
 def test_profiles_that_cannot_be_read_are_refused_in_words(tmp_path, content, words):
     (tmp_path / "bad.yaml").write_text(content + "\n")

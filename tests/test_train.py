@@ -134,7 +134,8 @@ def test_what_was_chosen_stands_in_the_log_and_in_the_manifest(folder):
 
 
 def test_adapters_stop_and_go_on_and_become_a_whole_model(folder):
-    "Every weight but the adapters' stays; the final model is the base model and the adapter; going on from step 2 gives the same."
+    """Every weight but the adapters' stays; the final model is the base model and the adapter; going on from step 2
+    gives the same."""
     given = dict(lora_rank=8, save_steps=2)
     run(folder, "lora", **given)
     run_dir = folder / "runs" / "lora"
@@ -188,7 +189,8 @@ def test_out_of_memory_names_three_settings(folder, after):
     finally: hook.remove()
     said = str(raised.value)
     assert said == (
-        "The device is out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. Set activation_checkpointing to full (now none); or optimizer to adamw_8bit "
+        "The device is out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. Set activation_checkpointing to "
+        "full (now none); or optimizer to adamw_8bit "
         "(now adamw_torch_fused); or max_length to 1,024 (now 2,048). The complete checkpoints stay."
     )
 
@@ -211,7 +213,8 @@ def rows_apart(query, key, value, ends, scale):
 
 
 def slopes_apart(slope, query, key, value, scale):
-    "The gradients of one row's attention, written out: heads, tokens, width; several heads of queries share one of keys."
+    """The gradients of one row's attention, written out: heads, tokens, width; several heads of queries share one of
+    keys."""
     groups = len(query) // len(key)
     keys, values = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
     weights = (

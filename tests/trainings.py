@@ -1,6 +1,8 @@
-"""Trainings in processes of their own that share one import: a server loads the libraries once and forks for each run, because a fresh start takes seven seconds of processor time.
+"""Trainings in processes of their own that share one import: a server loads the libraries once and forks for each run,
+because a fresh start takes seven seconds of processor time.
 
-What a fresh start does is seen by the demo, the launcher's tests and the notebooks; here the trainings are what is looked at."""
+What a fresh start does is seen by the demo, the launcher's tests and the notebooks; here the trainings are what is
+looked at."""
 import multiprocessing
 import os
 import subprocess
@@ -47,7 +49,8 @@ def run_training(
     act: Optional[Callable] = None,
     **given,
 ) -> subprocess.CompletedProcess: # exit code (the first that is not 0), outputs of all ranks
-    "Train by the exported library, as one process or several; `act`, a function of a module, takes the settings in place of `train`."
+    """Train by the exported library, as one process or several; `act`, a function of a module, takes the settings in
+    place of `train`."""
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         if ranks > 1:

@@ -1,4 +1,5 @@
-"""`make test`: everything that must hold on a clean checkout. The demo and the notebooks' own tests run while pytest does; the first part that fails ends everything, and pytest's closing line comes last."""
+"""`make test`: everything that must hold on a clean checkout. The demo and the notebooks' own tests run while pytest
+does; the first part that fails ends everything, and pytest's closing line comes last."""
 import hashlib
 import os
 import signal
@@ -22,7 +23,8 @@ def sources() -> dict[str, str]:
 
 
 def start(*command: str, **more) -> subprocess.Popen:
-    "A command of the environment, from the repository's root; it leads a group of its own, so that all it started can be ended."
+    """A command of the environment, from the repository's root; it leads a group of its own, so that all it started can
+    be ended."""
     return subprocess.Popen([str(BIN / command[0]), *command[1:]], cwd=ROOT, env=LIGHT, start_new_session=True, **more)
 
 

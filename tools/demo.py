@@ -1,4 +1,5 @@
-"""`make demo`: the four notebooks through papermill on the embedded demo, then training again on two ranks with ZeRO-2."""
+"""`make demo`: the four notebooks through papermill on the embedded demo, then training again on two ranks with
+ZeRO-2."""
 import json
 import os
 import re
@@ -10,7 +11,8 @@ from pathlib import Path
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 NOTEBOOKS = ("00_download", "01_convert", "02_train", "03_evaluate")
 NOISE = re.compile(
-    r"(Executing|Ending) Cell |(In|Out)put Notebook: |Executing notebook with|.*Kernel is running over TCP|<(IPython[.]core[.]display[.]|Figure size )|\s*$"
+    r"(Executing|Ending) Cell |(In|Out)put Notebook: |Executing notebook with|.*Kernel is running over TCP"
+    r"|<(IPython[.]core[.]display[.]|Figure size )|\s*$"
 )  # papermill's own words
 # threads of a model this small wait for each other where other programs work too
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}

@@ -1,4 +1,5 @@
-"""`make notebooks`: execute every notebook in place with the demo, so that the committed outputs are those of the code beside them."""
+"""`make notebooks`: execute every notebook in place with the demo, so that the committed outputs are those of the code
+beside them."""
 import json
 import os
 import subprocess

@@ -30,7 +30,8 @@ def page() -> str:
     )
     rows = "\n".join(f"| {name} | {licence(name).replace('|', '/')} |" for name in names)
     return (
-        "# Licences of the dependencies\n\nWhat each package of `requirements.lock` states in its own metadata; written by `python tools/licences.py`.\n\n"
+        "# Licences of the dependencies\n\nWhat each package of `requirements.lock` states in its own metadata; "
+        "written by `python tools/licences.py`.\n\n"
         f"| package | licence |\n|---|---|\n{rows}\n"
     )
 

@@ -15,7 +15,8 @@ def modules() -> str:
         module = next((m[1] for c in cells if (m := re.search(r"#\| default_exp ([\w.]+)", c))), "")
         quote = next((m[1].strip() for c in cells if (m := re.search(r"(?m)^> (.+)$", c))), "")
         lines.append(
-            f"| `{path.relative_to(ROOT / 'nbs').with_suffix('')}` | {f'`{module}`' if module else 'not exported'} | {quote} |"
+            f"| `{path.relative_to(ROOT / 'nbs').with_suffix('')}` | {f'`{module}`' if module else 'not exported'} | "
+            f"{quote} |"
         )
     return "\n".join(lines)
 

@@ -1,4 +1,5 @@
-"""Papermill's command line with ten minutes where it has four seconds: for the last output of a cell to arrive after the cell has ended."""
+"""Papermill's command line with ten minutes where it has four seconds: for the last output of a cell to arrive after
+the cell has ended."""
 import sys
 
 from papermill.cli import papermill

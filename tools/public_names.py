@@ -1,4 +1,5 @@
-"""Write docs/public_names.txt: every public name of every module, as the exported files list them. The test compares."""
+"""Write docs/public_names.txt: every public name of every module, as the exported files list them. The test
+compares."""
 import ast
 from pathlib import Path
 

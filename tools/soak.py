@@ -1,8 +1,10 @@
-"""`make soak`: the long form of every fault test. `python tools/soak.py [PART … | PART=COUNT …]` runs some of it; figures are printed and written to soak.json.
+"""`make soak`: the long form of every fault test. `python tools/soak.py [PART … | PART=COUNT …]` runs some of it;
+figures are printed and written to soak.json.
 
-One life of a training takes a second or two here: a parent imports the libraries once and forks a child for each life, with one or two ranks over gloo. What kills, stops or spoils a life is real: signals, bits on the
-disk, a full file system. The launcher, kernels and torchrun are killed in tests/test_launch.py and tests/test_faults.py, which `make soak` runs in their long form afterwards.
-"""
+One life of a training takes a second or two here: a parent imports the libraries once and forks a child for each life,
+with one or two ranks over gloo. What kills, stops or spoils a life is real: signals, bits on the disk, a full file
+system. The launcher, kernels and torchrun are killed in tests/test_launch.py and tests/test_faults.py, which `make
+soak` runs in their long form afterwards. """
 import argparse
 import hashlib
 import json
@@ -105,7 +107,8 @@ def end(
 
 
 def in_child(act): # what it gave, as JSON can carry it
-    "Do something in a forked process: hashing and preparing start threads, after which this one could not fork safely any more."
+    """Do something in a forked process: hashing and preparing start threads, after which this one could not fork safely
+    any more."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -204,7 +207,8 @@ class Soak:
                         right += same
                         rows.append((n, packing, accumulation, place, at, same))
         return (
-            f"{right} of {len(rows)} resumed runs end with the same hash (ranks, packing, accumulation, where, step): {rows}",
+            f"{right} of {len(rows)} resumed runs end with the same hash (ranks, packing, accumulation, where, step): "
+            f"{rows}",
             right == len(rows),
         )
 
@@ -276,7 +280,8 @@ class Soak:
             self.check_window(name)
             shutil.rmtree(self.dir(name))
         return (
-            f"{right} of {count} runs that were killed with -9 (all ranks at once, 1 to 3 times each; {inside} kills inside a save) end with the same hash",
+            f"{right} of {count} runs that were killed with -9 (all ranks at once, 1 to 3 times each; {inside} kills "
+            "inside a save) end with the same hash",
             right == count and inside >= count // 2,
         )
 
@@ -332,7 +337,8 @@ class Soak:
             right += self.finish(name, ranks) == whole
             shutil.rmtree(self.dir(name))
         return (
-            f"{count} SIGTERMs (all ranks, the first only, the last only): {agreed} ended with 75 and one complete checkpoint, {early} had ended before; {right} finish with the same hash",
+            f"{count} SIGTERMs (all ranks, the first only, the last only): {agreed} ended with 75 and one complete "
+            f"checkpoint, {early} had ended before; {right} finish with the same hash",
             right == count and agreed + early == count,
         )
 
@@ -359,8 +365,10 @@ class Soak:
             assert (
                 codes == [75, 75]
                 and (
-                    f"WARNING: checkpoint-5 is DAMAGED: its marker COMPLETE does not fit its manifest.json, though it was complete once. It is set aside as {self.dir(name)}"
-                    f"/damaged-checkpoint-5. The run goes on from {older.name}; {5 - int(older.name[11:])} steps, up to step 5, are lost and trained again."
+                    "WARNING: checkpoint-5 is DAMAGED: its marker COMPLETE does not fit its manifest.json, though it "
+                    f"was complete once. It is set aside as {self.dir(name)}"
+                    f"/damaged-checkpoint-5. The run goes on from {older.name}; {5 - int(older.name[11:])} steps, up "
+                    "to step 5, are lost and trained again."
                 )
                 in text
             ), (codes, text[-2000:])
@@ -395,7 +403,8 @@ class Soak:
             for later in set(self.dir(name).glob("checkpoint-*")) - before: shutil.rmtree(later)
         assert in_child(lambda: checkpoint_to_resume(given, facts) == newest)
         return (
-            f"{found} of {count} bit flips over {len(files)} files found before step 1 ({real} by whole starts, the others by the same check in process); not found: {quiet}",
+            f"{found} of {count} bit flips over {len(files)} files found before step 1 ({real} by whole starts, the "
+            f"others by the same check in process); not found: {quiet}",
             found == count,
         )
 
@@ -521,7 +530,8 @@ class Soak:
 
     # what people and schedulers do to a run's folder
     def odd(self):
-        "Two starts at once, `resume: never` that is put back into the queue, another run's checkpoint, files deleted by hand, old checkpoints that cannot be deleted."
+        """Two starts at once, `resume: never` that is put back into the queue, another run's checkpoint, files deleted
+        by hand, old checkpoints that cannot be deleted."""
         whole, lines = self.reference(), []
         lines.append(("two at once", self.two_at_once(whole)))
         env = dict(SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
@@ -587,7 +597,8 @@ class Soak:
         )
 
     def in_use(self, whole) -> bool:
-        "A file of the checkpoint that goes next cannot be deleted, as one that is read on NFS cannot: a mount on it when we are root, a folder without rights otherwise."
+        """A file of the checkpoint that goes next cannot be deleted, as one that is read on NFS cannot: a mount on it
+        when we are root, a folder without rights otherwise."""
         run_dir, held = self.dir("busy"), None
         def hold():
             held = run_dir / "checkpoint-2" / "scheduler.pt"
@@ -715,7 +726,8 @@ def at_step(run_dir, step, act):
 
 
 def hold_inside_save(mark, left):
-    "The first rank does so much more with files inside a save, says so by a mark, and holds still for whoever kills it."
+    """The first rank does so much more with files inside a save, says so by a mark, and holds still for whoever kills
+    it."""
     def hook(rank):
         def look(event, given):
             nonlocal left
@@ -793,7 +805,8 @@ def main() -> int:
             )
             bad += not good
             print(
-                f"{'passed' if good else 'FAILED'} {part} in {time.monotonic() - began:.0f} s, {soak.lives} lives so far: {text}",
+                f"{'passed' if good else 'FAILED'} {part} in {time.monotonic() - began:.0f} s, {soak.lives} lives so "
+                f"far: {text}",
                 flush=True,
             )
     if not args.parts:
