@@ -256,7 +256,7 @@ def test_the_fast_path_gives_the_references_ids_and_labels(tokenizer, template, 
             assert memory[i] == expected and disk[i] == expected, row
 
 
-def test_random_chats_are_certified(tokenizer):
+def test_random_chats_pass(tokenizer):
     rnd = random.Random(7)
     rows = [random_chat(rnd, literals) for literals in (False, True) for _ in range(40)]
     for template in PARITY:
@@ -428,7 +428,7 @@ def test_bad_rows_are_counted_and_do_not_hide_the_others(tokenizer):
     assert [example["row"] for example in parity.examples] == [1, 3]
 
 
-def test_certify_a_file_in_processes(tokenizer, tmp_path, monkeypatch):
+def test_a_file_in_processes(tokenizer, tmp_path, monkeypatch):
     rnd = random.Random(3)
     rows = [random_chat(rnd, i % 7 == 0) for i in range(60)] + [{"messages": [user("x")], "tools": []}]
     path = tmp_path / "train.jsonl"
@@ -477,7 +477,7 @@ def test_a_slip_in_the_short_way_turns_the_parity_red(tokenizer, monkeypatch):
         monkeypatch.setattr(encoder, "chatml_text", right)
 
 
-def test_certify_chosen_lines(tokenizer, tmp_path):
+def test_chosen_lines(tokenizer, tmp_path):
     rows = [
         {"messages": [user(str(i)), {"role": "assistant", "content": f"answer {i}"}], "tools": []} for i in range(3000)
     ]
@@ -547,7 +547,7 @@ def test_saved_files_serve_what_was_trained(tokenizer, tmp_path):
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [stop, end]
 
 
-def test_every_converted_demo_row_is_certified():
+def test_every_converted_demo_row_passes():
     tokenizer, rows = build_demo_tokenizer(demo_texts()), []
     for row in demo_rows():
         try: rows.append(convert_row(row))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADER', 'STOP_TOKEN', 'EMPTY_THINK', 'TEMPLATES', 'ROW_ERRORS', 'LEFT_TO_TEMPLATE', 'ChatError', 'chat_template',
-           'served_template', 'serving_options', 'render_chat', 'control_tokens', 'encode_text']
+           'served_template', 'serving_options', 'render_chat', 'apply_template', 'control_tokens', 'control_pattern',
+           'render_marked', 'encode_text']
 
 # %% ../../nbs/chat/01_templates.ipynb #imports
 import json
@@ -86,11 +87,17 @@ def render_chat(
 ) -> str: # the text, control tokens included
     "The conversation as text."
     source, options = chat_template(template), serving_options(template)
-    return _render(messages, tools, tokenizer, source, options, add_generation_prompt)
+    return apply_template(messages, tools, tokenizer, source, options, add_generation_prompt)
 
 
-def _render(messages: list, tools: Optional[list], tokenizer: Any, source: str, options: dict,
-            generate: bool = False) -> str:
+def apply_template(
+    messages: list[dict], # as for `render_chat`
+    tools: Optional[list[dict]], # None or empty for none
+    tokenizer: Any, # a fast Hugging Face tokenizer
+    source: str, # the Jinja source
+    options: dict, # further variables of the template, see `serving_options`
+    generate: bool = False, # end with the generation prompt
+) -> str: # the text
     "Hugging Face's rendering with an explicit template."
     return tokenizer.apply_chat_template(messages, tools=tools or None, chat_template=source, tokenize=False,
                                          add_generation_prompt=generate, **options)
@@ -106,7 +113,9 @@ def control_tokens(
     return {str(token.content): index for index, token in tokenizer.added_tokens_decoder.items()}
 
 
-def _control_pattern(tokenizer: Any) -> re.Pattern:
+def control_pattern(
+    tokenizer: Any, # a fast Hugging Face tokenizer
+) -> re.Pattern:
     "Matches every control token, the longest first."
     return re.compile("|".join(re.escape(token) for token in sorted(control_tokens(tokenizer), key=len, reverse=True)))
 
@@ -121,14 +130,21 @@ def _mark_controls(messages: list, tools: Optional[list], pattern: re.Pattern, l
     return *json.loads(marked), mark
 
 # %% ../../nbs/chat/01_templates.ipynb #marked-export
-def _render_marked(messages: list, tools: Optional[list], tokenizer: Any, source: str, options: dict,
-                   generate: bool = False) -> tuple[str, str]:
+def render_marked(
+    messages: list[dict], # as for `render_chat`
+    tools: Optional[list[dict]], # None or empty for none
+    tokenizer: Any, # a fast Hugging Face tokenizer
+    source: str, # the Jinja source
+    options: dict, # further variables of the template, see `serving_options`
+    generate: bool = False, # end with the generation prompt
+) -> tuple[str, str]: # ChatError when the template changes its text because of the marks
     "The text with literal control tokens marked, and the mark; equal to the plain rendering but for the marks."
-    plain, pattern = _render(messages, tools, tokenizer, source, options, generate), _control_pattern(tokenizer)
+    plain = apply_template(messages, tools, tokenizer, source, options, generate)
+    pattern = control_pattern(tokenizer)
     for left in LEFT_TO_TEMPLATE:
         *row, mark = _mark_controls(messages, tools, pattern, left)
         if not mark: return plain, ""
-        text = _render(*row, tokenizer, source, options, generate)
+        text = apply_template(*row, tokenizer, source, options, generate)
         if text.replace(mark, "") == plain: return text, mark
     raise ChatError("the template changes its text when control tokens in the data are marked")
 
@@ -157,7 +173,7 @@ def encode_text(
     control, ids, at = control_tokens(tokenizer), [], 0
     plain = _plain_encoder(tokenizer)
     def add(part): ids.extend(plain.encode(part.replace(mark, ""), add_special_tokens=False).ids if part else [])
-    for match in _control_pattern(tokenizer).finditer(text):
+    for match in control_pattern(tokenizer).finditer(text):
         add(text[at:match.start()])
         ids.append(control[match[0]])
         at = match.end()
