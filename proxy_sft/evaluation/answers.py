@@ -149,16 +149,16 @@ def unanswered(
     return {model: dict(found) for model, found in kinds.items() if found}
 
 # %% ../../nbs/evaluation/01_answers.ipynb #same-export
-METRICS = {
-    "decision": "calls exactly when the data does",
-    "parseable": "a server can read all its calls",
-    "names": "the right tools, no other",
-    "complete": "as many calls as in the data",
-    "arguments": "arguments exactly the data's",
-    "meaning": "arguments the same under the schema",
-    "schema": "calls fit the declared schemas",
-    "exact": "a server gets exactly the data's calls",
-    "stops": "ends by itself",
+METRICS = { # key in evaluation.json -> what it is called; docs/metrics.md defines each
+    "decision": "abstention accuracy (calls when the data does)",
+    "parseable": "parseable calls",
+    "names": "tool selection accuracy",
+    "complete": "right number of calls",
+    "arguments": "exact arguments",
+    "meaning": "equivalent arguments under the schema",
+    "schema": "schema validity",
+    "exact": "exact-match calls",
+    "stops": "stop rate",
 }
 
 
