@@ -81,6 +81,8 @@ COMMANDS = {
         "launch.report",
         ("proxy-sft report demo", "proxy-sft report demo --output demo.html"),
     ),
+    "upload": Command("put a finished model on the hub", "launch.upload", (
+        "proxy-sft upload demo my-lab/my-model --dry-run", "proxy-sft upload qwen3_8b my-lab/qwen3-8b-tools")),
     "caches": Command(
         "list prepared data, or delete what nobody used",
         "tokens.caches",
