@@ -239,8 +239,8 @@ def test_a_harmed_folder_is_not_trained_on(workspace, harm):
     if harm == "removed": victim.unlink()
     if harm == "added": (prepared.folder / "other").touch()
     if harm == "row missing":
-        blocks = encoding.read_stream(victim).slice(1)
-        encoding.write_stream(victim.with_name("new"), blocks.BLOCKS, iter(blocks.to_batches()))
+        left = encoding.read_stream(victim).slice(1)
+        encoding.write_stream(victim.with_name("new"), blocks.BLOCKS, iter(left.to_batches()))
         victim.with_name("new").replace(victim)
     with pytest.raises(PrepareError, match="delete"): prepare(settings)
 

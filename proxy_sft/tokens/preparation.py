@@ -42,18 +42,16 @@ from ..core.stop_requests import listening, raise_if_stop_requested, StopRequest
 from ..core.workers import WorkerLost
 from .blocks import _show_progress, build_split, facts_of, Source, sources_of
 from .encoding import FastPathDiffers, read_stream
+from .inputs import differences_of
 from .keys import cache_key, key_parts, PrepareError, what_changed
 from .lengths import FATES, LengthTable
 
 # %% ../../nbs/tokens/05_preparation.ipynb #require-inputs
 def require_inputs(settings: Settings) -> None: # raises PrepareError
-    "Refuse when the model or the converted conversations are missing, and name the page that makes them."
-    wanted = [(settings.model_dir / "config.json", "The model is", "nbs/00_download.ipynb"),
-              (settings.converted_dir / "train.jsonl", "The converted conversations are", "nbs/01_convert.ipynb")]
-    for path, what, notebook in wanted:
-        if not path.is_file():
-            raise PrepareError(f"{what} not there: {path} does not exist. Run {notebook} first with the same profile, "
-                               "or try everything without a download: -p profile demo.")
+    "Refuse what is missing or was made from something else, with the commands that make it."
+    if found := differences_of(settings):
+        steps = "\n".join(str(one) for one in found)
+        raise PrepareError(f"{steps}\nNothing was prepared. To try everything without a download: -p profile demo.")
 
 # %% ../../nbs/tokens/05_preparation.ipynb #build
 def build(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Path: # the complete folder
