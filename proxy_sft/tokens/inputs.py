@@ -17,7 +17,6 @@ from ..core.settings import command_line, Conversion, is_path, Settings
 from ..data.conversion import code_version
 from ..data.files import input_files
 from ..data.ledger import Choices
-from ..data.rows import ConvertError
 
 # %% ../../nbs/tokens/07_inputs.ipynb #content-hash
 def content_hash(path: Path) -> str: # 64 hex digits
@@ -59,8 +58,8 @@ def model_differences(settings: Settings) -> list[str]: # sentences
 def dataset_differences(settings: Settings) -> list[str]: # sentences
     "How the downloaded rows differ from those that the settings name."
     if settings.dataset == "demo": return []
-    try: input_files(settings.train_file)
-    except ConvertError as error: return [f"The dataset {settings.dataset} is not there: {error}"]
+    if not settings.train_file.is_file():
+        return [f"The dataset {settings.dataset} is not there: {settings.train_file} does not exist."]
     if is_path(settings.dataset): return []
     found = record_differences(settings.data_dir, "dataset", settings.dataset, settings.dataset_revision)
     made = (record_of(settings.data_dir / "download.json").get("train") or {}).get("from") or {}
