@@ -215,9 +215,10 @@ class AnswerStore:
 
 # %% ../../nbs/evaluation/02_generation.ipynb #load-export
 def model_identity(folder: Path) -> str: # changes when the model's files do
-    "A sealed folder by its manifest, another one by names, sizes and times."
+    "A folder that a run published by its manifest, another one by names, sizes and times of the model's own files."
     if (folder / MANIFEST).is_file(): return digest((folder / MANIFEST).read_text(encoding="utf-8"))
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json"))
+    own = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*.json", "*.jinja")  # not what is measured beside them
+    files = sorted(path for pattern in own for path in folder.glob(pattern))
     return digest([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files])
 
 
