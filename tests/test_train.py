@@ -17,7 +17,10 @@ from proxy_sft.training.cost import keep_attention
 from proxy_sft.training.progress import FIELDS
 from proxy_sft.core.settings import load_settings
 from proxy_sft.train import train
+from proxy_sft.pipeline import ensure_inputs
+from proxy_sft.tokens.preparation import prepare
 from proxy_sft.training.arguments import TrainError
+from proxy_sft.training.trainer import build_trainer
 from trainings import run_training
 
 SMALL = dict(
@@ -97,6 +100,79 @@ def test_training_without_heldout_rows(tmp_path):
         tmp_path, "alone", demo_rows=200, max_train_samples=20, max_steps=1, heldout_fraction=0.0, heldout_tools=0.0
     )
     assert "held-out" not in said and len(losses(tmp_path, "alone")) == 1
+
+
+# Means over tokens: the same rows and the same model, however they are batched
+
+FLAT = dict(
+    demo_rows=200, max_train_samples=12, max_eval_samples=7, max_steps=1, learning_rate=1e-30, save_steps=100,
+    control_token_turns=0, report_to=[],
+)
+BATCHINGS = [
+    dict(packing=False),
+    dict(packing=False, batch_size=3),
+    dict(packing=False, padding_free=True, batch_size=4),
+    dict(max_length=640),
+    dict(max_length=1024, batch_size=2),
+]
+
+
+def logged(folder, name, field):
+    log = json.loads((folder / "runs" / name / "trainer_state.json").read_text())["log_history"]
+    return [r[field] for r in log if field in r]
+
+
+def true_means(settings):
+    "Loss and accuracy of the held-out rows, each alone in a batch: sums over all supervised tokens, divided once."
+    model = AutoModelForCausalLM.from_pretrained(settings.model_dir, dtype=torch.float32)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for row in prepare(settings).dataset("heldout"):
+        labels = torch.tensor(row["labels"])[1:]
+        with torch.no_grad(): logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        kept = labels != -100
+        sums += torch.stack([
+            F.cross_entropy(logits[kept], labels[kept], reduction="sum"),
+            (logits[kept].argmax(-1) == labels[kept]).sum(),
+            kept.sum(),
+        ])
+    return (sums[:2] / sums[2]).tolist()
+
+
+@pytest.fixture(scope="module")
+def truth(folder):
+    settings = load_settings(**{**SMALL, **FLAT, "workspace": str(folder), "packing": False})
+    ensure_inputs(settings)
+    return true_means(settings)
+
+
+@pytest.mark.parametrize("given", BATCHINGS, ids=str)
+def test_the_heldout_loss_is_the_mean_over_all_tokens(folder, truth, given, tmp_path):
+    given = {**SMALL, **FLAT, "workspace": str(folder), "output_dir": str(tmp_path), **given}
+    settings = load_settings(**given)
+    prepared = prepare(settings)
+    found = build_trainer(settings, prepared, {}, resumed=False).evaluate()
+    assert [found["eval_loss"], found["eval_mean_token_accuracy"]] == pytest.approx(truth, abs=1e-5)
+
+
+@pytest.mark.parametrize("given", [dict(packing=False, batch_size=3), dict(deepspeed="null")], ids=str)
+def test_means_do_not_depend_on_the_number_of_ranks(folder, truth, given):
+    "Seven rows on two ranks: the last batches have too few, and no row counts twice."
+    name = f"ranks-{given.get('batch_size', 1)}"
+    run(folder, name, ranks=2, **{**FLAT, **given})
+    for field, value in zip(("eval_loss", "eval_mean_token_accuracy"), truth):
+        assert logged(folder, name, field) == pytest.approx([value] * 2, abs=1e-5)
+
+
+def test_a_training_loss_over_several_steps_is_the_mean_over_their_tokens(folder):
+    "Without packing answers differ in length. Weights stay as they are, and the same six rows are trained two by two."
+    flat = {**FLAT, "packing": False, "eval_steps": None, "max_steps": 3}
+    run(folder, "by-accumulation", **{**flat, "gradient_accumulation": 2})
+    run(folder, "by-logging", **{**flat, "max_steps": 6, "logging_steps": 2})  # records of steps 1, 2, 3 to 4, 5 to 6
+    run(folder, "by-ranks", ranks=2, **{**flat, "deepspeed": "null"})
+    for field in ("loss", "mean_token_accuracy"):
+        expected = logged(folder, "by-accumulation", field)
+        assert len(expected) == 3 and logged(folder, "by-logging", field)[2:] == pytest.approx(expected[1:], abs=1e-5)
+        assert logged(folder, "by-ranks", field) == pytest.approx(expected, abs=1e-5)
 
 
 def test_every_log_is_a_record_with_all_fields(folder):

@@ -24,34 +24,31 @@ from .arguments import TrainError
 
 # %% ../../nbs/training/11_step_watch.ipynb #watch
 class StepWatch:
-    "Looks at every optimizer step of every rank: finite, and not a spike that is to be skipped."
+    "Checks every optimizer step of every rank: finite, and not a spike that is to be skipped."
     def __init__(self, spike: Optional[float] = None): # times the median of the last losses; None: no step is skipped
-        self.spike, self.seen, self.usual, self.skipped, self.skipping = spike, [], [], 0, False
+        self.spike, self.micro_batches, self.usual, self.skipped, self.skipping = spike, [], [], 0, False
 
-    def saw(self, loss: torch.Tensor, ids: torch.Tensor, trainer) -> None: # in forward, before backward
-        "Note a micro-batch; at the last one of a step, decide whether the step counts."
-        self.seen.append((loss.detach().float(), ids.detach()))
+    def note_micro_batch(self, loss: torch.Tensor, ids: torch.Tensor, trainer) -> None: # in forward, before backward
+        "Keep a micro-batch; at the last one of a step, decide whether the step counts."
+        self.micro_batches.append((loss.detach().float(), ids.detach()))
         if self.spike is None or not trainer.accelerator.sync_gradients: return
-        mean = sum(m for m in all_gather(float(sum(loss for loss, _ in self.seen)))) / trainer.args.world_size
-        self.skipping = (
-            len(self.usual) >= 10
-            and math.isfinite(mean)
-            and mean > self.spike * sorted(self.usual)[len(self.usual) // 2]
-        )
+        mean = sum(all_gather(float(sum(loss for loss, _ in self.micro_batches)))) / trainer.args.world_size
+        median = sorted(self.usual)[len(self.usual) // 2] if len(self.usual) >= 10 else math.inf
+        self.skipping = math.isfinite(mean) and mean > self.spike * median
         if not self.skipping: self.usual = [*self.usual, mean][-50:]
         elif trainer.is_deepspeed_enabled: skip_deepspeed_step(trainer.deepspeed.optimizer)
 
-    def step_ends(self, norm: Any, trainer) -> None: # raises TrainError on every rank
+    def check_step(self, norm: Any, trainer) -> None: # raises TrainError on every rank
         "Before a plain optimizer's step, after DeepSpeed's; in both cases before the next save."
-        norm, losses = float(norm), [float(loss) for loss, _ in self.seen]
-        seen, self.seen = self.seen, []
+        norm, losses = float(norm), [float(loss) for loss, _ in self.micro_batches]
+        micro_batches, self.micro_batches = self.micro_batches, []
         if self.skipping:
             self.skipping, self.skipped = False, self.skipped + 1
             if not trainer.is_deepspeed_enabled: trainer.model.zero_grad(set_to_none=True)
             return
         if not any_rank(not (math.isfinite(norm) and all(map(math.isfinite, losses)))): return
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        mine = [which_blocks(trainer.train_dataset, seen[i][1]) for i in bad or range(len(seen))]
+        mine = [which_blocks(trainer.train_dataset, micro_batches[i][1]) for i in bad or range(len(micro_batches))]
         found = all_gather((losses, bool(bad), mine))
         raise TrainError(broken_step(trainer.state.global_step + 1, norm, found, trainer.lines))
 
