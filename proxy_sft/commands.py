@@ -159,6 +159,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="which of its categories, parted by commas (default: all that are single-turn)",
     )
     add("--bfcl-most", type=int, default=0, metavar="N", help="questions per category, a seeded choice (default: all)")
+    add("--rollouts", type=int, default=0, metavar="N", help="let the models go through N held-out conversations alone instead")
     add("--harness", default="", metavar="TASKS", help="run these tasks of lm-eval instead, parted by commas, such as gsm8k,ifeval")
     add("--harness-limit", type=int, default=None, metavar="N", help="documents per task (default: all)")
     add("--harness-tasks", default=None, metavar="DIR", help="folder with task files of your own")
@@ -196,6 +197,11 @@ def evaluate_command(args: argparse.Namespace) -> int: # exit code
     )
     def say(result, plain):
         if os.environ.get("RANK", "0") == "0": print(json.dumps(plain(result), indent=1) if args.json else result)
+    if args.rollouts:
+        from proxy_sft.evaluation.rollouts import evaluate_rollouts
+        found = evaluate_rollouts(settings, args.rollouts, tuned, args.base_only, args.max_new_tokens, servers)
+        say(found, lambda r: {name: [vars(one) for one in rollouts] for name, rollouts in r.found.items()})
+        return 0
     if args.harness:
         from proxy_sft.evaluation.harness import evaluate_harness, harness_dict
         tasks, more = [name.strip() for name in args.harness.split(",") if name.strip()], args.harness_tasks and Path(args.harness_tasks)
