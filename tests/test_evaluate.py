@@ -568,8 +568,8 @@ def test_long_prompts_are_left_out_and_counted(world):
     long = row(7)
     long["messages"][0]["content"] = "word " * 900
     root = settings.workspace_dir
-    write(settings.converted_dir.parent / "long" / "heldout.jsonl", [row(0), long])
     other = load_settings("demo", workspace=str(root), dataset="long")
+    write(other.converted_dir / "heldout.jsonl", [row(0), long])
     found = evaluate(other, base_only=True, max_new_tokens=4)
     assert (len(found.turns), found.too_long, found.found) == (2, 2, 4) and "2 more were too long" in repr(found)
 
