@@ -13,7 +13,7 @@ from .core.settings import Settings
 from .core.stop_requests import listening
 from .evaluation.answers import choose_turns
 from proxy_sft.evaluation.asking import (
-    ask_model, ask_server, forget_answers, model_folders, prepare_questions, save_evaluation, shown
+    ask_model, ask_server, forget_answers, model_folders, prepare_questions, require_same_heldout, save_evaluation, shown
 )
 from .evaluation.scores import Evaluation, judge
 
@@ -37,6 +37,7 @@ def evaluate(
     # says what is missing before anything is loaded
     choose_turns(settings.converted_dir / "heldout.jsonl", 1, settings.seed)
     folders, servers = model_folders(settings, tuned, base_only), servers or {}
+    if "tuned" in folders: require_same_heldout(settings, folders["tuned"])
     questions, found, too_long = prepare_questions(
         settings,
         AutoTokenizer.from_pretrained(folders["base"], local_files_only=True),

@@ -200,6 +200,20 @@ def test_an_attention_that_leaks_is_refused_before_the_first_step(folder):
     assert abs(packed - separate) > 1e-3 and not list((folder / "runs" / "leaking").glob("checkpoint-*"))
 
 
+def test_published_files_have_the_usual_rights(folder):
+    "A server that runs as another user reads them: 0666 and 0777 without the umask's bits, as any program writes."
+    (folder / "usual").write_text("")
+    usual = (folder / "usual").stat().st_mode & 0o777
+    published = [*(folder / "runs" / "straight").glob("*.*"), *(folder / "runs" / "straight" / "checkpoint-3").iterdir(),
+                 *(folder / "prepared").rglob("*"), *(folder / "converted").rglob("*"), *(folder / "models").rglob("*")]
+    assert any(path.name == "model.safetensors" for path in published)
+    odd = {str(path): oct(path.stat().st_mode & 0o777) for path in published if path.is_file()
+           and path.stat().st_mode & 0o777 != usual}
+    assert not odd
+    folders = {path.stat().st_mode & 0o777 for path in published if path.is_dir()}
+    assert folders == {usual | (usual & 0o444) >> 2}
+
+
 def test_what_was_chosen_stands_in_the_log_and_in_the_manifest(folder):
     said = run(folder, "chosen", attention="auto", max_steps=1)
     assert "Attention: sdpa, the fastest without a GPU. Checked: packed rows lose" in said

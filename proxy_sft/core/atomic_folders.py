@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'COMPLETE', 'AtomicFolderError', 'file_hash', 'files_in', 'flush', 'write_flushed', 'seal',
-           'mark_complete', 'publish', 'is_complete', 'read_manifest', 'verify', 'checkpoint_step',
+           'set_usual_rights', 'mark_complete', 'publish', 'is_complete', 'read_manifest', 'verify', 'checkpoint_step',
            'complete_checkpoints', 'folder_bytes', 'delete_folder', 'discard']
 
 # %% ../../nbs/core/04_atomic_folders.ipynb #imports
@@ -74,6 +74,13 @@ def seal(
     for inner in [folder, *(p for p in folder.rglob("*") if p.is_dir())]: flush(inner)
     return manifest
 
+# %% ../../nbs/core/04_atomic_folders.ipynb #rights
+def set_usual_rights(folder: Path, like: str = MANIFEST) -> None: # like: a file in it that `open` wrote, by the umask
+    "Files get `0666 & ~umask`, folders `0777 & ~umask`."
+    usual = (folder / like).stat().st_mode & 0o666
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(usual | (usual & 0o444) >> 2 if path.is_dir() else usual)
+
 # %% ../../nbs/core/04_atomic_folders.ipynb #publish
 def mark_complete(folder: Path) -> None:
     "Write the marker, the manifest's hash in it: from now on the folder exists."
@@ -91,6 +98,7 @@ def publish(
         raise AtomicFolderError(f"{target} is complete already; a sealed folder is never overwritten.")
     manifest = seal(aside, facts)
     if target.exists(): discard(target)
+    set_usual_rights(aside)
     os.rename(aside, target)
     flush(target.parent)
     if mark: mark_complete(target)

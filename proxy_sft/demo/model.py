@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 # %% ../../nbs/demo/06_model.ipynb #imports-own
+from ..core.atomic_folders import set_usual_rights
 from .rows import DEMO_ROWS, DEMO_SEED
 from .tokenizer import build_demo_tokenizer, demo_texts, tokenizer_files, train_bpe, write_files
 from .tools import POOLS, SCIENCE_TOOL, TOOLS, WEB_TOOL
@@ -214,6 +215,7 @@ def write_demo_model(
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         save_torch_state_dict(model.state_dict(), aside, max_shard_size=size * 6 // 10)  # two shards
         write_files(aside, tokenizer_files(train_bpe(texts)))
+        set_usual_rights(aside, "config.json")
         publish_folder(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -224,7 +226,6 @@ def publish_folder(
     target:Path,  # its name from now on
 ) -> None:
     "Rename a finished folder into place; an older one leaves first."
-    aside.chmod(0o755)
     if target.exists():
         old = aside.with_suffix(".old")
         os.replace(target, old)
