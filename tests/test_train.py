@@ -175,6 +175,26 @@ def test_a_training_loss_over_several_steps_is_the_mean_over_their_tokens(folder
         assert logged(folder, "by-ranks", field) == pytest.approx(expected, abs=1e-5)
 
 
+def test_dft_weighs_each_token_by_its_probability_and_leaves_the_heldout_loss_alone(folder):
+    "Dynamic fine-tuning (arXiv 2508.05629): the sum of -p log p over the supervised tokens, p without a gradient."
+    given = {**SMALL, **FLAT, "workspace": str(folder), "packing": False}
+    model, sums = None, torch.zeros(2, dtype=torch.float64)
+    settings = load_settings(**given)
+    ensure_inputs(settings)
+    for row in prepare(settings).dataset("train"):
+        model = model or AutoModelForCausalLM.from_pretrained(settings.model_dir, dtype=torch.float32)
+        labels = torch.tensor(row["labels"])[1:]
+        with torch.no_grad(): logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        kept = labels != -100
+        log_p = logits[kept].log_softmax(-1).gather(1, labels[kept][:, None]).double()
+        sums += torch.tensor([-(log_p * log_p.exp()).sum(), kept.sum()])
+    run(folder, "nll", **FLAT, packing=False, batch_size=12)
+    for name, batching in (("dft", dict(batch_size=12)), ("dft-4", dict(batch_size=3, gradient_accumulation=4))):
+        run(folder, name, **FLAT, packing=False, loss="dft", **batching)
+        assert logged(folder, name, "loss")[0] == pytest.approx(float(sums[0] / sums[1]), rel=1e-4)
+        assert logged(folder, name, "eval_loss") == pytest.approx(logged(folder, "nll", "eval_loss"), rel=1e-6)
+
+
 def test_every_log_is_a_record_with_all_fields(folder):
     records = [json.loads(line) for line in (folder / "runs" / "straight" / "logs" / "progress.jsonl").open()]
     assert all(set(FIELDS) <= set(r) and r["attention"] == "sdpa" and r["kernels"] == "none" for r in records)

@@ -143,6 +143,9 @@ class Training(Group):
     quantize: Literal["none", "nf4"] = Field(
         "none", description="frozen weights in 4 bits (QLoRA, with lora_rank; bitsandbytes)"
     )
+    loss: Literal["nll", "dft"] = Field(
+        "nll", description="cross-entropy, or dynamic fine-tuning, which weighs each token's by its probability"
+    )
     full_sequence_loss: bool = Field(
         False, description="train every token instead of assistant tokens only (upstream's recipe)"
     )

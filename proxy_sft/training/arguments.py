@@ -123,7 +123,7 @@ def training_arguments(
             warmup_steps=settings.warmup_ratio,
             weight_decay=settings.weight_decay,
             adam_beta2=settings.adam_beta2,
-            max_grad_norm=settings.max_grad_norm,
+            max_grad_norm=settings.max_grad_norm, loss_type=settings.loss,
             **optimizer_of(settings)[0],
             bf16=settings.bf16,
             fp16=False,

@@ -85,7 +85,8 @@ class ToolTrainer(CompleteCheckpoints, SFTTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        "As TRL does; the loss is checked, and its sum over tokens is kept."
+        "As TRL does; the loss is checked, and its sum over tokens is kept. Held-out losses are always cross-entropy."
+        self.args.loss_type = self.settings.loss if model.training else "nll"
         ids, labels = inputs["input_ids"], inputs["labels"]
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = found[0] if return_outputs else found
