@@ -1,9 +1,9 @@
 # make demo   the whole pipeline on the embedded demo: no download, no GPU, a few minutes
 # make test   everything that CI checks
-# make check  clean, export, nbdev_test, pytest: what one runs before a commit
+# make check  clean, export, ruff, import contract, nbdev_test, pytest: what one runs before a commit
 # make lab    JupyterLab on the notebooks, the tour first
-# make docs   API pages in _docs/, from the docments
-# make tables  settings in both READMEs, rooms, public names, licences: written anew from the code
+# make docs   HTML pages in _docs/: each notebook's prose and examples, then its functions with their parameters
+# make tables  settings, modules, public names, licences in docs/: written anew from the code
 # make soak   the long fault tests, an hour or more
 # make notebooks  execute all notebooks in place with the demo
 # make lock   resolve requirements.in anew into requirements.lock
@@ -22,6 +22,8 @@ demo: env
 check: env
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
 	$(BIN)/nbdev_test --n_workers 0
 	$(BIN)/python -m pytest tests -q
 
@@ -38,7 +40,8 @@ docs: env
 	$(BIN)/python tools/api_pages.py _docs
 
 tables: env
-	$(BIN)/python tools/readme_settings.py
+	$(BIN)/python tools/settings_pages.py
+	$(BIN)/python tools/hardware_table.py
 	$(BIN)/python tools/module_table.py
 	$(BIN)/python tools/public_names.py
 	$(BIN)/python tools/licences.py

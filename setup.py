@@ -26,9 +26,10 @@ class BuildWithConfigs(build_py):
 
 
 def requirements():
-    "The lines of requirements.in: what the library needs; exact versions are the lock file's business."
-    lines = (here / "requirements.in").read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("#")]
+    "What running needs, and what the checks need beside it, from requirements.in; exact versions are in the lock file."
+    running, _, checks = (here / "requirements.in").read_text(encoding="utf-8").partition("# checks and API pages")
+    return [[line for line in part.splitlines()[skip:] if line.strip() and not line.startswith("#")]
+            for skip, part in ((0, running), (1, checks))]
 
 
 setup(
@@ -39,12 +40,14 @@ setup(
     author_email=about["author_email"],
     url=about["git_url"],
     license="Apache-2.0",
+    license_files=["LICENSE"],
     long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     python_requires=f">={about['min_python']},<3.13",
     packages=find_packages(include=["proxy_sft", "proxy_sft.*"]),
     package_data={"proxy_sft": ["py.typed", "templates/*"]},
-    install_requires=requirements(),
+    install_requires=requirements()[0],
+    extras_require={"dev": requirements()[1]},
     cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": [about["console_scripts"]]},
 )

@@ -33,7 +33,7 @@ def main() -> None:
     )
     shutil.rmtree(root, ignore_errors=True)
     rows = []
-    for turn in range(3):
+    for _ in range(3):
         plain, aside = root / "plain", root / "aside"
         written = write(plain, gib)
         flushed = timed(lambda: [flush(f) for f in files_in(plain)])

@@ -39,7 +39,6 @@ import orjson
 
 sys.path.insert(0, str(Path(__file__).parent))
 from convert import draw_row
-from proxy_sft import pipeline
 from proxy_sft.tokens import preparation
 from proxy_sft.chat.encoder import ChatEncoder, Renderer
 from proxy_sft.chat.templates import chat_template

@@ -358,7 +358,6 @@ REFUSED = {
     "f(,)": "unexpected",
     "f(x=[,])": "unexpected",
     "f(x=1,,y=2)": "unexpected",
-    "f(x={'a'})": "set",
     "f(x={'a':})": "unexpected",
     "f(x={'a':1:2})": "unexpected",
     "f(x:=1)": "bare_word",

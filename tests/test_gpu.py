@@ -169,7 +169,7 @@ class _AdamW(torch.optim.AdamW):
 
 def test_adamw_in_bfloat16_trains_and_goes_on(tmp_path, monkeypatch):
     "With torchao where it is installed, else with a stand-in of its interface."
-    try: import torchao.optim
+    try: import torchao.optim  # noqa: F401 (is it there?)
     except ImportError:
         (tmp_path / "packages" / "torchao" / "optim").mkdir(parents=True)
         (tmp_path / "packages" / "torchao" / "__init__.py").write_text("")
@@ -210,7 +210,7 @@ def test_our_words_fit_the_packages_that_are_installed():
         # liger leaves out, without a word, what it does not know
         assert set(LIGER) <= set(inspect.signature(liger["qwen3"]).parameters)
         bound.append("liger")
-    try: from torchao.optim import _AdamW
+    try: from torchao.optim import _AdamW  # noqa: F401 (is it there?)
     except ImportError: pass
     else:
         given = optimizer_arguments(

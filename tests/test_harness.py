@@ -29,8 +29,10 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 def always_says(folder, letter):
-    "Make the model in `folder` say one letter, whatever is asked: all tokens look alike, and one row of the output layer fits."
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=False), AutoTokenizer.from_pretrained(folder)
+    """Make the model in `folder` say one letter, whatever is asked: all tokens look alike, and one row of the output
+    layer fits."""
+    model = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         for name, weights in model.named_parameters():
             if "o_proj" in name or "down_proj" in name: weights.zero_()
@@ -54,7 +56,8 @@ def world(tmp_path_factory):
         write_demo_model(folder, n=200)
         always_says(folder, letter)
     data = root / "letters.jsonl"
-    data.write_text("".join(json.dumps({"question": f"Number {i}?", "right": "AB".index(letter)}) + "\n" for i, letter in enumerate(RIGHT)))
+    data.write_text("".join(json.dumps({"question": f"Number {i}?", "right": "AB".index(letter)}) + "\n" for i,
+                            letter in enumerate(RIGHT)))
     (root / "tasks").mkdir()
     (root / "tasks" / "letters.yaml").write_text(TASK.format(data=data))
     return settings, root / "tasks"
@@ -84,7 +87,9 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(world, monkeypatch):
 
 def test_what_is_missing_is_said(world, monkeypatch):
     settings, tasks = world
-    with pytest.raises(EvaluateError, match="'lettres' is no task .* Did you mean 'letters'"): evaluate_harness(settings, ["lettres"], more_tasks=tasks)
-    with pytest.raises(EvaluateError, match="There is no folder"): evaluate_harness(settings, ["letters"], more_tasks=tasks / "nowhere")
+    with pytest.raises(EvaluateError, match="'lettres' is no task .* Did you mean 'letters'"):
+        evaluate_harness(settings, ["lettres"], more_tasks=tasks)
+    with pytest.raises(EvaluateError, match="There is no folder"): evaluate_harness(settings, ["letters"],
+            more_tasks=tasks / "nowhere")
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     with pytest.raises(EvaluateError, match="pip install lm-eval"): require_harness()

@@ -1,4 +1,5 @@
-"""A model of another family than Qwen3 through the whole chain: parity, doctor, training, resume, adapter, merge, reload."""
+"""A model of another family than Qwen3 through the whole chain: parity, doctor, training, resume, adapter, merge,
+reload."""
 import os
 
 import pytest
@@ -8,6 +9,7 @@ soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long
 SHORT = ("Llama, tied embeddings",)
 
 
-@pytest.mark.parametrize("family", [*SHORT, *(pytest.param(name, marks=soak) for name in FAMILIES if name not in SHORT)])
+@pytest.mark.parametrize("family", [
+    *SHORT, *(pytest.param(name, marks=soak) for name in FAMILIES if name not in SHORT)])
 def test_a_family_goes_through_the_whole_chain(family, tmp_path):
     assert try_family(family, tmp_path) == dict.fromkeys(STEPS, "")

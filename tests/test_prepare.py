@@ -14,8 +14,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from proxy_sft.core import atomic_folders, build_once
-from proxy_sft.tokens import blocks, caches, encoding, preparation
+from proxy_sft.core import atomic_folders
+from proxy_sft.tokens import blocks as block_files, caches, encoding, preparation
 import numpy as np
 import pytest
 import torch
@@ -240,7 +240,7 @@ def test_a_harmed_folder_is_not_trained_on(workspace, harm):
     if harm == "added": (prepared.folder / "other").touch()
     if harm == "row missing":
         left = encoding.read_stream(victim).slice(1)
-        encoding.write_stream(victim.with_name("new"), blocks.BLOCKS, iter(left.to_batches()))
+        encoding.write_stream(victim.with_name("new"), block_files.BLOCKS, iter(left.to_batches()))
         victim.with_name("new").replace(victim)
     with pytest.raises(PrepareError, match="delete"): prepare(settings)
 

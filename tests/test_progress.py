@@ -3,7 +3,7 @@ import json
 import time
 from pathlib import Path
 
-from test_launch import LAUNCH, notebook, started
+from test_launch import LAUNCH, notebook
 
 DRAWING = """
 import time

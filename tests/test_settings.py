@@ -1,16 +1,26 @@
-"""Settings: layers, refusals, profiles, and the README's table."""
+"""Settings: layers, refusals, profiles, and the tables that the docs show of them."""
+import hardware_table
 import pytest
-from readme_settings import READMES, with_table
+import settings_pages
 
 from proxy_sft.core.settings import (
     configs_dir, load_settings, notebook_parameters, profile_names, save_settings, Settings, SettingsError
 )
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_readme_shows_the_settings_of_the_code(readme):
-    text = readme.read_text(encoding="utf-8")
-    assert with_table(text) == text, "run python tools/readme_settings.py"
+@pytest.mark.parametrize("tables", [settings_pages, hardware_table], ids=["settings", "hardware"])
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_tables_are_those_of_the_code(tables, language):
+    page = tables.PAGES[language]
+    text = page.read_text(encoding="utf-8")
+    assert tables.with_table(text, language) == text, "run make tables"
+
+
+def test_the_settings_page_shows_what_a_profile_uses():
+    lines = settings_pages.settings_table().splitlines()
+    row = next(line for line in lines if "`gradient_accumulation`" in line).split("|")
+    assert [cell.strip(" `") for cell in row[2:5]] == ["32", "", "4"]
+    assert sorted(settings_pages.PROFILES) == sorted(profile_names())
 
 
 @pytest.mark.parametrize("name", profile_names())

@@ -224,7 +224,8 @@ def test_published_files_have_the_usual_rights(folder):
     "A server that runs as another user reads them: 0666 and 0777 without the umask's bits, as any program writes."
     (folder / "usual").write_text("")
     usual = (folder / "usual").stat().st_mode & 0o777
-    published = [*(folder / "runs" / "straight").glob("*.*"), *(folder / "runs" / "straight" / "checkpoint-3").iterdir(),
+    run = folder / "runs" / "straight"
+    published = [*run.glob("*.*"), *(run / "checkpoint-3").iterdir(),
                  *(folder / "prepared").rglob("*"), *(folder / "converted").rglob("*"), *(folder / "models").rglob("*")]
     assert any(path.name == "model.safetensors" for path in published)
     odd = {str(path): oct(path.stat().st_mode & 0o777) for path in published if path.is_file()

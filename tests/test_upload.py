@@ -1,4 +1,5 @@
-"""`proxy-sft upload` against a hub on the loopback interface: what arrives, what does not, and what breaks on the way."""
+"""`proxy-sft upload` against a hub on the loopback interface: what arrives, what does not, and what breaks on the
+way."""
 import shutil
 
 import pytest
@@ -10,7 +11,8 @@ from proxy_sft.demo.model import write_demo_model
 from proxy_sft.launch.upload import UploadError, upload
 
 CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n# A model\n"
-STATES = {"optimizer.pt": "states", "scheduler.pt": "states", "rng_state.pth": "states", "trainer_state.json": "{}", "steps.json": "{}",
+STATES = {"optimizer.pt": "states", "scheduler.pt": "states", "rng_state.pth": "states", "trainer_state.json": "{}",
+          "steps.json": "{}",
           "settings.yaml": "model: /home/somebody/secret\n"}
 
 
@@ -49,7 +51,8 @@ def test_the_model_arrives_and_nothing_else(hub, run):
     address = upload(run, "lab/mine", endpoint=hub.url)
     found = files_on(hub, "lab/mine")
     assert hub.repos["model", "lab/mine"].private and "/commit/" in address
-    assert {"config.json", "tokenizer.json", "README.md"} <= found.keys() and any(name.endswith(".safetensors") for name in found)
+    assert {"config.json", "tokenizer.json", "README.md"} <= found.keys()
+    assert any(name.endswith(".safetensors") for name in found)
     for name, body in found.items():
         if name != ".gitattributes": assert body == (run / name).read_bytes(), name
     assert not found.keys() & {*STATES, "manifest.json", "COMPLETE", "logs/rank-0.log"}
@@ -73,7 +76,8 @@ def test_an_upload_that_broke_goes_on(hub, run):
 
 def test_other_bytes_on_the_hub_are_no_success(hub, run):
     hub.changes_a_byte = True
-    with pytest.raises(UploadError, match="safetensors in lab/mine is not the file of"): upload(run, "lab/mine", endpoint=hub.url)
+    with pytest.raises(UploadError, match="safetensors in lab/mine is not the file of"): upload(run, "lab/mine",
+            endpoint=hub.url)
 
 
 @pytest.mark.parametrize("change, words", [

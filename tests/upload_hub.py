@@ -1,4 +1,5 @@
-"""The small hub of hub_server.py, which also takes uploads: repositories are made, large files go through the LFS batch API, a commit joins them."""
+"""The small hub of hub_server.py, which also takes uploads: repositories are made, large files go through the LFS batch
+API, a commit joins them."""
 import base64
 import hashlib
 import json
@@ -16,8 +17,11 @@ class UploadHandler(Handler):
 
     def do_POST(self):
         hub, path = self.server.hub, unquote(urlsplit(self.path).path)
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0))) if "chunked" not in self.headers.get("Transfer-Encoding", "") else self.chunks()
-        hub.requests.append({"method": "POST", "path": path, "cdn": self.server.is_cdn, "token": self.headers.get("Authorization")})
+        body = self.rfile.read(int(self.headers.get("Content-Length",
+                                                    0))) if "chunked" not in self.headers.get("Transfer-Encoding",
+                                                    "") else self.chunks()
+        hub.requests.append({"method": "POST", "path": path, "cdn": self.server.is_cdn,
+                             "token": self.headers.get("Authorization")})
         if (self.headers.get("Authorization") or "").removeprefix("Bearer ") not in hub.tokens:
             return self.refuse(403, None, "You have no right to write here")
         if path == "/api/validate-yaml": return self.send_json({"errors": [], "warnings": []})
@@ -25,7 +29,8 @@ class UploadHandler(Handler):
         repo_id = "/".join(path.removeprefix("/api/models/").strip("/").split("/")[:2]).removesuffix(".git")
         if path.endswith("/preupload/main"): return self.preupload(json.loads(body))
         if path.endswith("/info/lfs/objects/batch"): return self.batch(json.loads(body))
-        if path.endswith("/commit/main"): return self.commit(repo_id, [json.loads(line) for line in body.splitlines() if line])
+        if path.endswith("/commit/main"): return self.commit(repo_id,
+                                                             [json.loads(line) for line in body.splitlines() if line])
         self.refuse(404, "EntryNotFound", f"no such endpoint {path}")
 
     def chunks(self) -> bytes:
@@ -38,24 +43,29 @@ class UploadHandler(Handler):
     def create(self, wanted):
         hub, name = self.server.hub, f"{wanted.get('organization') or 'me'}/{wanted['name']}"
         if ("model", name) in hub.repos: return self.send_status(409, {"error": "exists", "url": f"{hub.url}/{name}"})
-        hub.repos["model", name] = Repo({}, private=wanted.get("private", wanted.get("visibility") == "private"), readers=tuple(hub.tokens))
+        hub.repos["model", name] = Repo({}, private=wanted.get("private", wanted.get("visibility") == "private"),
+                                        readers=tuple(hub.tokens))
         self.send_json({"url": f"{hub.url}/{name}", "name": name})
 
-    def send_status(self, status, value): self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def send_status(self, status, value): self.send(status, json.dumps(value).encode(),
+                                                    {"Content-Type": "application/json"})
 
     def preupload(self, wanted):
-        self.send_json({"files": [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular", "shouldIgnore": False}
+        self.send_json({"files": [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular",
+                                   "shouldIgnore": False}
                                   for f in wanted["files"]]})
 
     def batch(self, wanted):
         hub = self.server.hub
-        send = lambda one: {} if one["oid"] in hub.objects else {"actions": {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}}
+        place = lambda one: {"actions": {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}}
+        send = lambda one: {} if one["oid"] in hub.objects else place(one)
         self.send_json({"transfer": "basic", "objects": [{**one, **send(one)} for one in wanted["objects"]]})
 
     def do_PUT(self):
         hub, oid = self.server.hub, self.path.rpartition("/")[2]
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        hub.requests.append({"method": "PUT", "path": self.path, "cdn": self.server.is_cdn, "token": self.headers.get("Authorization")})
+        hub.requests.append({"method": "PUT", "path": self.path, "cdn": self.server.is_cdn,
+                             "token": self.headers.get("Authorization")})
         if hub.broken_puts > 0:
             hub.broken_puts -= 1
             return self.send(403, b"no", {})
@@ -69,13 +79,15 @@ class UploadHandler(Handler):
             value = line["value"]
             if line["key"] == "file": files[value["path"]] = base64.b64decode(value["content"])
             if line["key"] == "lfsFile": files[value["path"]] = hub.objects[value["oid"]]
-        if hub.changes_a_byte: files = {name: body[:-1] + b"?" if name.endswith(".safetensors") else body for name, body in files.items()}
+        if hub.changes_a_byte: files = {name: body[:-1] + b"?" if name.endswith(".safetensors") else body for name,
+                                        body in files.items()}
         commit = repo.commit(files)
         self.send_json({"commitUrl": f"{hub.url}/{repo_id}/commit/{commit}", "commitOid": commit, "success": True})
 
 
 class UploadHub(HubServer):
-    "`with UploadHub({}, tokens=('t',)) as hub:`; `broken_puts` of large files fail, `changes_a_byte` damages what is committed."
+    """`with UploadHub({}, tokens=('t',)) as hub:`; `broken_puts` of large files fail, `changes_a_byte` damages what is
+    committed."""
     broken_puts, changes_a_byte = 0, False
 
     def start(self, is_cdn: bool) -> str:

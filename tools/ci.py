@@ -1,5 +1,6 @@
-"""`make test`: everything that must hold on a clean checkout. The demo and the notebooks' own tests run while pytest
-does; the first part that fails ends everything, and pytest's closing line comes last."""
+"""`make test`: what must hold on a clean checkout. Clean and export change nothing, ruff, the import contract,
+the demo, the notebooks' own tests, pytest. The demo and the notebooks run while pytest does; the first part that fails
+ends everything, and pytest's closing line comes last."""
 import hashlib
 import os
 import signal
@@ -11,14 +12,15 @@ from pathlib import Path
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 PYTEST = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rsfE")
+BESIDE_THE_DEMO = ("tests", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder",
+                   "--ignore=tests/test_after_demo.py")
 LIGHT = {**os.environ, "OMP_NUM_THREADS": "1"}  # three processes share the cores
 
 
 def sources() -> dict[str, str]:
     "Hash of each notebook and each exported module."
-    files = sorted(
-        [*ROOT.glob("nbs/**/*.ipynb"), *(f for f in ROOT.glob("proxy_sft/**/*.py") if f.name != "_modidx.py")]
-    )
+    modules = [file for file in ROOT.glob("proxy_sft/**/*.py") if file.name != "_modidx.py"]
+    files = sorted([*ROOT.glob("nbs/**/*.ipynb"), *modules])
     return {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
@@ -70,29 +72,15 @@ def main() -> None:
     if changed:
         sys.exit(f"== nbdev_clean or nbdev_export changed {', '.join(changed)}; run both and commit the result.")
     print("== notebooks and library are in step")
+    part("ruff: line length, pyflakes, bugbear", "ruff", "check")
+    part("the import contract", "lint-imports")
     with tempfile.TemporaryDirectory() as folder:
         log, began = Path(folder) / "pytest.txt", time.monotonic()
         with log.open("w") as out:
-            tests = start(
-                *PYTEST,
-                "tests",
-                "-n",
-                "2",
-                "--dist",
-                "loadfile",
-                "--no-loadscope-reorder",
-                "--ignore=tests/test_after_demo.py",
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
+            tests = start(*PYTEST, *BESIDE_THE_DEMO, stdout=out, stderr=subprocess.STDOUT)
         print("\n== pytest, two files at a time, runs beside what follows; its lines come after it", flush=True)
-        part(
-            "the demo through papermill, then two ranks with ZeRO-2",
-            "python",
-            "tools/demo.py",
-            "workspace",
-            beside=(tests,),
-        )
+        demo = "the demo through papermill, then two ranks with ZeRO-2"
+        part(demo, "python", "tools/demo.py", "workspace", beside=(tests,))
         part("what the demo left behind", *PYTEST, "tests/test_after_demo.py", beside=(tests,))
         part("nbdev_test", "nbdev_test", "--n_workers", "0", beside=(tests,))
         print("\n== pytest", flush=True)

@@ -48,29 +48,9 @@ def main(workspace: Path) -> None:
         output = ["--log-output", "--no-progress-bar"] if name == "02_train" else ["--no-progress-bar"]
         run("papermill", f"nbs/{name}.ipynb", str(executed / f"{name}.ipynb"), *common, *output)
     say("02_train on two ranks with DeepSpeed ZeRO-2: proxy-sft run nbs/02_train.ipynb --nproc 2 …")
-    run(
-        "proxy-sft",
-        "run",
-        "nbs/02_train.ipynb",
-        "--nproc",
-        "2",
-        *common,
-        "-p",
-        "run_name",
-        "demo-zero2",
-        "-p",
-        "max_steps",
-        "25",
-        "-p",
-        "save_steps",
-        "5",
-        "-p",
-        "eval_steps",
-        "25",
-        "-p",
-        "max_eval_samples",
-        "16",
-    )
+    few = {"run_name": "demo-zero2", "max_steps": 25, "save_steps": 5, "eval_steps": 25, "max_eval_samples": 16}
+    changes = [word for name, value in few.items() for word in ("-p", name, str(value))]
+    run("proxy-sft", "run", "nbs/02_train.ipynb", "--nproc", "2", *common, *changes)
     summary(workspace, executed, time.monotonic() - began)
 
 
@@ -83,14 +63,12 @@ def summary(workspace: Path, executed: Path, seconds: float) -> None:
         run_dir = workspace / "runs" / name
         say(f"Run {name}, in {os.path.relpath(run_dir, ROOT)}")
         print(TrainResult(run_dir))
-        print("window on disk: ", ", ".join(f.name for f in complete_checkpoints(run_dir)))
-    print(
-        "\nCan it call tools now? Right answers of those asked, on held-out conversations, before and after training:"
-    )
+        print("checkpoints on disk:", ", ".join(f.name for f in complete_checkpoints(run_dir)))
+    print("\nHeld-out turns, right of all, before and after training:")
     metrics = json.loads((workspace / "runs" / "demo" / "evaluation.json").read_text(encoding="utf-8"))["metrics"]
     for name, meaning in METRICS.items():
         before, after = (f"{metrics[m][name]['right']}/{metrics[m][name]['of']}" for m in ("base", "tuned"))
-        print(f"  {meaning:40} {before:>9} -> {after:>9}")
+        print(f"  {meaning:46} {before:>9} -> {after:>9}")
     say(f"Done in {seconds / 60:.1f} minutes. The executed notebooks lie in {os.path.relpath(executed, ROOT)}, "
         f"those of the two ranks in {os.path.relpath(workspace, ROOT)}/runs/demo-zero2/notebooks.")
 

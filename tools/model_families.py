@@ -1,4 +1,5 @@
-"""Which model families go through prepare, training, adapters, merge, reload and answers: a tiny one of each is tried, and docs/models.md is written."""
+"""Which model families go through prepare, training, adapters, merge, reload and answers: a tiny one of each is tried,
+and docs/models.md is written."""
 import json
 import shutil
 import sys
@@ -22,9 +23,12 @@ SIZE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_atte
             max_position_embeddings=4096, head_dim=16)
 FAMILIES = { # name -> class of its configuration, further values
     "Qwen3": ("Qwen3Config", {}), "Qwen3, tied embeddings": ("Qwen3Config", {"tie_word_embeddings": True}),
-    "Qwen2.5": ("Qwen2Config", {}), "Llama": ("LlamaConfig", {}), "Llama, tied embeddings": ("LlamaConfig", {"tie_word_embeddings": True}),
-    "SmolLM3": ("SmolLM3Config", {}), "Mistral": ("MistralConfig", {"sliding_window": None}), "Gemma 3": ("Gemma3TextConfig", {}),
-    "Phi-3": ("Phi3Config", {"pad_token_id": 0}), "OLMo 2": ("Olmo2Config", {}), "OLMo 3": ("Olmo3Config", {}), "Granite": ("GraniteConfig", {})}
+    "Qwen2.5": ("Qwen2Config", {}), "Llama": ("LlamaConfig", {}),
+    "Llama, tied embeddings": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "SmolLM3": ("SmolLM3Config", {}), "Mistral": ("MistralConfig", {"sliding_window": None}),
+    "Gemma 3": ("Gemma3TextConfig", {}),
+    "Phi-3": ("Phi3Config", {"pad_token_id": 0}), "OLMo 2": ("Olmo2Config", {}), "OLMo 3": ("Olmo3Config", {}),
+    "Granite": ("GraniteConfig", {})}
 STEPS = ("prepare and parity check", "doctor", "two steps", "resume", "adapter, merged", "reload and answer")
 
 
@@ -61,7 +65,8 @@ def try_family(family: str, workspace: Path) -> dict[str, str]: # step -> "" or 
     "Every step in order; what fails ends the family's row."
     model = workspace / "tiny"
     write_model(model, family)
-    given = dict(workspace=str(workspace), model=str(model), demo_rows=200, num_proc=1, max_eval_samples=4, memory_probe="never",
+    given = dict(workspace=str(workspace), model=str(model), demo_rows=200, num_proc=1, max_eval_samples=4,
+                 memory_probe="never",
                  control_token_turns=4, save_steps=1, logging_steps=1)
     def settings(run, steps, **more): return load_settings("demo", run_name=run, max_steps=steps, **{**given, **more})
     full, adapter = settings("full", 2), settings("adapter", 2, lora_rank=4)
@@ -90,13 +95,18 @@ def main(names: list[str]) -> int: # exit code
 
 def page(rows: dict[str, dict[str, str]]) -> str: # Markdown
     "The table of what was tried."
-    cells = lambda row: " | ".join("not reached" if step not in row else "yes" if not row[step] else "no" for step in STEPS)
-    lines = ["# Model families", "", "Qwen3-8B is what this project is made for. A tiny model of each family below, with random weights and a tokenizer that has",
-             "Qwen's control tokens, was put through the whole chain on the CPU; `python tools/model_families.py` writes this page",
+    word = lambda row, step: "not reached" if step not in row else "no" if row[step] else "yes"
+    cells = lambda row: " | ".join(word(row, step) for step in STEPS)
+    lines = ["# Model families", "", ("Qwen3-8B is what this project is made for. A tiny model of each family below, "
+                                      "with random weights and a tokenizer that has"),
+             ("Qwen's control tokens, was put through the whole chain on the CPU; `python tools/model_families.py` "
+              "writes this page"),
              f"(transformers {transformers.__version__}). A model whose tokenizer lacks the tool tokens gets them from",
-             "`proxy_sft.training.new_tokens.add_control_tokens`.", "", f"| family | {' | '.join(STEPS)} |", "|---" * (len(STEPS) + 1) + "|"]
+             "`proxy_sft.training.new_tokens.add_control_tokens`.", "", f"| family | {' | '.join(STEPS)} |",
+             "|---" * (len(STEPS) + 1) + "|"]
     lines += [f"| {family} | {cells(row)} |" for family, row in rows.items()]
-    wrong = [f"- **{family}**, {step}: {problem}" for family, row in rows.items() for step, problem in row.items() if problem]
+    wrong = [f"- **{family}**, {step}: {problem}" for family, row in rows.items() for step,
+             problem in row.items() if problem]
     return "\n".join([*lines, *(["", "What went wrong:", "", *wrong] if wrong else [])]) + "\n"
 
 

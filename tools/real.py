@@ -1,4 +1,5 @@
-"""`make real`: SmolLM2-135M-Instruct learns to call tools from the Berkeley leaderboard's questions, by the four pages, on the CPU."""
+"""`make real`: SmolLM2-135M-Instruct learns to call tools from the Berkeley leaderboard's questions, by the four pages,
+on the CPU."""
 import os
 import subprocess
 import sys
@@ -19,7 +20,8 @@ def fetch() -> None:
     if marker.is_file() and marker.read_text(encoding="utf-8") == wanted: return
     wheels = PACKAGES / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), *wanted.split("\n")]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels),
+               *wanted.split("\n")]
     if subprocess.run(command).returncode:
         sys.exit(f"The packages {', '.join(WANTED)} could not be fetched; pip's own message stands above.")
     for wheel in wheels.glob("*.whl"): zipfile.ZipFile(wheel).extractall(PACKAGES)
@@ -31,12 +33,15 @@ def main() -> None:
     fetch()
     executed = ROOT / "workspace" / "notebooks" / "real"
     executed.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGES), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+    folders = [str(PACKAGES), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders).rstrip(os.pathsep)}
     for page in PAGES:
         print(f"\n{page}: papermill nbs/{page}.ipynb …", flush=True)
         parameters = [] if page == "real" else ["-p", "profile", "smollm2"]
-        command = [str(BIN / "papermill"), f"nbs/{page}.ipynb", str(executed / f"{page}.ipynb"), *parameters, "--no-progress-bar", "--log-output"]
-        if subprocess.run(command, cwd=ROOT, env=environment).returncode: sys.exit(f"{page} failed; its own message stands above.")
+        command = [str(BIN / "papermill"), f"nbs/{page}.ipynb", str(executed / f"{page}.ipynb"), *parameters,
+                   "--no-progress-bar", "--log-output"]
+        if subprocess.run(command, cwd=ROOT, env=environment).returncode: sys.exit(f"{page} failed; its own message "
+                                                                                   "stands above.")
     print(f"\nDone. The executed pages lie in {executed.relative_to(ROOT)}, the model in workspace/runs/smollm2.")
 
 

@@ -599,7 +599,7 @@ class Soak:
     def in_use(self, whole) -> bool:
         """A file of the checkpoint that goes next cannot be deleted, as one that is read on NFS cannot: a mount on it
         when we are root, a folder without rights otherwise."""
-        run_dir, held = self.dir("busy"), None
+        run_dir = self.dir("busy")
         def hold():
             held = run_dir / "checkpoint-2" / "scheduler.pt"
             if os.geteuid(): held.parent.chmod(0o500)
@@ -760,7 +760,6 @@ def fill_inside_save(run_dir, small, ballast):
 
 def spoil(value, where, at):
     def hook(rank):
-        import torch
         from trl import SFTTrainer
         usual = SFTTrainer.compute_loss
         def compute_loss(self, model, inputs, *args, **kwargs):

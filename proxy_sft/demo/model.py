@@ -13,8 +13,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
-
 # %% ../../nbs/demo/06_model.ipynb #imports-own
 from ..core.atomic_folders import set_usual_rights
 from .rows import DEMO_ROWS, DEMO_SEED
@@ -30,17 +28,17 @@ def kinds_of_words() -> tuple[dict[str, int], dict[str, int]]:  # parameter name
     for tool in (*TOOLS, SCIENCE_TOOL, WEB_TOOL):
         for name, pool in tool.parameters.items():
             names[name] = kind = kinds.setdefault(alike.get(pool, pool), len(kinds))
-            for said, value in POOLS[pool][1].items():
-                for word in value if isinstance(value, list) else (said, value):
+            for spelling, value in POOLS[pool][1].items():
+                for word in value if isinstance(value, list) else (spelling, value):
                     values[word if isinstance(word, str) else json.dumps(word)] = kind
-    assert len(kinds) < MARKS, f"{len(kinds)} kinds of values; there is room for {MARKS - 1}"
+    assert len(kinds) < MARKS, f"{len(kinds)} kinds of values, and marks for {MARKS - 1} only"
     return names, values
 
 def start_words(
     model,      # `transformers.Qwen3ForCausalLM` with random weights
     tokenizer,  # of the demo
 ) -> tuple:  # the direction that all embeddings share, and the directions (columns) in which words are written
-    "Embeddings: marks of names, marks of values, and the word's own part; output weights that know a word by its own part."
+    "Embeddings: marks of names and of values, and the word's own part; output weights know a word by its own part."
     import torch
     (names, values), config, stems = kinds_of_words(), model.config, {}
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -54,9 +52,8 @@ def start_words(
     written = torch.linalg.qr(torch.randn(config.hidden_size, own))[0]
     embeddings = torch.cat([marks, common + words + torch.randn(number, own) / 2], 1)
     model.get_input_embeddings().weight[:number] = 4 * config.initializer_range * embeddings
-    model.get_output_embeddings().weight[:number] = 0.1 * (
-        words @ written.T + torch.randn(number, config.hidden_size) / 2
-    )
+    own_part = words @ written.T + torch.randn(number, config.hidden_size) / 2
+    model.get_output_embeddings().weight[:number] = 0.1 * own_part
     return torch.cat([torch.zeros(2 * MARKS), common / common.norm()]), written
 
 # %% ../../nbs/demo/06_model.ipynb #demo-heads
@@ -66,20 +63,13 @@ BACK = ((2, 2), (1, 3), (4, 6))
 def by_heads(
     layer,   # of a Qwen3 model
     config,  # of that model
-) -> tuple:  # views: queries (group, head, width, hidden), keys and values (group, width, hidden), outputs (hidden, group, head, width)
+) -> tuple:  # views: queries (group, head, width, hidden), keys, values (group, width, hidden), outputs by head
     "Attention weights by head; keys begin as copies of their queries."
     attention, groups, width, hidden = layer.self_attn, config.num_key_value_heads, config.head_dim, config.hidden_size
-    queries, keys = (
-        attention.q_proj.weight.view(groups, -1, width, hidden),
-        attention.k_proj.weight.view(groups, width, hidden),
-    )
+    queries = attention.q_proj.weight.view(groups, -1, width, hidden)
+    keys, values = (layer.weight.view(groups, width, hidden) for layer in (attention.k_proj, attention.v_proj))
     keys.copy_(queries[:, 0])
-    return (
-        queries,
-        keys,
-        attention.v_proj.weight.view(groups, width, hidden),
-        attention.o_proj.weight.view(hidden, groups, -1, width),
-    )
+    return queries, keys, values, attention.o_proj.weight.view(hidden, groups, -1, width)
 
 def start_places(
     layer,   # the first

@@ -75,7 +75,7 @@ def build_demo(
             }
         )
     singles = [row for row, planned in zip(rows, plan) if planned["planted"] == "single"]
-    for number, row in enumerate(rng.sample(singles, DUPLICATES)):
+    for row in rng.sample(singles, DUPLICATES):
         row_id = f"demo_{seed}_{len(rows):06d}"
         rows.append({**row, "id": row_id})
         plan.append({"id": row_id, "planted": "duplicate_row", "outcome": "kept", "reason": None})

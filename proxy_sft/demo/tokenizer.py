@@ -19,7 +19,8 @@ from .tools import draw_call, SCIENCE_TOOL, TOOLS, UNSEEN_TOOLS, WEB_TOOL
 
 # %% ../../nbs/demo/05_tokenizer.ipynb #demo-added
 SPECIAL_TOKENS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> <|quad_end|> "
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> "
     "<|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>").split()
 MARKUP_TOKENS = (  # added, but not special: decoding keeps them
     "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "

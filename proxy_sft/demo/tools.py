@@ -70,18 +70,18 @@ def draw(
 # %% ../../nbs/demo/01_tools.ipynb #demo-tool
 @dataclass(frozen=True)
 class DemoTool:
-    "A tool of the demo: what a model reads of it, how people ask for it, what it answers."
+    "A tool of the demo: its schema, requests for it, its result and the answer to the user."
     name: str  # as called; dotted as a rule
     description: str  # one short sentence
     parameters: dict  # parameter -> pool
-    asks: tuple  # pieces of a sentence with {parameter} gaps
+    requests: tuple  # pieces of a sentence with {parameter} gaps
     result: dict  # key -> pool, or "=parameter" for a copy of that argument
     answer: str  # the assistant's sentence with gaps for parameters and result keys
     other: tuple = ()  # (question, answer) pairs in other languages
 
     def required(self) -> list[str]:
-        "Parameters that every ask mentions."
-        gaps = [{field for _, field, _, _ in string.Formatter().parse(ask) if field} for ask in self.asks]
+        "Parameters that every request mentions."
+        gaps = [{field for _, field, _, _ in string.Formatter().parse(text) if field} for text in self.requests]
         return [name for name in self.parameters if all(name in gap for gap in gaps)]
 
     def schema(self) -> dict:
@@ -261,9 +261,9 @@ def tool_named(
 # %% ../../nbs/demo/01_tools.ipynb #demo-call
 @dataclass(frozen=True)
 class DemoCall:
-    "One call of a tool, drawn: what the user says, what is called, what comes back."
+    "One call of a tool, drawn: the request, the arguments, the result, the answer."
     tool: DemoTool  # the tool that is called
-    ask: str  # a piece of a sentence, or a whole question in another language
+    request: str  # a piece of a sentence, or a whole question in another language
     arguments: dict  # parameter -> JSON value
     result: dict  # what the tool returns
     answer: str  # the assistant's sentence about the result
@@ -274,16 +274,18 @@ def draw_call(
     translate:bool=False,  # ask in another language, where the tool knows one
 ) -> DemoCall:  # the call with its question, result and answer
     "Draw values for one call and fill in its sentences."
-    ask, answer = rng.choice(tool.other) if translate and tool.other else (rng.choice(tool.asks), tool.answer)
-    drawn = {name: draw(pool, rng) for name, pool in tool.parameters.items() if "{" + name + "}" in ask}
+    if translate and tool.other: request, answer = rng.choice(tool.other)
+    else: request, answer = rng.choice(tool.requests), tool.answer
+    drawn = {name: draw(pool, rng) for name, pool in tool.parameters.items() if "{" + name + "}" in request}
     while drawn.get("to", 0) == drawn.get("from", 1): drawn["to"] = draw("city", rng)
-    words = {name: said for name, (said, _) in drawn.items()}
+    words = {name: word for name, (word, _) in drawn.items()}
     arguments = {name: value for name, (_, value) in drawn.items()}
     result = {}
     for key, pool in tool.result.items():
-        said, value = (words[pool[1:]], arguments[pool[1:]]) if pool[0] == "=" else draw(pool, rng)
-        words[key], result[key] = said, value
-    return DemoCall(tool, ask.format(**words), arguments, result, answer.format(**words))
+        argument = pool.removeprefix("=")  # a copy of that argument, or a pool
+        copied = pool.startswith("=")
+        words[key], result[key] = (words[argument], arguments[argument]) if copied else draw(pool, rng)
+    return DemoCall(tool, request.format(**words), arguments, result, answer.format(**words))
 
 # %% ../../nbs/demo/01_tools.ipynb #demo-spelling
 def spell_value(
