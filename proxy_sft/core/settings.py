@@ -422,7 +422,7 @@ def spelling(name: str, value: Any, kind: str) -> str: # kind: pydantic's name o
         return f" As text: `-r {name} {value}` on the command line, `{name}: \"{value}\"` in YAML."
     if kind == "list_type":
         items = [part.strip(" []'\"") for part in str(value).split(",")]
-        return f" As a list: -y {shlex.quote(f'{name}: {yaml_scalar(items)}')} on the command line."
+        return f" As a list: `-y {shlex.quote(f'{name}: {yaml_scalar(items)}')}` on the command line."
     return ""
 
 # %% ../../nbs/core/01_settings.ipynb #notebook-parameters
@@ -453,14 +453,15 @@ def command_line(
     words = ["papermill", str(Path("nbs" if here else settings.root / "nbs") / f"{page}.ipynb"), "out.ipynb"]
     if bundled and settings.profile != "qwen3_8b": words += ["-p", "profile", settings.profile]
     for name in names or Settings.model_fields:
-        if name != "profile" and getattr(settings, name) != getattr(usual, name): words += parameter_words(name, getattr(settings, name))
+        value = getattr(settings, name)
+        if name != "profile" and value != getattr(usual, name): words += parameter_words(name, value)
     return shlex.join(words)
 
 def parameter_words(name: str, value: Any) -> list[str]: # option, name and value
     "One setting as papermill's command line wants it."
     if isinstance(value, list): return ["-y", f"{name}: {yaml_scalar(value)}"]
-    number = isinstance(value, str) and yaml_scalar(value)[:1] in "'\""  # text that papermill would read as something else
-    return ["-r" if number else "-p", name, "null" if value is None else str(value)]
+    number = isinstance(value, str) and re.fullmatch(r"True|False|None|nan|[+-]?(inf(inity)?|[\d_.]+(e[+-]?\d+)?)", value, re.I)
+    return ["-r" if number else "-p", name, "null" if value is None else str(value)]  # -r: not read as a number
 
 # %% ../../nbs/core/01_settings.ipynb #table
 def settings_table(
