@@ -1,0 +1,209 @@
+"""What a step takes from the step before is what these settings ask for, or is refused with the differences and the
+command that mends them. Nothing is taken because of its name."""
+import json
+import shlex
+import shutil
+
+import pytest
+import yaml
+
+from proxy_sft.convert import convert
+from proxy_sft.core.atomic_folders import publish
+from proxy_sft.core.settings import Conversion, load_settings
+from proxy_sft.data.plans import write_manifest
+from proxy_sft.demo.rows import write_demo_data
+from proxy_sft.launch.parameters import split_parameters
+from proxy_sft.pipeline import ensure_downloaded, ensure_inputs, ensure_prepared
+from proxy_sft.tokens.inputs import differences_of, heldout_differences
+from proxy_sft.tokens.keys import PrepareError
+from proxy_sft.tokens.preparation import prepare
+from proxy_sft.training.model_card import model_card
+
+SETTINGS = {  # every choice of conversion and download, another value than the default
+    "strictness": "strict",
+    "tool_rows_only": True,
+    "tool_chat_ratio": 1.0,
+    "include_sources": ["Demo"],
+    "exclude_sources": ["Demo"],
+    "drop_duplicates": True,
+    "heldout_fraction": 0.4,
+    "heldout_tools": ["taxi.order"],
+    "seed": 7,
+    "max_rows": 5,
+    "dataset_revision": "v2",
+    "model_revision": "v2",
+}
+SMALL = dict(max_length=1024, num_proc=1, bf16=False, device="cpu", demo_rows=200)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    "A workspace as downloads from a hub leave it: the demo's model and rows, with records that name a hub."
+    workspace = tmp_path_factory.mktemp("inputs") / "workspace"
+    demo = load_settings("demo", workspace=str(workspace), **SMALL)
+    ensure_downloaded(demo)
+    settings = hub_settings(workspace)
+    settings.model_dir.parent.mkdir(parents=True)
+    settings.data_dir.parent.mkdir(parents=True)
+    demo.model_dir.rename(settings.model_dir)
+    demo.data_dir.rename(settings.data_dir)
+    record = {"revision": "main", "commit": "c" * 40, "license": "mit", "files": []}
+    write_manifest(settings.model_dir, {**record, "repo": "lab/model", "kind": "model"})
+    made = {"rows": 200, "from": {"files": [], "max_rows": None}}
+    write_manifest(settings.data_dir, {**record, "repo": "lab/rows-v1.5", "kind": "dataset", "train": made})
+    convert(settings, progress=False)
+    return workspace
+
+
+def hub_settings(workspace, **given):
+    return load_settings("qwen3_8b", **{
+        "workspace": str(workspace), "model": "lab/model", "dataset": "lab/rows-v1.5", **SMALL, **given})
+
+
+def test_what_was_made_from_these_settings_is_taken(world):
+    assert differences_of(hub_settings(world)) == []
+    for name in ("max_train_samples", "max_length", "learning_rate"):  # settings of later steps
+        assert differences_of(hub_settings(world, **{name: 16})) == []
+    assert differences_of(hub_settings(world, model_revision="c" * 40)) == []  # the commit that main is
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_of_an_earlier_step_is_refused_or_has_its_effect(world, name):
+    "Given to training alone: the refusal names the page, and its command says the setting."
+    assert {*Conversion.model_fields} <= {*SETTINGS}
+    settings = hub_settings(world, **{name: SETTINGS[name]})
+    with pytest.raises(PrepareError, match="Nothing was prepared") as raised: prepare(settings)
+    [difference] = differences_of(settings)
+    assert difference.command in str(raised.value)
+    _, _, given = split_parameters(shlex.split(difference.command)[1:])
+    found = getattr(load_settings(given.pop("profile", "qwen3_8b"), **given), name)
+    assert found == SETTINGS[name]
+
+
+@pytest.mark.parametrize("name", ["strictness", "heldout_fraction", "seed"])
+def test_a_choice_that_was_changed_in_place_is_named(world, tmp_path, name):
+    "The folder's name is right, the record in it says something else."
+    workspace = shutil.copytree(world, tmp_path / "workspace")
+    settings = hub_settings(workspace, **{name: SETTINGS[name]})
+    shutil.copytree(hub_settings(workspace).converted_dir, settings.converted_dir)
+    [difference] = differences_of(settings)
+    assert difference.page == "nbs/01_convert.ipynb" and any(line.startswith(f"{name}: ") for line in difference.lines)
+
+
+def change_rows(settings):
+    "As many bytes as before, other rows."
+    text = settings.train_file.read_bytes()
+    settings.train_file.write_bytes(text.replace(b"weather", b"Weather", 1))
+
+
+def change_converted(settings):
+    path = settings.converted_dir / "train.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
+
+
+def change_heldout(settings): (settings.converted_dir / "heldout.jsonl").write_text("{}\n")
+def lose_report(settings): (settings.converted_dir / "report.json").unlink()
+def lose_rows(settings): settings.train_file.unlink()
+def lose_model(settings): (settings.model_dir / "config.json").unlink()
+
+
+def old_code(settings):
+    path = settings.converted_dir / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "code": "0" * 16}))
+
+
+def other_repository(settings):
+    path = settings.model_dir / "download.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "repo": "lab/other"}))
+
+
+def foreign_rows(settings): (settings.data_dir / "download.json").unlink()
+
+
+@pytest.mark.parametrize("change, page, words", [
+    (change_rows, "01_convert", "other rows than were converted"),
+    (change_converted, "01_convert", "train.jsonl is not as it was written"),
+    (change_heldout, "01_convert", "heldout.jsonl is not as it was written"),
+    (lose_report, "01_convert", "has no record"),
+    (old_code, "01_convert", "code of the conversion has changed"),
+    (lose_rows, "00_download", "rows-v1.5 is not there"),
+    (lose_model, "00_download", "model is not there"),
+    (other_repository, "00_download", "lab/other lies in"),
+    (foreign_rows, "00_download", "has no record"),
+], ids=lambda v: getattr(v, "__name__", ""))
+def test_files_that_were_changed_are_refused(world, tmp_path, change, page, words):
+    settings = hub_settings(shutil.copytree(world, tmp_path / "workspace"))
+    assert differences_of(settings) == []
+    change(settings)
+    [difference] = differences_of(settings)
+    assert difference.page == f"nbs/{page}.ipynb" and any(words in line for line in difference.lines)
+    with pytest.raises(PrepareError, match=page): prepare(settings)
+
+
+def test_two_files_of_one_name_are_two_datasets(world, tmp_path):
+    "v1 is converted, then v2, then v1 is prepared: v1's rows are trained; a third file is refused."
+    given, trained = dict(model=str(hub_settings(world).model_dir), workspace=str(tmp_path / "workspace")), {}
+    for number, name in enumerate(["v1/train.jsonl", "v2/train.jsonl", "tools.v1.jsonl", "tools.v2.jsonl"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_demo_data(tmp_path / "made", n=400, seed=number)
+        (tmp_path / "made" / "train.jsonl").rename(tmp_path / name)
+        convert(hub_settings(world, **given, dataset=str(tmp_path / name)), progress=False)
+    for name in ("v1/train.jsonl", "v2/train.jsonl", "tools.v1.jsonl"):
+        settings = hub_settings(world, **given, dataset=str(tmp_path / name))
+        trained[name] = prepare(settings).manifest["key_parts"]["data/train.jsonl"]
+        record = json.loads((settings.converted_dir / "report.json").read_text())
+        assert [one["blake3"] for one in record["files"] if one["name"] == "train.jsonl"] == [trained[name]]
+    assert len({*trained.values()}) == 3
+    with pytest.raises(PrepareError, match="other.jsonl.* does not exist"):
+        prepare(hub_settings(world, **given, dataset="/nowhere/other.jsonl"))
+
+
+def test_the_demo_makes_again_what_was_made_from_something_else(tmp_path):
+    given = dict(workspace=str(tmp_path), **SMALL)
+    for more in ({}, dict(strictness="strict"), dict(heldout_fraction=0.4), dict(max_rows=180), {}):
+        settings = load_settings("demo", **{**given, **more})
+        ensure_inputs(settings)
+        assert differences_of(settings) == []
+        record = json.loads((settings.converted_dir / "report.json").read_text())
+        for name in ("strictness", "heldout_fraction"): assert record["choices"][name] == getattr(settings, name)
+        assert record["rows"] == (more.get("max_rows") or 200)
+
+
+def test_only_the_rows_that_a_run_was_kept_from_are_asked(tmp_path):
+    "Trained, then converted again with another share: some held-out rows had been trained."
+    settings = load_settings("demo", workspace=str(tmp_path), **SMALL)
+    prepared = ensure_prepared(settings)
+    for name, facts in (("new", {"made_from": prepared.manifest["key_parts"]}), ("old", {})):
+        (tmp_path / "aside").mkdir()
+        publish(tmp_path / "aside", tmp_path / name, {**facts, "data_key": prepared.key, "step": 1})
+        assert heldout_differences(settings, tmp_path / name) == []
+    ensure_inputs(load_settings("demo", workspace=str(tmp_path), **{**SMALL, "heldout_fraction": 0.4}))
+    for name in ("new", "old"): assert "is not the held-out file" in heldout_differences(settings, tmp_path / name)[0]
+    ensure_inputs(settings)
+    assert heldout_differences(settings, tmp_path / "new") == []
+
+
+# The model card
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return ensure_prepared(load_settings("demo", workspace=str(tmp_path_factory.mktemp("card")), **SMALL))
+
+
+@pytest.mark.parametrize("name", ["data: own, v2 [a]", "a # b", "- x", "'", "x: |", "ü\u2028z", "*a", "null", "1e5"])
+@pytest.mark.parametrize("form", ["./{}", "/x/{}/train.jsonl"])
+def test_a_card_is_yaml_whatever_a_folder_is_called(world, prepared, name, form):
+    settings = hub_settings(world, dataset=form.format(name), model=form.format(name), run_name=name)
+    card = model_card(settings, prepared)
+    matter = yaml.safe_load(card.split("---\n")[1])
+    assert set(matter) == {"library_name", "tags"} and "ODC-BY" not in card and "/x/" not in card
+    assert f"# {settings.name}\n" in card
+
+
+def test_a_card_says_what_is_known(world, prepared):
+    settings = hub_settings(world)
+    matter = yaml.safe_load(model_card(settings, prepared).split("---\n")[1])
+    assert (matter["base_model"], matter["datasets"], matter["license"]) == ("lab/model", ["lab/rows-v1.5"], "mit")
+    assert "ODC-BY" not in model_card(settings, prepared) and "its page states it: mit" in model_card(settings, prepared)
+    dolci = hub_settings(world, dataset="allenai/Dolci-Instruct-SFT")
+    assert "Allen Institute for AI under ODC-BY" in model_card(dolci, prepared)
