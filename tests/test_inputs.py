@@ -55,9 +55,9 @@ def world(tmp_path_factory):
     return workspace
 
 
-def hub_settings(workspace, **given):
+def hub_settings(root, **given):
     return load_settings("qwen3_8b", **{
-        "workspace": str(workspace), "model": "lab/model", "dataset": "lab/rows-v1.5", **SMALL, **given})
+        "workspace": str(root), "model": "lab/model", "dataset": "lab/rows-v1.5", **SMALL, **given})
 
 
 def test_what_was_made_from_these_settings_is_taken(world):
