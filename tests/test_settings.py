@@ -21,6 +21,7 @@ def test_the_tables_are_those_of_the_code(tables, language):
     page = tables.PAGES[language]
     text = page.read_text(encoding="utf-8")
     assert tables.with_table(text, language) == text, "run make tables"
+    assert "| `lora_rank` |" in text or "| 8 × H100 80 GB |" in text
 
 
 def test_the_settings_page_shows_what_a_profile_uses():

@@ -67,7 +67,7 @@ def hardware_table(language: str = "en") -> str:
 def with_table(text: str, language: str) -> str:
     "A README's text with the table that the doctor's counts give."
     table = hardware_table(language)
-    return re.sub(r"(?s)(<!-- hardware[^>]*-->\n).*?(\n<!-- /hardware -->)", lambda m: m[1] + table + m[2], text)
+    return re.sub(r"(?s)(<!-- hardware[^>]*-->\n).*?(<!-- /hardware -->)", lambda m: f"{m[1]}{table}\n{m[2]}", text)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def modules() -> str:
 
 def with_modules(text: str) -> str:
     "The page's text with the table that the notebooks give."
-    return re.sub(r"(?s)(<!-- modules[^>]*-->\n).*?(\n<!-- /modules -->)", lambda m: m[1] + modules() + m[2], text)
+    return re.sub(r"(?s)(<!-- modules[^>]*-->\n).*?(<!-- /modules -->)", lambda m: f"{m[1]}{modules()}\n{m[2]}", text)
 
 
 if __name__ == "__main__": PAGE.write_text(with_modules(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
