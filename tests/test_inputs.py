@@ -204,6 +204,7 @@ def test_a_card_says_what_is_known(world, prepared):
     settings = hub_settings(world)
     matter = yaml.safe_load(model_card(settings, prepared).split("---\n")[1])
     assert (matter["base_model"], matter["datasets"], matter["license"]) == ("lab/model", ["lab/rows-v1.5"], "mit")
-    assert "ODC-BY" not in model_card(settings, prepared) and "its page states it: mit" in model_card(settings, prepared)
+    assert "ODC-BY" not in model_card(settings, prepared) and "its page states it: mit" in model_card(settings,
+            prepared)
     dolci = hub_settings(world, dataset="allenai/Dolci-Instruct-SFT")
     assert "Allen Institute for AI under ODC-BY" in model_card(dolci, prepared)

@@ -1,4 +1,5 @@
-"""Settings: layers, refusals, profiles, the tables that the docs show of them, what a command line writes, and places."""
+"""Settings: layers, refusals, profiles, the tables that the docs show of them, what a command line writes, and
+places."""
 import re
 import shlex
 import subprocess
@@ -89,10 +90,13 @@ def from_command_line(*words):
 @pytest.mark.parametrize("words, name, value", [
     ("-p packing false", "packing", False), ("-p packing False", "packing", False), ("-p bf16 TRUE", "bf16", True),
     ("-p report_to wandb", "report_to", ["wandb"]), ("-y 'report_to: [a, b]'", "report_to", ["a", "b"]),
-    ("-p exclude_sources mine", "exclude_sources", ["mine"]), ("-p heldout_tools taxi.order", "heldout_tools", ["taxi.order"]),
+    ("-p exclude_sources mine", "exclude_sources", ["mine"]),
+    ("-p heldout_tools taxi.order", "heldout_tools", ["taxi.order"]),
     ("-p heldout_tools 0.2", "heldout_tools", 0.2), ("-r heldout_tools 0.2", "heldout_tools", 0.2),
-    ("-p max_steps 1e3", "max_steps", 1000), ("-p epochs 1", "epochs", 1.0), ("-p learning_rate 1e-5", "learning_rate", 1e-5),
-    ("-p shared_file_system true", "shared_file_system", "true"), ("-p shared_file_system True", "shared_file_system", "true"),
+    ("-p max_steps 1e3", "max_steps", 1000), ("-p epochs 1", "epochs", 1.0),
+    ("-p learning_rate 1e-5", "learning_rate", 1e-5),
+    ("-p shared_file_system true", "shared_file_system", "true"),
+    ("-p shared_file_system True", "shared_file_system", "true"),
     ("-r run_name 20261127", "run_name", "20261127"), ("-y 'run_name: \"7\"'", "run_name", "7"),
     ("-p run_name 2026-11-27", "run_name", "2026-11-27"), ("-p max_train_samples null", "max_train_samples", None),
 ])
