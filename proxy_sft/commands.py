@@ -11,6 +11,7 @@ __all__ = ['COMMANDS', 'Command', 'add_prepare_arguments', 'add_caches_arguments
 import argparse
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -268,10 +269,16 @@ def command_parser(*chosen: str) -> argparse.ArgumentParser: # the arguments of 
 def main(argv: Optional[list[str]] = None) -> int: # exit code; argparse itself leaves with 0 or 2
     "The command `proxy-sft`."
     argv = list(sys.argv[1:] if argv is None else argv)
-    return run_with_plain_errors(lambda: run_main(argv))
+    try:
+        code = run_with_plain_errors(lambda: run_main(argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # a reader such as `head` has seen enough; Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 def run_main(argv: list[str]) -> int: # exit code
-    "Parse, then call the room."
+    "Parse, then call the command."
     chosen = argv[0] if argv and argv[0] in COMMANDS else ""
     parameters, words, rest = {}, [], argv
     if chosen and COMMANDS[chosen].parameters and not {"-h", "--help"} & set(argv):

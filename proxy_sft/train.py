@@ -14,7 +14,7 @@ from .core.locks import RunLock
 from .core.settings import Settings
 from .core.stop_requests import listening
 from .pipeline import ensure_prepared
-from .tokens.preparation import Prepared
+from .tokens.preparation import Prepared, require_fit
 from .training.doctor import require_health
 from proxy_sft.training.run import (
     agree,
@@ -39,6 +39,7 @@ def train(
         keep_memory_whole()
         if World.from_environment().rank == 0: require_health(settings, World.from_environment().size)
         prepared = prepared or ensure_prepared(settings)
+        require_fit(prepared, settings)
         require_parity(prepared, settings)
         start_processes(settings)
         facts, checkpoint, separate = begin_run(settings, prepared, lock)

@@ -508,8 +508,8 @@ def zero_settings(settings: Settings) -> dict[str, Any]: # empty without DeepSpe
     except ValueError as error: raise SettingsError(f"{file} is no JSON: {error}. Mend the place it names, or set deepspeed to ds_config_zero2.json.") from error
 
 def offloads(settings: Settings) -> bool: # worth DeepSpeed even with one process
-    "Whether optimizer states or weights lie in the host's memory."
-    return any(
+    "Whether optimizer states or weights lie in the host's memory; never on a CPU, whose run needs no configuration."
+    return settings.device != "cpu" and any(
         (zero_settings(settings).get(f"offload_{what}") or {}).get("device", "none") != "none"
         for what in ("optimizer", "param")
     )

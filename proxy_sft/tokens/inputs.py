@@ -37,8 +37,12 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         return f"{' '.join(self.lines)} Run {self.page}: {self.command}"
 
-def differences_of(settings: Settings) -> list[Difference]: # in the order of the steps; empty when all fits
+def differences_of(
+    settings: Settings,
+    made: bool = False, # whether the demo's inputs should be there already; before a run it has yet to make them
+) -> list[Difference]: # in the order of the steps; empty when all fits
     "What on disk was not made from these settings."
+    if not made and settings.model == settings.dataset == "demo": return []
     names = {"00_download": ("workspace", "model", "model_revision", "dataset", "dataset_revision", "max_rows"),
              "01_convert": ("workspace", "dataset", *Conversion.model_fields, "seed")}
     download = model_differences(settings) + dataset_differences(settings)
@@ -49,18 +53,16 @@ def differences_of(settings: Settings) -> list[Difference]: # in the order of th
 # %% ../../nbs/tokens/07_inputs.ipynb #download
 def model_differences(settings: Settings) -> list[str]: # sentences
     "How the model on disk differs from the one that the settings name."
-    if settings.model == "demo": return []
     config = settings.model_dir / "config.json"
     if not config.is_file(): return [f"The model is not there: {config} does not exist."]
-    if is_path(settings.model): return []
+    if is_path(settings.model) or settings.model == "demo": return []
     return record_differences(settings.model_dir, "model", settings.model, settings.model_revision)
 
 def dataset_differences(settings: Settings) -> list[str]: # sentences
     "How the downloaded rows differ from those that the settings name."
-    if settings.dataset == "demo": return []
     if not settings.train_file.is_file():
         return [f"The dataset {settings.dataset} is not there: {settings.train_file} does not exist."]
-    if is_path(settings.dataset): return []
+    if is_path(settings.dataset) or settings.dataset == "demo": return []
     found = record_differences(settings.data_dir, "dataset", settings.dataset, settings.dataset_revision)
     made = (record_of(settings.data_dir / "download.json").get("train") or {}).get("from") or {}
     if not found and made.get("max_rows") != settings.max_rows:
@@ -86,7 +88,6 @@ def record_of(path: Path) -> dict: # empty when there is none that can be read
 def conversion_differences(settings: Settings) -> list[str]: # sentences
     "How the converted rows differ from what these settings and this input would give."
     folder = settings.converted_dir
-    if settings.dataset == "demo" and not (folder / "report.json").is_file(): return []
     if not (folder / "train.jsonl").is_file():
         return [f"The converted conversations are not there: {folder / 'train.jsonl'} does not exist."]
     record = record_of(folder / "report.json")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ANSWER', 'BEGIN', 'require_inputs', 'build', 'claim_of', 'build_claimed', 'fresh', 'build_splits',
-           'check_train_parity', 'remove_abandoned', 'Prepared', 'split_line', 'prepare', 'build_or_wait',
-           'waiting_line', 'build_for', 'check_folder']
+           'check_train_parity', 'remove_abandoned', 'Prepared', 'require_fit', 'split_line', 'prepare',
+           'build_or_wait', 'waiting_line', 'build_for', 'check_folder']
 
 # %% ../../nbs/tokens/05_preparation.ipynb #imports
 import contextlib
@@ -49,7 +49,7 @@ from .lengths import FATES, LengthTable
 # %% ../../nbs/tokens/05_preparation.ipynb #require-inputs
 def require_inputs(settings: Settings) -> None: # raises PrepareError
     "Refuse what is missing or was made from something else, with the commands that make it."
-    if found := differences_of(settings):
+    if found := differences_of(settings, made=True):
         steps = "\n".join(str(one) for one in found)
         raise PrepareError(f"{steps}\nNothing was prepared. To try everything without a download: -p profile demo.")
 
@@ -204,6 +204,13 @@ class Prepared:
         return json.loads((self.folder / "parity.json").read_text(encoding="utf-8"))
 
     def __repr__(self) -> str: return "\n".join(split_line(name, counts) for name, counts in self.splits.items())
+
+def require_fit(prepared: Prepared, settings: Settings) -> None: # raises PrepareError
+    "Refuse prepared data of other settings, or of rows that were replaced since."
+    wanted, then = key_parts(settings, data=World.from_environment().rank == 0), prepared.manifest["key_parts"]
+    if changed := [name for name, value in wanted.items() if json.loads(json.dumps(value)) != then.get(name)]:
+        raise PrepareError(f"The prepared data in {prepared.folder} were made from something else: {', '.join(changed)} "
+                           "changed. Prepare again with these settings: train(settings) does it.")
 
 def split_line(name: str, s: dict[str, Any]) -> str:
     "A split's counts."
