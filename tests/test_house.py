@@ -12,8 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from api_pages import contents, prose
 from execute_notebooks import execute
-from module_table import PAGE, with_modules
+from module_table import notebooks, PAGE, with_modules
 from public_names import LIST, public_names
 
 from proxy_sft.commands import command_parser, COMMANDS
@@ -95,6 +96,15 @@ def test_links_between_files_lead_somewhere(page):
 def test_the_overview_lists_the_modules_that_there_are():
     text = PAGE.read_text(encoding="utf-8")
     assert with_modules(text) == text and "| `core/01_settings` |" in text, "run make tables"
+
+
+def test_pages_of_the_documentation_hold_prose_examples_and_an_index():
+    calls = next(notebook for notebook in notebooks() if notebook.module == "data.calls")
+    page = prose(calls)
+    assert page.startswith("# ") and "```python" in page and "```text" in page and "#| export" not in page
+    listed = re.findall(r"\]\(proxy_sft/([\w/]+)\.html\): \S", contents())
+    assert sorted(listed) == sorted(n.module.replace(".", "/") for n in notebooks() if n.module)
+    assert "](calls.html)" not in contents("data.") and "](data/calls.html)" in contents("data.")
 
 
 def test_public_names_are_those_that_are_listed():

@@ -116,7 +116,8 @@ def test_a_value_of_another_type_is_refused_with_the_spelling_that_works(words):
     assert getattr(from_command_line(*spelled), name)
 
 
-@pytest.mark.parametrize("old, new", [("certificate", "parity"), ("gradient_checkpointing", "activation_checkpointing")])
+@pytest.mark.parametrize("old, new", [
+    ("certificate", "parity"), ("gradient_checkpointing", "activation_checkpointing")])
 def test_old_names_are_refused_with_the_new_one(tmp_path, old, new):
     (tmp_path / "old.yaml").write_text(f"{old}: warn\n")
     for load in (lambda: load_settings("demo", **{old: "warn"}), lambda: load_settings(str(tmp_path / "old.yaml")),
