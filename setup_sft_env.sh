@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
-# Make the environment sft-qwen3 in this folder: exact versions from requirements.lock, the package itself, a Jupyter kernel.
+# Make the environment sft-qwen3 in this folder: exact versions from requirements.lock, the package itself, a kernel.
 # Running it again is quick and harmless. PYTHON=python3.12 ./setup_sft_env.sh chooses the interpreter (3.10 to 3.12).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 venv=sft-qwen3
 
-# what a command says is shown when it fails
+# the output of a command is shown when it fails
 quietly() {
-    local said; said=$(mktemp)
-    "$@" >"$said" 2>&1 || { code=$?; tail -n 60 "$said" >&2; echo "failed with exit code $code: $*" >&2; rm -f "$said"; exit "$code"; }
-    rm -f "$said"
+    local output code; output=$(mktemp)
+    "$@" >"$output" 2>&1 || {
+        code=$?
+        tail -n 60 "$output" >&2
+        echo "failed with exit code $code: $*" >&2
+        rm -f "$output"
+        exit "$code"
+    }
+    rm -f "$output"
 }
 
 supported() { "$1" -c 'import sys; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 12)))' 2>/dev/null; }
@@ -35,7 +41,7 @@ elif ! supported "$venv/bin/python"; then
     exit 1
 fi
 
-# what was asked for, as a word: unchanged since the last successful run means there is nothing to install
+# a checksum of what is to be installed: unchanged since the last successful run means there is nothing to install
 wanted=$(cat requirements.lock requirements.in settings.ini setup.py pyproject.toml | cksum)
 if [ "$(cat "$venv/.installed" 2>/dev/null || true)" != "$wanted" ]; then
     echo "Installing the tested versions from requirements.lock (about 3 minutes on a fresh machine)"

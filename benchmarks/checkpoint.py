@@ -1,5 +1,5 @@
-"""What sealing a checkpoint costs beside writing it: `python benchmarks/checkpoint.py [GiB] [folder]`. Both sides in
-one run, best of three."""
+"""What hashing and publishing a checkpoint costs beside writing it: `python benchmarks/checkpoint.py [GiB] [folder]`.
+Both sides in one run, best of three."""
 import shutil
 import sys
 import time

@@ -9,7 +9,7 @@ rows take the reference path (some 10 ms each) and are rarer in the real data th
 Qwen3-8B's where `../shared/qwen3-8b` exists. One process and one thread each; seconds are those of the processor. The
 sides are
 
-- prepare, steady state: what each further row costs, from the converted file to the sealed folder (read, render,
+- prepare, steady state: what each further row costs, from the converted file to the published folder (read, render,
   tokenise, mask, cut, facts, pack, write, hash, check);
 - prepare, whole run: with what is done once, whatever the size (tokenizers loaded, a sample and the longest rows
   compared with the reference), measured on 128 rows;

@@ -10,7 +10,7 @@ LONGEST = (
     "test_pipeline",
     "test_prepare",
     "test_train",
-    "test_house",
+    "test_repository",
     "test_browser",
     "test_serving",
     "test_evaluate",

@@ -367,12 +367,12 @@ def test_verdicts_are_those_of_the_official_checker(tmp_path):
     plain, garbled = all_cases(questions, changes=30), garbled_cases(questions, 60_000)
     for name, cases in (("plain", plain), ("garbled", garbled)):
         text = "".join(json.dumps([q.category, q.functions, q.answers, calls]) + "\n" for q, calls in cases)
-        told = subprocess.run(
+        verdicts = subprocess.run(
             [python, Path(__file__).parent / "bfcl_official.py"], input=text, capture_output=True, text=True, check=True
         ).stdout
         pairs = [
             (json.loads(line), int(not why_calls_are_wrong(calls, q.functions, q.answers, q.category)))
-            for line, (q, calls) in zip(told.splitlines(), cases, strict=True)
+            for line, (q, calls) in zip(verdicts.splitlines(), cases, strict=True)
         ]
         print(
             f"{name}: {len(pairs)} answers over {sum(total.values())} questions, (official, ours): "
@@ -382,6 +382,6 @@ def test_verdicts_are_those_of_the_official_checker(tmp_path):
             (q.id, official, ours, calls) for (official, ours), (q, calls) in zip(pairs, cases) if official != ours
         ]
         for one in apart: print("apart:", json.dumps(one))
-        # garbled: object literals that are no JavaScript, see docs/architecture.md
+        # garbled: object literals that are no JavaScript, see docs/decisions.md
         assert len(apart) <= (0 if name == "plain" else len(cases) // 10_000), apart[:5]
         assert min(Counter(ours for _, ours in pairs).values()) > len(pairs) // 30  # both verdicts occur

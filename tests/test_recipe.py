@@ -66,21 +66,20 @@ def test_every_profile_is_told_by_a_dry_run(profile, outside, capsys, monkeypatc
     assert ("torch.distributed.run" in said) == (ranks > 1 or profile == "qwen3_8b_80gb")
     findings = [line for line in said.split("doctor:\n")[1].splitlines() if line]
     assert all(line[:4].strip() in ("ok", "warn", "fail") for line in findings), findings
-    told = lambda about: next((line for line in findings if line[6:].startswith(f"{about}:")), "")
-    if settings.is_demo: assert told("model").startswith("ok") and "when the run starts" in told("model")
+    text_of = lambda about: next((line for line in findings if line[6:].startswith(f"{about}:")), "")
+    if settings.is_demo: assert text_of("model").startswith("ok") and "when the run starts" in text_of("model")
     else:
         assert (
-            told("model").startswith("warn")
-            and "not downloaded yet" in told("model")
-            and "00_download" in told("model")
+            text_of("model").startswith("warn")
+            and "not downloaded yet" in text_of("model")
+            and "00_download" in text_of("model")
         )
-        assert (
-            "GiB on each device: weights" in told("memory")
-            and "takes" in told("disk")
-            and "tokens to train" in told("time")
-            and "not converted yet" in told("data")
-        )
-    assert told("versions") and told("devices") and told("open files") and told("terminal")
+        assert "not converted yet" in text_of("data")
+    if settings.model.startswith("Qwen/"):  # its shape is known before it is downloaded
+        assert "GiB on each device: weights" in text_of("memory")
+        assert "takes" in text_of("disk") and "tokens to train" in text_of("time")
+    elif not settings.is_demo: assert "cannot be estimated" in text_of("model") and not text_of("memory")
+    assert text_of("versions") and text_of("devices") and text_of("open files") and text_of("terminal")
 
 
 def test_big_profiles_fit_their_cards_by_the_doctors_count():

@@ -1,4 +1,4 @@
-"""Refusals of sealed folders and checkpoints that no other test meets: the situation is made for real, and the words
+"""Refusals of atomic folders and checkpoints that no other test meets: the situation is made for real, and the words
 say what was found."""
 from pathlib import Path
 

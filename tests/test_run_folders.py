@@ -32,8 +32,9 @@ def test_a_run_is_not_a_folder_of_the_same_name(place):
 @pytest.mark.parametrize("words", [("status", "demo"), ("report", "demo"), ("caches",), ("--help",)])
 def test_a_reader_that_stops_gets_no_traceback(place, words):
     "The pipe's other end is closed before the command writes."
+    code = "import sys; sys.stdin.read(); from proxy_sft.commands import main; sys.exit(main())"
     command = subprocess.Popen(
-        [sys.executable, "-c", "import sys; sys.stdin.read(); from proxy_sft.commands import main; sys.exit(main())", *words],
+        [sys.executable, "-c", code, *words],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
     command.stdout.close()

@@ -817,7 +817,7 @@ def main() -> int:
                 "-q",
                 "tests/test_launch.py",
                 "tests/test_faults.py",
-                "tests/test_house.py",
+                "tests/test_repository.py",
             ],
             cwd=ROOT,
             env={**os.environ, "PROXY_SFT_SOAK": "1"},
