@@ -15,10 +15,11 @@ from proxy_sft.data.conversion import (
     ConvertReport,
     hashable,
     hashes,
+    input_of,
     report_from,
     what_changed,
 )
-from .data.files import input_files, process_count
+from .data.files import process_count
 from .data.ledger import Choices
 
 # %% ../nbs/01_convert.ipynb #convert-convert
@@ -27,7 +28,7 @@ def convert(
     progress: bool = True, # show a progress bar when it takes longer than two seconds
 ) -> ConvertReport: # `.why` says why it was done, or that nothing had changed
     "Convert the downloaded rows of a profile, unless that is done already."
-    target, files = settings.converted_dir / "train.jsonl", input_files(settings.train_file)
+    target, files = settings.converted_dir / "train.jsonl", input_of(settings)
     named = {name: getattr(settings, name) for name in Choices.__dataclass_fields__}
     choices = Choices(**{name: hashable(value) for name, value in named.items()})
     about = {"code": code_version()}

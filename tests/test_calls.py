@@ -701,3 +701,50 @@ def test_types_and_texts_stay(text, arguments):
 def test_no_safe_reading(reason, text):
     with pytest.raises(CallError) as error: parse_calls(text, fold=False)
     assert error.value.reason == reason
+
+
+# Names that only the tools know
+
+ODD_NAMES = ["Market Trends API", "Quotes by Keywords", "getHeadlines (v2)", "it's", "A & B", "查询 天气", "🌦", "[beta] search", "#1 tool",
+             "f(x)", "x=y", "-dash", "a, b", "<tag>", "None of", "null", "```", "name ", "ends(", "über größe 2"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_declared_name_before_a_bracket_has_one_reading(name):
+    tools = [tool(name, x="any"), tool("f", x="any"), tool("getHeadlines", x="any")]
+    for text in (f"{name}(x=1)\nf(x=2)\n{name} (x=3)", f"f(x=2)\n\n{name}(x='a(b')", f"<function_calls>\n{name}(x=1)\n</function_calls>"):
+        found = [call["name"] for call in parse_calls(text, tools)]
+        assert set(found) <= {name, "f"} and name in found, (text, found)
+    assert parse_calls("getHeadlines(x=1)", tools)[0]["name"] == "getHeadlines"
+    if not isinstance(outcome(f"{name}(x=1)"), list): assert outcome(f"{name}(x=1)", [tool("g")]) == outcome(f"{name}(x=1)")
+
+
+@pytest.mark.parametrize("key", ["user name", "max price (USD)", "c'est", "键 值", "a&b", "🌦"])
+def test_declared_names_of_arguments(key):
+    tools = [tool("f", **{key: "any", "x": "any"})]
+    (call,) = parse_calls(f"f({key}='a', x=1)", tools)
+    assert call["arguments"] == {key: "a", "x": 1}
+    assert isinstance(outcome(f"f({key}='a')"), str)
+
+
+@pytest.mark.parametrize("sign", ["--42", "- -42", "+-42", "-(-42)", "-(42)", "---42"])
+@pytest.mark.parametrize("around", ["{}", "[{}]", "[1, {}]", "{{'a': {}}}", "({})", "[[{}]]"])
+def test_signs_of_signs_are_one_expression_wherever_they_stand(sign, around):
+    text, plain = f"f(x={around.format(sign)})", str((-1) ** sign.count("-") * 42)
+    assert outcome(text, fold=False) == "expression"
+    assert outcome(text) == [{"name": "f", "arguments": {"x": ast.literal_eval(around.format(plain))}}]
+    assert parse_calls(f"f(x={around.format('-42')})", fold=False)
+
+
+@pytest.mark.parametrize("text", ["2024-10-15", "15-10-2024", "10/15/2024", "2024/10/15", "2020-2024", "555-1234", "1-800-555-1234", "2024-10", "10/2024"])
+def test_a_date_is_not_computed(text):
+    for around in ("f(x={})", "f(x=[{}])", "f(x={{'a': {}}})"):
+        with pytest.raises(CallError) as caught: parse_calls(around.format(text))
+        assert caught.value.reason == "expression" and "date" in str(caught.value)
+    for sum_, value in (("500-20", 480), ("7-2", 5), ("4/2", 2.0), ("100/4", 25.0), ("2 * 3 - 1", 5)): assert value_of(sum_) == value
+
+
+def test_positional_arguments_know_the_bare_map():
+    tools = [{"name": "f", "parameters": {"city": {"type": "string", "required": True}, "days": {"type": "integer"}}}]
+    assert parse_calls("f('Oslo', 2)", tools)[0]["arguments"] == {"city": "Oslo", "days": 2}
+    assert outcome("f(2)", tools) == "positional_argument"

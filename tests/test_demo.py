@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from proxy_sft.data import schema
+from proxy_sft.data import policy
 from proxy_sft.demo import model as demo_model
 from proxy_sft.demo.cases import CASES
 from proxy_sft.demo.conversations import KINDS
@@ -61,7 +61,7 @@ def test_everything_is_planted_in_its_number(n, seed):
 def test_plan_speaks_the_policy_table():
     for name, case in CASES.items():
         assert case.outcome in ("kept", "repaired", "rejected"), name
-        if case.outcome != "kept": assert case.reason in schema.REASONS, (name, case.reason)
+        if case.outcome != "kept": assert case.reason in policy.REASONS, (name, case.reason)
 
 
 def test_conversations_differ_except_for_the_planted_duplicates():

@@ -23,6 +23,7 @@ from proxy_sft.data.hub import DownloadError
 from proxy_sft.data.model_files import check_weights, download_model
 from proxy_sft.data.plans import read_manifest
 from proxy_sft.data.transfer import check_disk
+from proxy_sft.convert import convert
 from proxy_sft.download import download
 from proxy_sft.core.settings import load_settings
 
@@ -506,25 +507,28 @@ def test_misspelt_dataset_is_seen_before_the_model_is_fetched(hub, tmp_path, mon
     assert hub.bodies() == []
 
 
-def test_local_folders_are_used_in_place(tmp_path):
+@pytest.mark.parametrize("read_only", [False, True])
+def test_local_folders_are_used_in_place(tmp_path, read_only):
     model, data = tmp_path / "model", tmp_path / "data"
     model.mkdir(); data.mkdir()
     for name, body in model_repository().items():
         if "/" not in name: (model / name).write_bytes(body)
     (data / "b.parquet").write_bytes(parquet(rows(4)))
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
-    settings = from_profile(tmp_path / "w", model=str(model), dataset=str(data))
-    assert download(settings, margin=0)["dataset"]["train"]["rows"] == 4 and read_rows(data) == rows(4)
-    stamp = settings.train_file.stat().st_mtime_ns
-    download(settings, margin=0)
-    assert settings.train_file.stat().st_mtime_ns == stamp and not settings.workspace_dir.exists()
-    assert {p: p.stat().st_mtime_ns for p in before} == before
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    if read_only: data.chmod(0o555)
+    settings = from_profile(tmp_path / "w", model=str(model), dataset=str(data), strictness="lenient")
+    record = download(settings, margin=0)["dataset"]
+    assert record["train"]["rows"] == 4 and record["train"]["paths"] == [str(data / "b.parquet")]
+    assert not settings.workspace_dir.exists()
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before, "nothing is written beside a user's data"
+    assert convert(settings).kept == 4 and {p.name for p in data.iterdir()} == {"b.parquet"}
+    data.chmod(0o755)
     (model / SHARD).unlink()
     with pytest.raises(DownloadError, match="which is not there"): download(settings)
 
 
 @pytest.mark.parametrize("content, words", [
-    ("", "the file is empty"), ("not json\n", "not JSON"), ('{"a": 1}\n', "no list `messages`"), (None, "no such")])
+    ("", "the file is empty"), ("\n \n", "only blank lines"), ("not json\n", "not JSON"), ('{"a": 1}\n', "no list `messages`"), (None, "no such")])
 def test_bad_local_lines(tmp_path, content, words):
     path = tmp_path / "rows.jsonl"
     if content is not None: path.write_text(content)

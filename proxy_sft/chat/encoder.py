@@ -169,8 +169,9 @@ class Renderer(Coder):
         except self._refused: return apply_template(*plain)  # its error is the reference's
 
 # %% ../../nbs/chat/03_encoder.ipynb #controls-written-export
-def _answers_of(messages: list) -> list: # whether each assistant message has calls
-    return [bool(message.get("tool_calls")) for message in messages if message["role"] == "assistant"]
+def _answers_of(messages: list) -> list: # whether each assistant message has calls; None: it is switched off
+    return [bool(message.get("tool_calls")) if message.get("train") is not False else None
+            for message in messages if message["role"] == "assistant"]
 
 
 def _written_controls(messages: list, answers: list, tools: bool, weights: list) -> int:
@@ -181,7 +182,7 @@ def _written_controls(messages: list, answers: list, tools: bool, weights: list)
     if "tool" in roles:  # a run of results is one turn
         results, runs = roles.count("tool"), sum([a == "tool" != b for a, b in zip(roles, [*roles[1:], ""])])
         count += result * results - turn * (results - runs)
-    if True in answers:
+    if True in answers or None in answers:
         count += call * sum([len(m.get("tool_calls") or ()) for m in messages if m["role"] == "assistant"])
     return count + (frame + turn * (roles[0] != "system") if tools else 0)
 
@@ -214,7 +215,7 @@ def _row_text(row: dict, renderer: Renderer) -> tuple[Optional[str], list, int]:
         controls = _written_controls(messages, answers, bool(tools), renderer._weights)
     except orjson.JSONDecodeError: return None, [], -1  # NaN, lone surrogates
     except (KeyError, IndexError, TypeError): return _parsed_text(renderer, *row_parts(row))  # out of the ordinary
-    if True in answers and "e+" in text: text = renderer.text(*row_parts(row))  # orjson may have rounded a big integer
+    if (True in answers or None in answers) and "e+" in text: text = renderer.text(*row_parts(row))  # orjson may have rounded a big integer
     return text, answers, controls
 
 
@@ -285,13 +286,15 @@ def _count_literals(ids: np.ndarray, offsets: np.ndarray, written: list, control
 
 
 def _trained_tokens(encoder: Any, ids: np.ndarray, offsets: np.ndarray, answers: list) -> tuple[np.ndarray, set, dict]:
-    "Which tokens are trained; rows that need the reference path; rows to divide, in front of which answer. `answers`: of each row, whether each has calls."
+    "Which tokens are trained; rows that need the reference path; rows to divide, in front of which answer. `answers`: of each row, as `_answers_of` has them."
     heads, starts, ends, joined = _answers(ids, encoder.header, encoder.prompt, encoder.stop)
     row, count = np.searchsorted(offsets, heads, side="right") - 1, len(answers)
     other = np.bincount(row, minlength=count) != [*map(len, answers)]
     known, chosen = ~other[row], np.ones(len(row), bool)
     if encoder.train_on == "last": chosen = np.append(row[1:] != row[:-1], True)[:len(row)]
-    if encoder.train_on == "calls": chosen[known] = [calls for i in np.flatnonzero(~other) for calls in answers[i]]
+    if encoder.train_on == "calls": chosen[known] = [calls is True for i in np.flatnonzero(~other) for calls in answers[i]]
+    if any(None in some for some in answers):
+        chosen[known] &= np.array([a is not None for i in np.flatnonzero(~other) for a in answers[i]], bool)
     chosen &= known
     last = np.flatnonzero(chosen)
     last = last[np.append(row[last][1:] != row[last][:-1], True)[:len(last)]]  # of each row's chosen answers

@@ -17,6 +17,7 @@ import orjson
 
 # %% ../../nbs/chat/06_parity_counts.ipynb #imports-own
 from .encoder import json_text, match_at, row_parts, TokenRows
+from .masks import answer_is_on
 from proxy_sft.chat.parity_turns import (
     call_text, Inspection, lost_parts, normal_form, parse_back, ROLES, server_prompts, turn_parity
 )
@@ -176,15 +177,17 @@ def _turns_in_order(
     spans: Spans,
     sums: np.ndarray,
     calls: list,
+    on: list,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Of each row whether its tokens are in order; of its answers the first token behind the header, and the one behind the stop. `sums`: trained tokens before each; `calls`: for each answer of a row whether it has calls; None: not asked."
+    "Of each row whether its tokens are in order; of its answers the first token behind the header, and the one behind the stop. `sums`: trained tokens before each; `calls`, `on`: for each answer of a row whether it has calls, and whether the data want it trained; None: not asked."
     (row, _, start, end), ids = (column[spans.role == 2] for column in spans), tokens.ids
     fine = np.bincount(row, minlength=len(tokens)) == [-1 if some is None else len(some) for some in calls]
     known = fine[row]
     called, chosen = np.zeros(len(row), bool), np.ones(len(row), bool)
     called[known] = [flag for some, ok in zip(calls, fine) if ok for flag in some]
     if inspection.train_on == "last": chosen = np.append(row[1:] != row[:-1], True)[:len(row)]
-    if inspection.train_on == "calls": chosen = called
+    if inspection.train_on == "calls": chosen = called.copy()
+    chosen[known] &= np.array([flag for some, ok in zip(on, fine) if ok for flag in some], bool)
     begin = start + len(inspection.served)
     stops, opens = np.flatnonzero(ids == inspection.stop), np.flatnonzero(ids == inspection.open)
     behind = np.append(stops, len(ids) + 1)[np.searchsorted(stops, begin)] + 1
@@ -212,8 +215,9 @@ def _rows_in_order(
         for row, ok in zip(rows, known)
     ]
     calls = [part and [bool(m.get("tool_calls")) for m in part[0] if m["role"] == "assistant"] for part in parts]
+    on = [part and [answer_is_on(m) for m in part[0] if m["role"] == "assistant"] for part in parts]
     spans, sums = spans_of(inspection, tokens), np.concatenate([[0], np.cumsum(tokens.trained, dtype=np.int32)])
-    fine, begin, behind = _turns_in_order(inspection, tokens, spans, sums, calls)
+    fine, begin, behind = _turns_in_order(inspection, tokens, spans, sums, calls, on)
     answers = np.flatnonzero(spans.role == 2)
     edges, first = (
         np.searchsorted(spans.row[answers], np.arange(len(rows) + 1)),

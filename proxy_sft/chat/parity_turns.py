@@ -16,7 +16,7 @@ import numpy as np
 
 # %% ../../nbs/chat/05_parity_turns.ipynb #imports-own
 from .encoder import ChatEncoder, json_text, Renderer
-from .masks import generation_prompt
+from .masks import answer_is_on, generation_prompt
 from proxy_sft.chat.templates import (
     ChatError, control_tokens, encode_text, render_marked, served_template, serving_options, STOP_TOKEN
 )
@@ -95,14 +95,15 @@ def turn_parity(
     named = {"all": asked, "last": asked[-1:], "calls": [i for i in asked if messages[i].get("tool_calls")]}
     if len(spans) != len(asked): raise ChatError(f"{len(asked)} assistant messages became {len(spans)} turns")
     for index, (a, b), prompt in zip(asked, spans, prompts):
+        is_chosen = index in named[inspection.train_on] and answer_is_on(messages[index])
         exact = a < len(prompt) <= b and np.array_equal(ids[:len(prompt)], prompt)
         served = ids[a:a + len(inspection.served)].tolist() == inspection.served
         begin = len(prompt) if exact else a + len(inspection.served if served else inspection.encoder.header)
         stops = begin + np.flatnonzero(ids[begin:b] == inspection.stop)
         end = int(stops[0]) + 1 if len(stops) else b
         out.append(TurnParity(
-            index, index in named[inspection.train_on], bool(trained[a:b].any()), bool(exact),
-            bool(len(stops) and trained[end - 1]), int(trained[a:begin].sum() + trained[end:b].sum()), prompt,
+            index, is_chosen, bool(trained[a:b].any()), bool(exact), bool(len(stops) and trained[end - 1]),
+            int(trained[a:begin].sum() + trained[end:b].sum() if is_chosen else trained[a:b].sum()), prompt,
             (begin, end)))
     return out
 

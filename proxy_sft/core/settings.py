@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'DATA_ENDINGS', 'RENAMED', 'SettingsError', 'Group', 'Places', 'Conversion', 'Rendering', 'Training',
            'Hardware', 'Record', 'as_meant', 'text_as_meant', 'Settings', 'is_repository', 'repository_root',
-           'in_folder', 'is_path', 'place', 'train_file', 'conversion_choices', 'converted_name', 'configs_dir',
-           'profile_names', 'did_you_mean', 'profile_file', 'read_profile', 'load_settings', 'yaml_scalar',
-           'check_names', 'plain_words', 'spelling', 'notebook_parameters', 'command_line', 'parameter_words',
-           'settings_table', 'save_settings', 'deepspeed_file', 'zero_settings', 'offloads']
+           'in_folder', 'is_path', 'place', 'train_file', 'conversion_choices', 'chosen_part', 'short_hash',
+           'converted_name', 'configs_dir', 'profile_names', 'did_you_mean', 'profile_file', 'read_profile',
+           'load_settings', 'yaml_scalar', 'check_names', 'plain_words', 'spelling', 'notebook_parameters',
+           'command_line', 'parameter_words', 'settings_table', 'save_settings', 'deepspeed_file', 'zero_settings',
+           'offloads']
 
 # %% ../../nbs/core/01_settings.ipynb #imports
 import difflib
@@ -55,7 +56,13 @@ class Places(Group):
     output_dir: Optional[str] = Field(
         None, min_length=1, description="folder of the run; workspace/runs/<run_name> when not set"
     )
-    max_rows: Optional[int] = Field(None, ge=1, description="download: stop after so many rows, for a taste")
+    dataset_config: Optional[str] = Field(
+        None, min_length=1, description="which of the dataset's configurations; needed where it has several"
+    )
+    dataset_split: Optional[str] = Field(
+        None, min_length=1, description="which of its splits; train when not set, or what the only training split is called"
+    )
+    max_rows: Optional[int] = Field(None, ge=1, description="only so many rows of the dataset, for a taste")
     bfcl: Optional[str] = Field(
         None,
         min_length=1,
@@ -67,7 +74,7 @@ class Places(Group):
 class Conversion(Group):
     "How `01_convert` reads, repairs, rejects and splits rows."
     strictness: Literal["strict", "default", "lenient"] = Field(
-        "default", description="how defects are treated, see the policy table in data/03_schema"
+        "default", description="how defects are treated, see the policy table in data/02_policy"
     )
     tool_rows_only: bool = Field(False, description="convert only rows that declare tools")
     tool_chat_ratio: Optional[float] = Field(
@@ -274,7 +281,9 @@ class Settings(Record, Hardware, Training, Rendering, Conversion, Places):
     @property
     def train_file(self) -> Path:
         folder = place(self.dataset, self.root, self.workspace_dir / "data")
-        return train_file(folder) if is_path(self.dataset) else folder / "train.jsonl"
+        if is_path(self.dataset): return train_file(folder)
+        part = chosen_part(self)
+        return (folder.with_name(f"{folder.name}-{short_hash(part)}") if part else folder) / "train.jsonl"
     @property
     def converted_dir(self) -> Path: return self.workspace_dir / "converted" / converted_name(self)
     @property
@@ -319,18 +328,28 @@ def train_file(data: Path) -> Path: # the file that conversion reads
 # %% ../../nbs/core/01_settings.ipynb #converted-name
 def conversion_choices(settings: "Settings") -> dict[str, Any]: # setting -> value
     "The settings that decide what conversion writes, beside its input."
-    return {name: getattr(settings, name) for name in (*Conversion.model_fields, "seed")}
+    return {name: getattr(settings, name) for name in (*Conversion.model_fields, "seed", "max_rows")}
+
+def chosen_part(settings: "Settings") -> dict[str, str]: # setting -> value; empty where nothing is chosen
+    "The settings that choose among a dataset's files."
+    given = {name: getattr(settings, name) for name in ("dataset_config", "dataset_split")}
+    return {name: value for name, value in given.items() if value is not None}
+
+def short_hash(made_from: dict[str, Any]) -> str: # 8 hex digits
+    "A few digits that tell two folders apart."
+    return blake3(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
 
 def converted_name(settings: "Settings") -> str: # a folder name below `converted/`
     "The dataset's name; with a short hash where two inputs, or two ways to convert one, would share a folder."
     if settings.dataset == "demo": return "demo"
     usual = Settings.model_fields
     made_from = {n: v for n, v in conversion_choices(settings).items() if v != usual[n].default}
+    made_from |= chosen_part(settings)
     if not is_path(settings.dataset): name = settings.dataset
     else:
         path = in_folder(settings.root, settings.dataset).resolve()
         name, made_from["path"] = re.sub(f"({'|'.join(map(re.escape, DATA_ENDINGS))})$", "", path.name), str(path)
-    return f"{name}-{blake3(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]}" if made_from else name
+    return f"{name}-{short_hash(made_from)}" if made_from else name
 
 # %% ../../nbs/core/01_settings.ipynb #profiles
 def configs_dir() -> Path: # the folder of profiles

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'MAX_DEPTH', 'MAX_DIGITS', 'MAX_FOLDS', 'MAX_REPEATED', 'MAX_BITS', 'ESCAPE', 'SIMPLE', 'ODD_ESCAPE',
-           'NUMERIC', 'TOKEN', 'STRENGTH', 'CLOSING', 'WORDS', 'PREFIXES', 'WORD_REASONS', 'BEFORE_REASONS',
-           'AFTER_REASONS', 'PLAIN', 'PLAIN_KINDS', 'PLAIN_ELEMENT', 'SPACE', 'HOOKS', 'read_json', 'CallError',
-           'call_error', 'find_quote', 'decode_escape', 'read_string', 'read_integer', 'write_integer', 'read_number',
-           'weigh', 'repeat', 'power', 'compute', 'Frame', 'Reader', 'count_fold', 'reduce_top', 'push_operator',
-           'finish_element', 'finish_key', 'close_bracket', 'read_word', 'blame', 'read_operand', 'read_operator',
-           'read_plain', 'skip_blank', 'read_value', 'unique', 'finite', 'refuse_constant', 'read_bulky']
+           'NUMERIC', 'TOKEN', 'STRENGTH', 'CLOSING', 'DATE_LIKE', 'WORDS', 'PREFIXES', 'WORD_REASONS',
+           'BEFORE_REASONS', 'AFTER_REASONS', 'PLAIN', 'PLAIN_KINDS', 'PLAIN_ELEMENT', 'SPACE', 'HOOKS', 'read_json',
+           'CallError', 'call_error', 'find_quote', 'decode_escape', 'read_string', 'read_integer', 'write_integer',
+           'read_number', 'weigh', 'repeat', 'power', 'compute', 'Frame', 'Reader', 'count_fold', 'reduce_top',
+           'push_operator', 'refuse_date', 'finish_element', 'finish_key', 'close_bracket', 'read_word', 'blame',
+           'read_operand', 'read_operator', 'read_plain', 'skip_blank', 'read_value', 'unique', 'finite',
+           'refuse_constant', 'read_bulky']
 
 # %% ../../nbs/data/01_values.ipynb #imports
 import json
@@ -251,9 +252,10 @@ class Frame:
 
 class Reader:
     "One text, what it is read with, and what was noticed."
-    __slots__ = "text", "tools", "fold", "repairs", "folds", "json_reads"
-    def __init__(self, text:str, tools:list|None=None, fold:bool=True, repairs:list|None=None): # as in `parse_calls`
-        self.text, self.tools, self.fold, self.repairs, self.folds = text, tools, fold, repairs, 0
+    __slots__ = "text", "tools", "fold", "repairs", "names", "keys", "folds", "json_reads"
+    def __init__(self, text:str, tools:list|None=None, fold:bool=True, repairs:list|None=None, names:list=()):
+        self.text, self.tools, self.fold, self.repairs = text, tools, fold, repairs # as in `parse_calls`
+        self.names, self.keys, self.folds = names, {}, 0 # keys: of a function, those that the grammar does not read
         self.json_reads = None # not known yet
 
     def may_read_json(self) -> bool: # JSON means something else by `\/`, and recurses
@@ -308,6 +310,21 @@ def push_operator(
     while operator != "**" and waiting and STRENGTH[waiting[-1]] >= strength: reduce_top(reader, frame, pos)
     waiting.append(operator)
 
+# %% ../../nbs/data/01_values.ipynb #calls-dates
+DATE_LIKE = re.compile(r"""(?<![\w.]) (?: \d{1,4}([-/])\d{1,4}(?:\1\d{1,4})+ | \d{4}-\d{1,2} | \d{1,2}/\d{4}
+    | \d{3,4}-\d{4} ) (?![\w.])""", re.X)
+
+def refuse_date(
+    reader:Reader, # the text
+    pos:int,       # a `-` or `/` between two values
+) -> None: # CallError when it stands in a date
+    "Refuse to compute what looks like a date or a number with dashes."
+    start = pos
+    while start > max(0, pos - 10) and reader.text[start - 1] in "0123456789-/": start -= 1
+    match = DATE_LIKE.match(reader.text, start)
+    if match and re.search(r"[-/]0[0-9]", match[0]): return  # the leading zero is refused where it stands
+    if match and match.end() > pos: raise reader.fail(start, "expression", f"a date or a number with dashes, {match[0]!r}")
+
 # %% ../../nbs/data/01_values.ipynb #calls-element
 def finish_element(
     reader:Reader, # the text
@@ -345,7 +362,9 @@ def close_bracket(
     if frame.operands: finish_element(reader, frame, pos)
     value = frame.items
     if frame.opening == "(":
-        if len(value) == 1 and not frame.comma: value = value[0]
+        if len(value) == 1 and not frame.comma:
+            value, signs = value[0], stack[-1].operators
+            if signs and signs[-1].startswith("sign"): count_fold(reader, signs[-1][-1], frame.position)
         else: reader.note("tuple", frame.position)
     stack[-1].operands.append(value)
     return pos + 1, True
@@ -429,7 +448,9 @@ def read_operator(
     frame, match = stack[-1], TOKEN.match(reader.text, pos)
     kind, token = (match.lastgroup, match[0]) if match else (None, "")
     if kind == "close": return close_bracket(reader, stack, pos)
-    if kind == "operator": push_operator(reader, frame, token, pos)
+    if kind == "operator":
+        if token in "-/": refuse_date(reader, pos)
+        push_operator(reader, frame, token, pos)
     elif token == ":": finish_key(reader, frame, pos)
     elif token == ",":
         finish_element(reader, frame, pos)
@@ -450,6 +471,8 @@ def read_plain(
 ) -> tuple[int, bool]: # where to go on, and whether an operator may follow
     "A plain literal and the comma or colon behind it in one step."
     kind, after, text = match.lastindex, match.end(), reader.text
+    if frame.operators and frame.operators[-1].startswith("sign") and text[match.start(kind)] == "-":
+        count_fold(reader, "-", match.start(kind))  # `--42` is an expression, in brackets as well
     frame.operands.append(match[kind] if kind < 3 else PLAIN_KINDS[kind](match[kind]))
     if text[after - 1] == ",":
         finish_element(reader, frame, after - 1)

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..chat.encoder import row_parts
-from ..data.schema import check_call, DefectError
+from ..data.policy import DefectError
+from ..data.schema import check_call
 
 # %% ../../nbs/evaluation/01_answers.ipynb #error-export
 class EvaluateError(ValueError):
@@ -325,15 +326,17 @@ def turns_of(
     row: int = 0, # its line
     **more: Any, # further fields of HeldoutTurn
 ) -> list[HeldoutTurn]: # empty for a conversation without tools
-    "The questions in a conversation."
+    "The questions in a conversation; an answer that the data switch off (`train`) is none to compare with."
     if not tools: return []
     request, steps, requests = 0, Counter(), []
     for message in messages:
         request += message["role"] == "user"
         steps[request] += bool(message.get("tool_calls"))
         requests.append(request)
-    return [HeldoutTurn(row, k, messages[:k + 1], tools, steps[requests[k]], **more)
-            for k, m in enumerate(messages) if m["role"] == "assistant"]
+    asked = [k for k, m in enumerate(messages) if m["role"] == "assistant" and m.get("train") is not False]
+    if any("train" in m for m in messages): # servers do not know that field
+        messages = [{key: value for key, value in m.items() if key != "train"} for m in messages]
+    return [HeldoutTurn(row, k, messages[:k + 1], tools, steps[requests[k]], **more) for k in asked]
 
 # %% ../../nbs/evaluation/01_answers.ipynb #choose-export
 def read_rows(
