@@ -64,7 +64,9 @@ def model_differences(settings: Settings) -> list[str]: # sentences
 def dataset_differences(settings: Settings) -> list[str]: # sentences
     "How the downloaded rows differ from those that the settings name."
     try: input_of(settings)
-    except ConvertError as error: return [f"The dataset {settings.dataset} is not there: {error.found}"]
+    except ConvertError as error:
+        found = f"{settings.train_file} does not exist." if error.reason == "missing_file" else error.found
+        return [f"The dataset {settings.dataset} is not there: {found}"]
     if is_path(settings.dataset) or settings.dataset == "demo": return []
     found = record_differences(settings.data_dir, "dataset", settings.dataset, settings.dataset_revision)
     made = (record_of(settings.data_dir / "download.json").get("train") or {}).get("from") or {}
