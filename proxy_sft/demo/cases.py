@@ -30,6 +30,7 @@ class Case:
 
 CASES: dict[str, Case] = {}  # name -> case
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-plant
 def plant(
     copies:int,            # in how many rows
     outcome:str="kept",    # what the converter does by default: kept, repaired or rejected
@@ -58,6 +59,7 @@ def custom(
         message("assistant", answer),
     ]
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-note-tool
 def note_tool(**properties) -> dict:
     "A tool `notes.save` with the given parameters, none of them required."
     parameters = {"properties": properties, "type": "object"}
@@ -66,6 +68,7 @@ def note_tool(**properties) -> dict:
         "type": "function",
     }
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-note
 def note(
     arguments:str,       # what stands between the parentheses
     rng:random.Random,   # makes the row its own
@@ -89,6 +92,7 @@ def json_literals(rng):
     "`true` and `null` beside keyword arguments."
     return note('text="a", done=true, tag=null', rng, text=STRING, done=BOOLEAN, tag={})
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-nested-arguments
 @plant(3)
 def nested_arguments(rng):
     "Lists and dicts in each other, spellings mixed."
@@ -103,6 +107,7 @@ def raw_newline(rng):
     "A line break inside a string: still one call."
     return note('text="first line\nsecond line"', rng)
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-escapes
 @plant(2)
 def escapes(rng):
     "Escapes of both languages, and quotes in quotes."
@@ -144,6 +149,7 @@ def odd_tool_names(rng):
     "A hyphen and a slash in the tool's name."
     return renamed(note('text="a"', rng), "notes-api/save")
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-non-ascii
 @plant(2)
 def non_ascii(rng):
     "Text outside ASCII in calls, results and answers."
@@ -155,6 +161,7 @@ def positional_arguments(rng):
     "Arguments without names, in the order of the schema."
     return note('"a", 3', rng, text=STRING, count=INTEGER)
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-leftover-tags
 @plant(2, "repaired", "xml_tags")
 def leftover_tags(rng):
     "The tags that the system text asks for, left in the column."
@@ -180,6 +187,7 @@ def empty_string_calls(rng):
     "`function_calls` is an empty string."
     return plain_after_call(rng, "")
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-text-with-call
 @plant(3)
 def text_with_call(rng):
     "Text and a call in one message: both stay."
@@ -194,6 +202,7 @@ def array_result(rng):
     messages = note('text="a"', rng)
     return [*messages[:3], message("environment", '[{"id": 1}, {"id": 2}]'), messages[-1]]
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-truncated-result
 @plant(2)
 def truncated_result(rng):
     "A result that is cut off; there is one call, so it is that one's."
@@ -216,6 +225,7 @@ def bare_tools(rng):
     "Tools without the wrapper around the function."
     return with_functions(one_call(rng), lambda tools: [tool["function"] for tool in tools])
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-loose-type-names
 @plant(3)
 def loose_type_names(rng):
     "`dict`, `int`, `float` and `bool` as type names."
@@ -260,6 +270,7 @@ def control_tokens(rng):
     question = message("user", f"{draw('person', rng)[0]} asks what <|im_start|>, <|im_end|> and <tool_call> mean.")
     return [*one_call(rng), question, message("assistant", "<|im_start|> starts a message, <|im_end|> ends it.")]
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-call-as-text
 @plant(2, "rejected", "tool_call_in_text")
 def call_as_text(rng):
     "A text that reads like a call in Qwen3's own form."
@@ -274,6 +285,7 @@ def closed_think(rng):
     messages[2]["content"] = "<think>I should search.</think>"
     return messages
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-stray-think
 @plant(1, "rejected", "stray_think")
 def stray_think(rng):
     "A closing tag of reasoning that was never opened."
@@ -300,6 +312,7 @@ def unseen_tool(rng):
     call = draw_call(rng.choice(UNSEEN_TOOLS), rng)
     return conversation([call], exchange([call], rng), rng)
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-text-then-call
 @plant(3, "repaired", "text_then_call")
 def text_then_call(rng):
     "A text turn of the assistant, followed by its call turn."
@@ -317,6 +330,7 @@ def empty_assistant(rng):
     messages = one_call(rng)
     return [*messages[:-1], message("assistant"), messages[-1]]
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-no-final-answer
 @plant(2, "kept", "no_final_answer")
 def no_final_answer(rng):
     "Two questions; the second one's results are the end."
@@ -341,6 +355,7 @@ def empty_answer(rng):
     first = [*exchange(calls[:1], rng)[:-1], message("assistant")]
     return conversation(calls, [*first, *exchange(calls[1:], rng)], rng)
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-consecutive-users
 @plant(1, "kept", "consecutive_users")
 def consecutive_users(rng):
     "Two user messages in a row."
@@ -370,6 +385,7 @@ def calls_on_user(rng):
     messages = one_call(rng)
     return [messages[0], {**messages[1], "function_calls": messages[2]["function_calls"]}, *messages[2:]]
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-calls-on-environment
 @plant(1, "rejected", "calls_on_environment")
 def calls_on_environment(rng):
     "Calls on an environment message."
@@ -388,6 +404,7 @@ def fewer_results(rng):
     messages = two_calls(rng)
     return [*messages[:3], message("environment", messages[3]["content"].split("\n")[0]), *messages[4:]]
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-more-results
 @plant(4, "rejected", "count_mismatch")
 def more_results(rng):
     "Two calls, three environment messages."
@@ -421,6 +438,7 @@ def conflicting_tools(rng):
     calls = draw_calls(1, rng, TOOLS[:8])
     return with_functions(conversation(calls, exchange(calls, rng), rng, (0,)), change)
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-results-regrouped
 @plant(2, "repaired", "results_regrouped")
 def results_regrouped(rng):
     "Three calls; two environment messages hold three JSON values."
@@ -444,6 +462,7 @@ def malformed_tools(rng):
 
 STRICT = {"text": STRING, "level": {"type": "string", "enum": ["low", "high"]}, "count": INTEGER}
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-missing-required
 @plant(2, "rejected", "schema_violation")
 def missing_required(rng):
     "A required argument is missing."
@@ -457,6 +476,7 @@ def wrong_type(rng):
     "A string where the schema wants a whole number."
     return note('text="a", count="many"', rng, **STRICT)
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-not-in-enum
 @plant(2, "rejected", "schema_violation")
 def not_in_enum(rng):
     "A value outside of the schema's list."
@@ -482,6 +502,7 @@ for name, arguments in {
     "unpacked": '**{"text": "a"}', "number_keys": "value={1: 2}",
 }.items(): malformed(name, arguments)
 
+# %% ../../nbs/demo/03_cases.ipynb #demo-prose-calls
 @plant(1, "rejected", "malformed_calls")
 def prose_calls(rng):
     "Prose where calls should be."

@@ -29,6 +29,7 @@ def question_text(
     text = opener + joint.join(requests)
     return text[0].upper() + text[1:] + ("?" if opener.startswith("C") else ".")
 
+# %% ../../nbs/demo/02_conversations.ipynb #demo-spell-result
 def spell_result(
     call:DemoCall,  # a call with its result
 ) -> str:  # JSON text; for the science tool a list of text parts
@@ -36,6 +37,7 @@ def spell_result(
     if call.tool.name != SCIENCE_TOOL.name: return json.dumps(call.result, ensure_ascii=False)
     return json.dumps([{"type": "text", "text": json.dumps(call.result), "annotations": None, "meta": None}])
 
+# %% ../../nbs/demo/02_conversations.ipynb #demo-call-turn
 def call_turn(
     calls:list[DemoCall],   # one assistant message's calls
     rng:random.Random,      # chooses spellings
@@ -47,6 +49,7 @@ def call_turn(
     spelled = "\n".join(spell_call(call, rng) for call in calls)
     return [message("assistant", None, spelled), *(message("environment", content) for content in contents)]
 
+# %% ../../nbs/demo/02_conversations.ipynb #demo-exchange-more
 def exchange(
     calls:list[DemoCall],   # the calls that answer one question
     rng:random.Random,      # chooses words and spellings
@@ -68,6 +71,7 @@ SYSTEM_TEXTS = (
     "You are a helpful assistant. " + TAG_SENTENCES + "Be brief.",
     "You are a helpful function-calling AI assistant. " + TAG_SENTENCES.rstrip())
 
+# %% ../../nbs/demo/02_conversations.ipynb #demo-system-message
 def system_message(
     tools:list[DemoTool],   # the tools of the conversation
     rng:random.Random,      # chooses the text and the order of the tools
@@ -77,6 +81,7 @@ def system_message(
     functions = json.dumps([tool.schema() for tool in shuffled], ensure_ascii=False)
     return message("system", rng.choice(SYSTEM_TEXTS), functions=functions)
 
+# %% ../../nbs/demo/02_conversations.ipynb #demo-conversation
 def conversation(
     calls:list[DemoCall],    # every call of the conversation
     messages:list[dict],     # all messages after the system's
@@ -100,6 +105,7 @@ def kind(
         return maker
     return enter
 
+# %% ../../nbs/demo/02_conversations.ipynb #demo-draw-calls
 def draw_calls(
     count:int,          # how many calls
     rng:random.Random,  # where chance comes from
@@ -115,6 +121,7 @@ def single(rng):
     calls = draw_calls(1, rng)
     return conversation(calls, exchange(calls, rng), rng)
 
+# %% ../../nbs/demo/02_conversations.ipynb #demo-other-language
 @kind(4)
 def other_language(rng):
     "One question in Spanish or Chinese, one call, an answer in that language."
@@ -137,6 +144,7 @@ def two_tools(rng):
     calls = draw_calls(2, rng)
     return conversation(calls, exchange(calls, rng), rng)
 
+# %% ../../nbs/demo/02_conversations.ipynb #demo-separate-results
 @kind(3)
 def separate_results(rng):
     "Calls of two tools in one message, one environment message per call."
@@ -152,6 +160,7 @@ def several_steps(rng):
     turns = [turn for call in calls for turn in call_turn([call], rng)]
     return conversation(calls, [message("user", question), *turns, answer], rng)
 
+# %% ../../nbs/demo/02_conversations.ipynb #demo-several-turns
 @kind(34)
 def several_turns(rng):
     "Two to four questions, each with its call, of two tools."
@@ -176,6 +185,7 @@ def no_tool_fits(rng):
     )
     return [system, *messages]
 
+# %% ../../nbs/demo/02_conversations.ipynb #demo-small-talk
 @kind(4)
 def small_talk(rng):
     "A call, and then thanks, which need no call."
@@ -189,6 +199,7 @@ def science(rng):
     call = draw_call(SCIENCE_TOOL, rng)
     return conversation([call], exchange([call], rng), rng)
 
+# %% ../../nbs/demo/02_conversations.ipynb #demo-web-search
 @kind(3)
 def web_search(rng):
     "A question for the web."
@@ -215,6 +226,7 @@ CAPITALS = {  # Aya: question, answer, and their pairs
     "ما هي عاصمة {}؟": ("عاصمة {} هي {}.", {"فرنسا": "باريس", "مصر": "القاهرة", "اليابان": "طوكيو"}),
 }
 
+# %% ../../nbs/demo/02_conversations.ipynb #demo-capital
 def capital(rng):
     "A question about a capital in one of five languages."
     question = rng.choice(list(CAPITALS))
@@ -245,6 +257,7 @@ def in_capitals(rng):
     word, times = draw("word", rng)[0], rng.randrange(2, 6)
     return f"Say {word} {times} times in capitals, nothing else.", " ".join([word.upper()] * times)
 
+# %% ../../nbs/demo/02_conversations.ipynb #demo-refusal
 def refusal(rng):
     "A request that is refused."
     return (
@@ -257,6 +270,7 @@ def small_essay(rng):
     animal, person = rng.choice(ANIMALS), draw("person", rng)[0]
     return f"Write a line about {animal} for {person}.", f"Dear {person}, {animal} are wonderful."
 
+# %% ../../nbs/demo/02_conversations.ipynb #demo-sentiment
 def sentiment(rng):
     "Positive or negative."
     good, thing = rng.random() < 0.5, rng.choice(THINGS)
@@ -273,6 +287,7 @@ CHAT_SOURCES = [  # source_dataset, domain, maker
     ("WildJailbreak", "Safety", refusal), ("FLAN", "Other", sentiment)]
 TOOL_SOURCE = ("Dolci Instruct Tool Use", "Tool Use")
 
+# %% ../../nbs/demo/02_conversations.ipynb #demo-chat-messages
 def chat_messages(
     maker:Callable,     # makes a question and its answer
     rng:random.Random,  # where chance comes from

@@ -34,6 +34,7 @@ def kinds_of_words() -> tuple[dict[str, int], dict[str, int]]:  # parameter name
     assert len(kinds) < MARKS, f"{len(kinds)} kinds of values, and marks for {MARKS - 1} only"
     return names, values
 
+# %% ../../nbs/demo/06_model.ipynb #demo-start-words
 def start_words(
     model,      # `transformers.Qwen3ForCausalLM` with random weights
     tokenizer,  # of the demo
@@ -71,6 +72,7 @@ def by_heads(
     keys.copy_(queries[:, 0])
     return queries, keys, values, attention.o_proj.weight.view(hidden, groups, -1, width)
 
+# %% ../../nbs/demo/06_model.ipynb #demo-start-places
 def start_places(
     layer,   # the first
     config,  # of the model
@@ -115,6 +117,7 @@ def start_copying(
         outputs[:, group] = 0.6 * written[:, None, part] / outputs.shape[2]
     layer.self_attn.q_norm.weight.fill_(2.0)
 
+# %% ../../nbs/demo/06_model.ipynb #demo-give-head-start
 def give_head_start(
     model,      # `transformers.Qwen3ForCausalLM` with random weights
     tokenizer,  # of the demo
@@ -128,38 +131,25 @@ def give_head_start(
     return model
 
 # %% ../../nbs/demo/06_model.ipynb #demo-model-build
-DEMO_MODEL = dict(
-    hidden_size=128,
-    intermediate_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=32,
-)
+DEMO_MODEL = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8,
+                  num_key_value_heads=4, head_dim=32)
 
+# %% ../../nbs/demo/06_model.ipynb #demo-demo-config
 def demo_config(
     tokenizer,  # of the demo
     **changes,  # other values for `Qwen3Config`, not for the sizes in `DEMO_MODEL`
 ):  # `transformers.Qwen3Config`
     "Qwen3-8B's config, with everything that makes it large made small."
     from transformers import Qwen3Config
-    return Qwen3Config(
-        **{
-            **DEMO_MODEL,
-            "vocab_size": -(-len(tokenizer) // 64) * 64,
-            "max_position_embeddings": 4096,
-            "rope_theta": 10_000.0,
-            "initializer_range": 0.05,
-            "tie_word_embeddings": False,
-            "max_window_layers": DEMO_MODEL["num_hidden_layers"],
-            "bos_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "dtype": "float32",
-            "architectures": ["Qwen3ForCausalLM"],
-            **changes,
-        }
-    )
+    return Qwen3Config(**{
+        **DEMO_MODEL, "vocab_size": -(-len(tokenizer) // 64) * 64, "max_position_embeddings": 4096,
+        "rope_theta": 10_000.0, "initializer_range": 0.05, "tie_word_embeddings": False,
+        "max_window_layers": DEMO_MODEL["num_hidden_layers"], "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "dtype": "float32", "architectures": ["Qwen3ForCausalLM"],
+        **changes,
+    })
 
+# %% ../../nbs/demo/06_model.ipynb #demo-build-demo-model
 def build_demo_model(
     tokenizer,           # of the demo
     seed:int=DEMO_SEED,  # same seed, same weights
@@ -175,13 +165,8 @@ def build_demo_model(
         try: model = give_head_start(Qwen3ForCausalLM(demo_config(tokenizer, **changes)), tokenizer)
         finally: torch.set_num_threads(threads)
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.pad_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        do_sample=True,
-        temperature=0.6,
-        top_k=20,
-        top_p=0.95,
-        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
+        bos_token_id=tokenizer.pad_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=0.6,
+        top_k=20, top_p=0.95, eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
     )
     return model
 
@@ -211,6 +196,7 @@ def write_demo_model(
         shutil.rmtree(aside, ignore_errors=True)
     return target
 
+# %% ../../nbs/demo/06_model.ipynb #demo-publish-folder
 def publish_folder(
     aside:Path,   # complete folder on the same file system
     target:Path,  # its name from now on

@@ -38,6 +38,7 @@ def planned_kinds(
     rng.shuffle(names)
     return names
 
+# %% ../../nbs/demo/04_rows.ipynb #demo-build-messages
 def build_messages(
     name:str,           # what to plant: a case, a kind or `chat`
     rng:random.Random,  # where chance comes from
@@ -81,6 +82,7 @@ def build_demo(
         plan.append({"id": row_id, "planted": "duplicate_row", "outcome": "kept", "reason": None})
     return rows, plan
 
+# %% ../../nbs/demo/04_rows.ipynb #demo-demo-rows
 def demo_rows(
     n:int=DEMO_ROWS,     # rows; at least as many as there are planted ones
     seed:int=DEMO_SEED,  # same seed, same rows

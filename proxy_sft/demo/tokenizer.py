@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'MARKUP_TOKENS', 'SPLIT_PATTERN', 'DEMO_VOCABULARY', 'stock_template', 'demo_texts', 'train_bpe',
-           'tokenizer_files', 'write_files', 'build_demo_tokenizer']
+           'tokenizer_config', 'tokenizer_files', 'write_files', 'build_demo_tokenizer']
 
 # %% ../../nbs/demo/05_tokenizer.ipynb #imports
 import json
@@ -57,17 +57,8 @@ def train_bpe(
     vocabulary:int=DEMO_VOCABULARY, # bytes and merges
 ):  # `tokenizers.Tokenizer`
     "A byte-level BPE in Qwen3's make, with its added tokens."
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
+    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, Regex, Tokenizer
+    from tokenizers.trainers import BpeTrainer
     tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix=""))
     tokenizer.normalizer = normalizers.NFC()
     byte_level = dict(add_prefix_space=False, trim_offsets=False, use_regex=False)
@@ -75,12 +66,26 @@ def train_bpe(
         pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"), pre_tokenizers.ByteLevel(**byte_level)])
     tokenizer.post_processor = processors.ByteLevel(**byte_level)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-                                  show_progress=False)
+    trainer = BpeTrainer(vocab_size=vocabulary, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+                         show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in MARKUP_TOKENS])
     return tokenizer
+
+# %% ../../nbs/demo/05_tokenizer.ipynb #demo-tokenizer-config
+def tokenizer_config(
+    added_tokens:list[dict],  # as `tokenizer.json` lists them
+) -> dict:  # what `tokenizer_config.json` holds, with the keys of Qwen3's file
+    "The settings with which Transformers loads the tokenizer."
+    added = {str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in added_tokens}
+    return {
+        "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": added,
+        "additional_special_tokens": SPECIAL_TOKENS[1:], "bos_token": None, "chat_template": stock_template(),
+        "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "errors": "replace",
+        "model_max_length": 131072, "pad_token": "<|endoftext|>", "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
+    }
 
 # %% ../../nbs/demo/05_tokenizer.ipynb #demo-tokenizer-files
 def tokenizer_files(
@@ -89,31 +94,14 @@ def tokenizer_files(
     "The tokenizer's files: `tokenizer.json`, `tokenizer_config.json`, `vocab.json`, `merges.txt`."
     state = json.loads(tokenizer.to_str(pretty=False))
     state["decoder"] = state["post_processor"]  # byte level too, with the flags of Qwen3's file
-    added = {
-        str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in state["added_tokens"]
-    }
-    config = {
-        "add_bos_token": False,
-        "add_prefix_space": False,
-        "added_tokens_decoder": added,
-        "additional_special_tokens": SPECIAL_TOKENS[1:],
-        "bos_token": None,
-        "chat_template": stock_template(),
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
-        "errors": "replace",
-        "model_max_length": 131072,
-        "pad_token": "<|endoftext|>",
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
+    config = tokenizer_config(state["added_tokens"])
     return {
         "tokenizer.json": json.dumps(state, ensure_ascii=False, indent=2),
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
         "vocab.json": json.dumps(state["model"]["vocab"], ensure_ascii=False),
         "merges.txt": "".join(" ".join(pair) + "\n" for pair in state["model"]["merges"])}
 
+# %% ../../nbs/demo/05_tokenizer.ipynb #demo-write-files
 def write_files(
     folder:str|Path,       # an existing folder
     files:dict[str, str],  # file name -> text
@@ -121,6 +109,7 @@ def write_files(
     "Write text files, with `\\n` line ends everywhere."
     for name, text in files.items(): (Path(folder) / name).write_text(text, encoding="utf-8", newline="\n")
 
+# %% ../../nbs/demo/05_tokenizer.ipynb #demo-build-demo-tokenizer
 def build_demo_tokenizer(
     texts:list[str],                # what to learn merges from, see `demo_texts`
     vocabulary:int=DEMO_VOCABULARY, # bytes and merges

@@ -32,6 +32,7 @@ SYMBOLS = ["AAPL", "TSLA", "NFLX", "MSFT", "NVDA", "SONY"]
 CURRENCIES = ["USD", "EUR", "CNY", "GBP", "JPY", "CHF"]
 FOODS = ["rice", "beans", "eggs", "milk", "apples"]
 
+# %% ../../nbs/demo/01_tools.ipynb #demo-pools-more-more
 POOLS = {  # name -> (JSON schema, spelling in a sentence -> value)
     "city": (STRING, words_pool("Paris London Berlin Madrid Rome Cairo Tokyo Beijing")),
     "person": (STRING, words_pool("Anna Bruno Chen Dora Emil Fatima")),
@@ -60,6 +61,7 @@ POOLS |= {
     "parcel": (STRING, {f"P{number}": f"P{number}" for number in range(10, 100)}),
 }
 
+# %% ../../nbs/demo/01_tools.ipynb #demo-draw
 def draw(
     pool:str,           # a key of `POOLS`
     rng:random.Random,  # where chance comes from
@@ -93,163 +95,89 @@ class DemoTool:
 
 # %% ../../nbs/demo/01_tools.ipynb #demo-tools-outside
 TOOLS = [
-    DemoTool(
-        "weather.current",
-        "Weather in a city now.",
-        {"city": "city"},
-        ("tell me the weather in {city}", "check the weather in {city} right now", "look up the weather in {city}"),
-        {"city": "=city", "temperature": "number", "sky": "sky"},
-        "It is {temperature} degrees and {sky} in {city}.",
-        (
-            ("¿Qué tiempo hace en {city}?", "En {city} hay {temperature} grados."),
-            ("{city}现在天气怎么样？", "{city}现在{temperature}度。"),
-        ),
-    ),
-    DemoTool(
-        "weather.forecast",
-        "Weather forecast for some days.",
-        {"city": "city", "days": "number"},
-        ("get the forecast for {city} for {days} days", "look up the forecast of the next {days} days in {city}"),
-        {"city": "=city", "sky": "sky"},
-        "The next {days} days in {city} will be {sky}.",
-    ),
-    DemoTool(
-        "flights.search",
-        "Search flights between two cities.",
-        {"from": "city", "to": "city", "day": "day"},
-        ("find a flight from {from} to {to}", "look for a flight from {from} to {to} on {day}"),
-        {"from": "=from", "to": "=to", "price": "number"},
-        "There is a flight from {from} to {to} for {price} euros.",
-        (("Busca un vuelo de {from} a {to}.", "Hay un vuelo de {from} a {to} por {price} euros."),),
-    ),
-    DemoTool(
-        "hotels.book",
-        "Book a hotel room.",
-        {"city": "city", "nights": "number"},
-        ("book a hotel in {city} for {nights} nights", "reserve {nights} nights at a hotel in {city}"),
-        {"city": "=city", "price": "number"},
-        "Your hotel in {city} is booked for {nights} nights at {price} euros.",
-    ),
+    DemoTool("weather.current", "Weather in a city now.", {"city": "city"},
+             ("tell me the weather in {city}", "check the weather in {city} right now",
+              "look up the weather in {city}"),
+             {"city": "=city", "temperature": "number", "sky": "sky"},
+             "It is {temperature} degrees and {sky} in {city}.",
+             (("¿Qué tiempo hace en {city}?", "En {city} hay {temperature} grados."),
+              ("{city}现在天气怎么样？", "{city}现在{temperature}度。"))),
+    DemoTool("weather.forecast", "Weather forecast for some days.", {"city": "city", "days": "number"},
+             ("get the forecast for {city} for {days} days", "look up the forecast of the next {days} days in {city}"),
+             {"city": "=city", "sky": "sky"}, "The next {days} days in {city} will be {sky}."),
+    DemoTool("flights.search", "Search flights between two cities.", {"from": "city", "to": "city", "day": "day"},
+             ("find a flight from {from} to {to}", "look for a flight from {from} to {to} on {day}"),
+             {"from": "=from", "to": "=to", "price": "number"},
+             "There is a flight from {from} to {to} for {price} euros.",
+             (("Busca un vuelo de {from} a {to}.", "Hay un vuelo de {from} a {to} por {price} euros."),)),
+    DemoTool("hotels.book", "Book a hotel room.", {"city": "city", "nights": "number"},
+             ("book a hotel in {city} for {nights} nights", "reserve {nights} nights at a hotel in {city}"),
+             {"city": "=city", "price": "number"},
+             "Your hotel in {city} is booked for {nights} nights at {price} euros."),
 ]
 
 # %% ../../nbs/demo/01_tools.ipynb #demo-tools-money
 TOOLS += [
-    DemoTool(
-        "stock.quote",
-        "Latest price of a stock.",
-        {"symbol": "symbol"},
-        ("get the stock price of {symbol}", "look up {symbol} stock", "tell me what {symbol} stock trades at"),
-        {"symbol": "=symbol", "price": "number"},
-        "{symbol} trades at {price} dollars.",
-    ),
-    DemoTool(
-        "currency.convert",
-        "Convert money.",
-        {"amount": "number", "source": "currency", "target": "target"},
-        ("convert {amount} {source} to {target}", "work out how to convert {amount} {source} into {target}"),
-        {"value": "number"},
-        "{amount} {source} is {value} {target}.",
-    ),
-    DemoTool(
-        "statistics.mean",
-        "Mean of numbers.",
-        {"numbers": "numbers"},
-        ("compute the mean of {numbers}", "tell me the mean of {numbers}"),
-        {"mean": "number"},
-        "The mean is {mean}.",
-    ),
-    DemoTool(
-        "clock.now",
-        "The time now.",
-        {},
-        ("tell me what time it is", "look up the time"),
-        {"hour": "number"},
-        "It is {hour} o'clock.",
-        (("¿Qué hora es?", "Son las {hour}."), ("现在几点了？", "现在{hour}点。")),
-    ),
+    DemoTool("stock.quote", "Latest price of a stock.", {"symbol": "symbol"},
+             ("get the stock price of {symbol}", "look up {symbol} stock", "tell me what {symbol} stock trades at"),
+             {"symbol": "=symbol", "price": "number"}, "{symbol} trades at {price} dollars."),
+    DemoTool("currency.convert", "Convert money.", {"amount": "number", "source": "currency", "target": "target"},
+             ("convert {amount} {source} to {target}", "work out how to convert {amount} {source} into {target}"),
+             {"value": "number"}, "{amount} {source} is {value} {target}."),
+    DemoTool("statistics.mean", "Mean of numbers.", {"numbers": "numbers"},
+             ("compute the mean of {numbers}", "tell me the mean of {numbers}"), {"mean": "number"},
+             "The mean is {mean}."),
+    DemoTool("clock.now", "The time now.", {}, ("tell me what time it is", "look up the time"), {"hour": "number"},
+             "It is {hour} o'clock.", (("¿Qué hora es?", "Son las {hour}."), ("现在几点了？", "现在{hour}点。"))),
 ]
 
+# %% ../../nbs/demo/01_tools.ipynb #demo-tools
 TOOLS += [
-    DemoTool(
-        "lights.set",
-        "Switch lights on or off.",
-        {"room": "room", "on": "switch"},
-        ("turn {on} the lights in the {room}", "switch the {room} lights {on}"),
-        {"room": "=room", "on": "=on"},
-        "The lights in the {room} are {on}.",
-    ),
-    DemoTool(
-        "calendar.add_event",
-        "Add an event.",
-        {"title": "event", "day": "day", "hour": "number"},
-        ("add a {title} on {day} at {hour} to my calendar", "put the {title} in my calendar on {day} at {hour}"),
-        {"title": "=title", "day": "=day"},
-        "I added the {title} on {day} at {hour}.",
-    ),
-    DemoTool(
-        "reminders.create",
-        "Create a reminder.",
-        {"task": "task", "day": "day"},
-        ("set a reminder for {task} on {day}", "put a reminder of {task} on {day} in my list"),
-        {"task": "=task", "day": "=day"},
-        "I will remind you of the {task} on {day}.",
-    ),
-    DemoTool(
-        "contacts.call",
-        "Call a person.",
-        {"person": "person"},
-        ("make a phone call to {person}", "get {person} on the phone", "reach {person} by phone"),
-        {"person": "=person", "minutes": "number"},
-        "You talked to {person} for {minutes} minutes.",
-    ),
+    DemoTool("lights.set", "Switch lights on or off.", {"room": "room", "on": "switch"},
+             ("turn {on} the lights in the {room}", "switch the {room} lights {on}"), {"room": "=room", "on": "=on"},
+             "The lights in the {room} are {on}."),
+    DemoTool("calendar.add_event", "Add an event.", {"title": "event", "day": "day", "hour": "number"},
+             ("add a {title} on {day} at {hour} to my calendar", "put the {title} in my calendar on {day} at {hour}"),
+             {"title": "=title", "day": "=day"}, "I added the {title} on {day} at {hour}."),
+    DemoTool("reminders.create", "Create a reminder.", {"task": "task", "day": "day"},
+             ("set a reminder for {task} on {day}", "put a reminder of {task} on {day} in my list"),
+             {"task": "=task", "day": "=day"}, "I will remind you of the {task} on {day}."),
+    DemoTool("contacts.call", "Call a person.", {"person": "person"},
+             ("make a phone call to {person}", "get {person} on the phone", "reach {person} by phone"),
+             {"person": "=person", "minutes": "number"}, "You talked to {person} for {minutes} minutes."),
 ]
 
 # %% ../../nbs/demo/01_tools.ipynb #demo-tools-leisure
 TOOLS += [
-    DemoTool(
-        "music.play",
-        "Play music.",
-        {"artist": "artist", "shuffle": "switch"},
-        ("play music by {artist}", "put some music by {artist} on", "play music by {artist} with shuffle {shuffle}"),
-        {"artist": "=artist", "minutes": "number"},
-        "Playing {artist} for {minutes} minutes.",
-    ),
-    DemoTool(
-        "recipes.search",
-        "Search recipes by ingredients.",
-        {"ingredients": "foods"},
-        ("find a recipe with {ingredients}", "suggest a recipe for {ingredients}"),
-        {"recipes": "number"},
-        "There are {recipes} recipes with {ingredients}.",
-    ),
-    DemoTool(
-        "translate_word",
-        "Translate a word.",
-        {"word": "word", "language": "language"},
-        ("give me the translation of {word} into {language}", "look up the translation of {word} in {language}"),
-        {"word": "=word", "letters": "number"},
-        "In {language}, {word} has {letters} letters.",
-    ),
+    DemoTool("music.play", "Play music.", {"artist": "artist", "shuffle": "switch"},
+             ("play music by {artist}", "put some music by {artist} on",
+              "play music by {artist} with shuffle {shuffle}"),
+             {"artist": "=artist", "minutes": "number"}, "Playing {artist} for {minutes} minutes."),
+    DemoTool("recipes.search", "Search recipes by ingredients.", {"ingredients": "foods"},
+             ("find a recipe with {ingredients}", "suggest a recipe for {ingredients}"), {"recipes": "number"},
+             "There are {recipes} recipes with {ingredients}."),
+    DemoTool("translate_word", "Translate a word.", {"word": "word", "language": "language"},
+             ("give me the translation of {word} into {language}", "look up the translation of {word} in {language}"),
+             {"word": "=word", "letters": "number"}, "In {language}, {word} has {letters} letters."),
 ]
-SCIENCE_TOOL = DemoTool(
-    "search_papers_by_relevance", "Search for papers by keyword relevance.", {"keyword": "topic", "limit": "number"},
+
+# %% ../../nbs/demo/01_tools.ipynb #demo-science-tool
+SCIENCE_TOOL = DemoTool("search_papers_by_relevance", "Search for papers by keyword relevance.",
+    {"keyword": "topic", "limit": "number"},
     ("find {limit} papers about {keyword}", "search for papers on {keyword}"),
     {"title": "=keyword", "citations": "number"}, "A paper on {keyword} has {citations} citations.")
-WEB_TOOL = DemoTool(
-    "serper_google_webpage_search",
-    "Search the web.",
-    {"query": "topic"},
-    ("search the web for {query}", "look on the web for {query}"),
-    {"query": "=query", "pages": "number"},
-    "I found {pages} pages about {query}.",
-)
+WEB_TOOL = DemoTool("serper_google_webpage_search", "Search the web.", {"query": "topic"},
+    ("search the web for {query}", "look on the web for {query}"), {"query": "=query", "pages": "number"},
+    "I found {pages} pages about {query}.")
+
+# %% ../../nbs/demo/01_tools.ipynb #demo-unseen-tools
 UNSEEN_TOOLS = [  # only in rows planted as `unseen_tool`
     DemoTool("taxi.order", "Order a taxi.", {"city": "city", "hour": "number"},
              ("order a taxi in {city} at {hour}", "send me a taxi at {hour} in {city}"),
              {"city": "=city", "price": "number"}, "Your taxi in {city} comes at {hour} for {price} euros."),
     DemoTool("parcels.track", "Track a parcel.", {"parcel": "parcel"},
-             ("track parcel {parcel}", "find out where parcel {parcel} is"),
-             {"parcel": "=parcel", "city": "city"}, "Parcel {parcel} is in {city}."),
+             ("track parcel {parcel}", "find out where parcel {parcel} is"), {"parcel": "=parcel", "city": "city"},
+             "Parcel {parcel} is in {city}."),
 ]
 
 def tool_named(
@@ -268,6 +196,7 @@ class DemoCall:
     result: dict  # what the tool returns
     answer: str  # the assistant's sentence about the result
 
+# %% ../../nbs/demo/01_tools.ipynb #demo-draw-call
 def draw_call(
     tool:DemoTool,       # which tool
     rng:random.Random,   # where chance comes from
@@ -303,6 +232,7 @@ def spell_call(
     pairs = [f"{name}={spell_value(value, rng.random() < 0.3)}" for name, value in call.arguments.items()]
     return f"{call.tool.name}({', '.join(pairs)})"
 
+# %% ../../nbs/demo/01_tools.ipynb #demo-message
 def message(
     role:str,                       # system, user, assistant or environment
     content:str|None=None,          # text
