@@ -705,18 +705,21 @@ def test_no_safe_reading(reason, text):
 
 # Names that only the tools know
 
-ODD_NAMES = ["Market Trends API", "Quotes by Keywords", "getHeadlines (v2)", "it's", "A & B", "查询 天气", "🌦", "[beta] search", "#1 tool",
+ODD_NAMES = ["Market Trends API", "Quotes by Keywords", "getHeadlines (v2)", "it's", "A & B", "查询 天气", "🌦",
+             "[beta] search", "#1 tool",
              "f(x)", "x=y", "-dash", "a, b", "<tag>", "None of", "null", "```", "name ", "ends(", "über größe 2"]
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_a_declared_name_before_a_bracket_has_one_reading(name):
     tools = [tool(name, x="any"), tool("f", x="any"), tool("getHeadlines", x="any")]
-    for text in (f"{name}(x=1)\nf(x=2)\n{name} (x=3)", f"f(x=2)\n\n{name}(x='a(b')", f"<function_calls>\n{name}(x=1)\n</function_calls>"):
+    for text in (f"{name}(x=1)\nf(x=2)\n{name} (x=3)", f"f(x=2)\n\n{name}(x='a(b')",
+                 f"<function_calls>\n{name}(x=1)\n</function_calls>"):
         found = [call["name"] for call in parse_calls(text, tools)]
         assert set(found) <= {name, "f"} and name in found, (text, found)
     assert parse_calls("getHeadlines(x=1)", tools)[0]["name"] == "getHeadlines"
-    if not isinstance(outcome(f"{name}(x=1)"), list): assert outcome(f"{name}(x=1)", [tool("g")]) == outcome(f"{name}(x=1)")
+    if not isinstance(outcome(f"{name}(x=1)"), list): assert outcome(f"{name}(x=1)",
+                                                                     [tool("g")]) == outcome(f"{name}(x=1)")
 
 
 @pytest.mark.parametrize("key", ["user name", "max price (USD)", "c'est", "键 值", "a&b", "🌦"])
@@ -741,7 +744,8 @@ def test_a_date_is_not_computed(text):
     for around in ("f(x={})", "f(x=[{}])", "f(x={{'a': {}}})"):
         with pytest.raises(CallError) as caught: parse_calls(around.format(text))
         assert caught.value.reason == "expression" and "date" in str(caught.value)
-    for sum_, value in (("500-20", 480), ("7-2", 5), ("4/2", 2.0), ("100/4", 25.0), ("2 * 3 - 1", 5)): assert value_of(sum_) == value
+    for sum_, value in (("500-20", 480), ("7-2", 5), ("4/2", 2.0), ("100/4", 25.0),
+                        ("2 * 3 - 1", 5)): assert value_of(sum_) == value
 
 
 def test_positional_arguments_know_the_bare_map():

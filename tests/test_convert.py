@@ -322,7 +322,8 @@ def answers_read_back(messages, tools, tokenizer, template="nothink"):
         if m["role"] != "assistant": continue
         prompt = render_chat(messages[:k], tools, tokenizer, template, add_generation_prompt=True)
         body = render_chat(messages[:k + 1], tools, tokenizer, template)[len(prompt):].removesuffix("<|im_end|>\n")
-        found.append([json.loads(block) for block in re.findall(r"<tool_call>(.*?)(?:</tool_call>|$)", body, re.DOTALL)])
+        found.append([json.loads(block) for block in re.findall(r"<tool_call>(.*?)(?:</tool_call>|$)", body,
+                                                                re.DOTALL)])
     return found
 
 

@@ -528,7 +528,8 @@ def test_local_folders_are_used_in_place(tmp_path, read_only):
 
 
 @pytest.mark.parametrize("content, words", [
-    ("", "the file is empty"), ("\n \n", "only blank lines"), ("not json\n", "not JSON"), ('{"a": 1}\n', "no list `messages`"), (None, "no such")])
+    ("", "the file is empty"), ("\n \n", "only blank lines"), ("not json\n", "not JSON"),
+    ('{"a": 1}\n', "no list `messages`"), (None, "no such")])
 def test_bad_local_lines(tmp_path, content, words):
     path = tmp_path / "rows.jsonl"
     if content is not None: path.write_text(content)

@@ -50,10 +50,12 @@ OSLO = {"name": "weather.now", "arguments": {"city": "Oslo"}}
 
 
 @pytest.mark.parametrize("made", [
-    {"tool_calls": [call()]}, {"tool_calls": [call(arguments={"city": "Oslo"})]}, {"tool_calls": [call(id="a", index=0)]},
+    {"tool_calls": [call()]}, {"tool_calls": [call(arguments={"city": "Oslo"})]},
+    {"tool_calls": [call(id="a", index=0)]},
     {"tool_calls": [call()["function"]]}, {"tool_calls": json.dumps([call()])}, {"tool_calls": call()},
     {"function_call": call()["function"]}, {"function_calls": 'weather.now(city="Oslo")'},
-    {"function_calls": 'weather.now(city="Oslo")', "tool_calls": None}, {"tool_calls": [call()], "function_calls": "null"}])
+    {"function_calls": 'weather.now(city="Oslo")', "tool_calls": None},
+    {"tool_calls": [call()], "function_calls": "null"}])
 @pytest.mark.parametrize("role", ["tool", "function", "environment"])
 def test_calls_in_every_form_are_read(made, role):
     messages = messages_of(row(user(), answer(None, **made), {"role": role, "content": "snow"}, answer()))
@@ -80,19 +82,23 @@ def test_two_lists_of_tools_have_to_be_the_same():
 
 def test_results_go_to_the_call_that_they_name():
     turn = answer("Let me see.", tool_calls=[call(id="a"), call("clock", "{}", id="b"), call(arguments={"city": "Rome"}, id="c")])
-    results = [result("r", tool_call_id="c"), result("o", tool_call_id="a"), result("c", tool_call_id="b", name="clock")]
+    results = [result("r", tool_call_id="c"), result("o", tool_call_id="a"),
+               result("c", tool_call_id="b", name="clock")]
     messages = messages_of(row(user(), turn, *results, answer()))
-    assert [m["content"] for m in messages if m["role"] == "tool"] == ["o", "c", "r"] and messages[1]["content"] == "Let me see."
+    assert [m["content"] for m in messages if m["role"] == "tool"] == ["o", "c",
+            "r"] and messages[1]["content"] == "Let me see."
     for wrong in (results[:2], [*results, result("x", tool_call_id="d")], [*results[:2], result("x", tool_call_id="a")],
                   [*results[:2], result("x")], [*results[:2], result("x", tool_call_id="b", name="weather.now")]):
         assert reason_of(row(user(), turn, *wrong, answer())) == "count_mismatch", wrong
-    by_order = row(user(), answer(None, tool_calls=[call(), call("clock", "")]), result(name="weather.now"), result(), answer())
+    by_order = row(user(), answer(None, tool_calls=[call(), call("clock", "")]), result(name="weather.now"), result(),
+                   answer())
     assert reason_of(by_order) is None
 
 
 @pytest.mark.parametrize("made, reason", [
     ([call(arguments="[1]")], "malformed_calls"), ([call(arguments="{'city': 'Oslo'}")], "malformed_calls"),
-    ([call(arguments='{"city": "Oslo"} {}')], "malformed_calls"), ([call(arguments='{"city": "a", "city": "b"}')], "malformed_calls"),
+    ([call(arguments='{"city": "Oslo"} {}')], "malformed_calls"),
+    ([call(arguments='{"city": "a", "city": "b"}')], "malformed_calls"),
     ([call(arguments='{"city": NaN}')], "malformed_calls"), ([call(arguments=3)], "malformed_calls"),
     ([call(arguments=json.dumps(json.dumps({"city": "Oslo"})))], "malformed_calls"), ([{"id": "a"}], "malformed_calls"),
     ([call(name="")], "malformed_calls"), ([call(name=None)], "malformed_calls"), (["weather.now"], "malformed_calls"),
@@ -130,7 +136,8 @@ def test_reasoning_is_kept():
 
 
 @pytest.mark.parametrize("field, value", [
-    ("citations", ["p. 3"]), ("prefix", True), ("audio", {"id": "a"}), ("refusal", "I can't."), ("name", "Alice"), ("tool_plan", "x"),
+    ("citations", ["p. 3"]), ("prefix", True), ("audio", {"id": "a"}), ("refusal", "I can't."), ("name", "Alice"),
+    ("tool_plan", "x"),
     ("images", ["a.png"]), ("value", "text"), ("weights", 0), ("function_cals", "f()")])
 def test_a_field_that_is_not_known_and_holds_something_is_named(field, value):
     assert repr(field)[1:-1] in found_of(row(user(), answer(**{field: value})))
@@ -143,7 +150,8 @@ def test_a_field_that_is_not_known_and_holds_something_is_named(field, value):
 def test_what_only_says_who_and_when_is_no_hindrance():
     about = {"id": "m1", "timestamp": "2026-01-01", "model": "x", "finish_reason": "stop", "usage": {"total": 3}}
     assert reason_of(row({**user(), **about}, answer(**about))) is None
-    assert reason_of(row(user(), answer(), system="Be brief.")) == reason_of(row(user(), answer(), weight=0)) == "unknown_field"
+    assert reason_of(row(user(), answer(), system="Be brief.")) == reason_of(row(user(), answer(),
+            weight=0)) == "unknown_field"
     assert reason_of(row(user(), answer(), parallel_tool_calls=False, tool_choice="auto", weight=1)) is None
 
 
@@ -180,7 +188,8 @@ def test_switches_of_one_answer_agree_and_something_is_trained():
     talk, *_ = read_row(row({**user(), "train": True}, answer(train=True)))
     assert [code for code, *_ in talk.flags] == ["loss_on_others"] and "train" not in talk.messages[-1]
     assert reason_of(row({**user(), "weight": 0}, answer())) is None
-    dolci = {"messages": [user(), {**answer(None), "function_calls": "clock()", "train": False}, result(), answer()], "tools": TOOLS}
+    dolci = {"messages": [user(), {**answer(None), "function_calls": "clock()", "train": False}, result(), answer()],
+             "tools": TOOLS}
     assert [m.get("train") for m in messages_of(dolci)] == [None, False, None, None]
 
 
@@ -191,14 +200,16 @@ def tokenizer(tmp_path_factory):
 
 
 def switched_rows():
-    one = row(user(), answer("No.", weight=0, tool_calls=[call()]), result(), answer("Snow."), user("And now?"), answer("Sun.", train=False))
+    one = row(user(), answer("No.", weight=0, tool_calls=[call()]), result(), answer("Snow."), user("And now?"),
+              answer("Sun.", train=False))
     two = row(user(), answer("Hm.", loss=False), user("Again?"), answer("", tool_calls=[call()]))
     three = row(user(), answer("Plain."), user(), answer("Yes."))
     return [convert_row(each) for each in (one, two, three, one)]
 
 
 @pytest.mark.parametrize("train_on, trained", [("all", [["Snow."], ["<tool_call>"], ["Plain.", "Yes."], ["Snow."]]),
-                                               ("last", [[], ["<tool_call>"], ["Yes."], []]), ("calls", [[], ["<tool_call>"], [], []])])
+                                               ("last", [[], ["<tool_call>"], ["Yes."], []]),
+                                               ("calls", [[], ["<tool_call>"], [], []])])
 @pytest.mark.parametrize("template", ["nothink", "empty_think", "stock"])
 def test_masks_honour_the_switches_fast_and_slow(tokenizer, template, train_on, trained):
     rows = switched_rows()
@@ -207,7 +218,8 @@ def test_masks_honour_the_switches_fast_and_slow(tokenizer, template, train_on, 
     fast = encoder.encode(rows)
     assert fast.slow == 0
     for i, (made, texts) in enumerate(zip(rows, trained)):
-        slow = supervise(json.loads(made["messages_json"]), json.loads(made["tools_json"]), tokenizer, template, train_on)
+        slow = supervise(json.loads(made["messages_json"]), json.loads(made["tools_json"]), tokenizer, template,
+                         train_on)
         assert fast[i] == slow
         spans = trained_spans(slow, tokenizer)
         assert len(spans) == len(texts) and all(text in span for text, span in zip(texts, spans)), (spans, texts)
@@ -227,6 +239,7 @@ def test_the_parity_check_counts_what_is_switched_on(tokenizer, fast):
     report = check_parity(rows, tokenizer, fast=fast)
     assert report.passed and report["supervised"] == report["exact"] == 5, report
     wrong = check_parity([{**rows[0], "messages_json": json.dumps([
-        {**m, "train": False} if m["role"] == "assistant" else m for m in json.loads(rows[0]["messages_json"])])}], tokenizer, fast=fast)
+        {**m, "train": False} if m["role"] == "assistant" else m for m in json.loads(rows[0]["messages_json"])])}],
+        tokenizer, fast=fast)
     assert not wrong.passed and wrong["nothing"] == 1
     assert np.isclose(report["outside"], 0)

@@ -323,10 +323,13 @@ def test_a_bundle_of_megabytes_takes_as_long_as_its_parts():
 # Spellings of types, numbers and tools that are none of JSON Schema's
 
 @pytest.mark.parametrize("written, good, bad", [
-    ("string[]", [["a"], []], ["a", [1]]), ("int[]", [[1]], [1, ["a"]]), ("integer []", [[1]], [1]), ("number[]", [[1.5]], [1.5]),
-    ("boolean[]", [[True]], [True]), ("object[]", [[{}]], [{}]), ("dict[]", [[{}]], [{}]), ("string[][]", [[["a"]]], ["a"]),
+    ("string[]", [["a"], []], ["a", [1]]), ("int[]", [[1]], [1, ["a"]]), ("integer []", [[1]], [1]),
+    ("number[]", [[1.5]], [1.5]),
+    ("boolean[]", [[True]], [True]), ("object[]", [[{}]], [{}]), ("dict[]", [[{}]], [{}]),
+    ("string[][]", [[["a"]]], ["a"]),
     ("(string | number)[]", [["a", 1]], ["a", 1]), ("[string]", [["a"]], ["a"]), ("string array", [["a"]], ["a"]),
-    ("int[3]", [[1, 2, 3]], [1]), ("Array<string>", [["a"]], ["a"]), ("List[str]", [["a"]], ["a"]), ("string[] | null", [["a"], None], ["a"]),
+    ("int[3]", [[1, 2, 3]], [1]), ("Array<string>", [["a"]], ["a"]), ("List[str]", [["a"]], ["a"]),
+    ("string[] | null", [["a"], None], ["a"]),
     ("Optional[string[]]", [["a"], None], ["a"]), ("varchar[20]", ["a", 1], []), ("varchar(20)", ["a"], [1, ["a"]])])
 def test_types_with_brackets(written, good, bad):
     tools = [tool({"x": {"type": written}})]
@@ -335,7 +338,8 @@ def test_types_with_brackets(written, good, bad):
 
 
 @pytest.mark.parametrize("multiple, good, bad", [
-    (0.01, [19.99, 0.07, 1, -4.35, 1e20], [19.995, 0.001]), (0.1, [0.3, 0.7, 1.1], [0.35]), (3, [9, 9.0, 10**30 - 1], [10, 10**30]),
+    (0.01, [19.99, 0.07, 1, -4.35, 1e20], [19.995, 0.001]), (0.1, [0.3, 0.7, 1.1], [0.35]),
+    (3, [9, 9.0, 10**30 - 1], [10, 10**30]),
     (1e-9, [1e-9, 0.123456789], [1e-10]), (2.5, [5, 7.5], [6])])
 def test_multiples_are_counted_in_decimal_digits(multiple, good, bad):
     tools = [tool({"x": {"type": "number", "multipleOf": multiple}})]
@@ -346,7 +350,8 @@ def test_multiples_are_counted_in_decimal_digits(multiple, good, bad):
 @pytest.mark.parametrize("name", ["inputSchema", "input_schema"])
 def test_parameters_under_other_names_are_read(name):
     body = {"name": "f", "description": "d", name: {"type": "object", "properties": {"x": {"type": "integer"}}}}
-    for written in (body, {"type": "function", "function": body}, {"type": "custom", **body} if name == "input_schema" else body,
+    for written in (body, {"type": "function", "function": body},
+                    {"type": "custom", **body} if name == "input_schema" else body,
                     {**body, "parameters": None}):
         notes = []
         (made,) = parse_tools(json.dumps([written]), notes)
@@ -356,20 +361,24 @@ def test_parameters_under_other_names_are_read(name):
 
 
 def test_tools_whose_parameters_nobody_can_read():
-    for body in ({"name": "f", "parameters": "text"}, {"name": "f", "parameters": [1]}, {"name": "f", "args": {"properties": {}}},
+    for body in ({"name": "f", "parameters": "text"}, {"name": "f", "parameters": [1]},
+                 {"name": "f", "args": {"properties": {}}},
                  {"name": "f", "schema": {"type": "object"}}):
         assert defect(parse_tools, json.dumps([body])) == "malformed_tools"
         notes = []
         made = parse_tools(json.dumps([body]), notes)
         assert [code for code, _ in notes] == ["odd_tool"] and check(made, x=1) == "malformed_tools", body
-    for body in ({"name": "f", "parameters": []}, {"name": "f", "output_schema": {"properties": {}}}, {"name": "f", "annotations": {"a": 1}}):
-        assert check(parse_tools(json.dumps([body]))) is None and check(parse_tools(json.dumps([body])), x=1) == "schema_violation"
+    for body in ({"name": "f", "parameters": []}, {"name": "f", "output_schema": {"properties": {}}},
+                 {"name": "f", "annotations": {"a": 1}}):
+        assert check(parse_tools(json.dumps([body]))) is None and check(parse_tools(json.dumps([body])),
+                x=1) == "schema_violation"
     two = {"name": "f", "inputSchema": {"properties": {"x": {}}}, "input_schema": {"properties": {"y": {}}}}
     assert defect(parse_tools, json.dumps([two])) == "malformed_tools"
 
 
 def test_messages_say_what_is_wrong():
-    for none in ({"name": "f"}, {"name": "f", "parameters": {"type": "object", "properties": {}}}, {"name": "f", "parameters": []}):
+    for none in ({"name": "f"}, {"name": "f", "parameters": {"type": "object", "properties": {}}},
+                 {"name": "f", "parameters": []}):
         assert violation(none, {"x": 1}) == "f: it declares no parameters, found x"
     assert violation(tool({"city": {}})["function"], {"town": 1}) == "f: town is not among its parameters city"
 
@@ -378,7 +387,8 @@ def test_work_is_bounded(monkeypatch):
     "Counted in steps, not in seconds: a check that would double with each level ends as one without end."
     deep = 1
     for _ in range(60): deep = {"a": deep}
-    loop = {"$defs": {"n": {"anyOf": [{"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}}, "required": ["b"]}] * 2}}}
+    loop = {"$defs": {"n": {"anyOf": [{"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}},
+                                       "required": ["b"]}] * 2}}}
     for word in ("anyOf", "oneOf", "allOf"):
         (own,) = loop["$defs"]["n"].values()
         made = tool({"x": {"$ref": "#/$defs/n"}}, **{"$defs": {"n": {word: own}}})
@@ -387,5 +397,6 @@ def test_work_is_bounded(monkeypatch):
     wide = tool({"x": {"type": "array", "items": {"type": "object", "properties": {"y": {"type": "integer", "minimum": 0}}}}})
     assert check([wide], x=[{"y": i} for i in range(2000)]) is None
     assert type_name("string" + " " * 20_000 + ", optional") == ("string", "null")
-    for written in ("strin" + " " * 20_000 + "x", "optional " * 5_000, "[" * 20_000, "a," * 20_000, "string[" + "]" * 20_000):
+    for written in ("strin" + " " * 20_000 + "x", "optional " * 5_000, "[" * 20_000, "a," * 20_000,
+                    "string[" + "]" * 20_000):
         assert type_name(written) == () and check([tool({"x": {"type": written}})], x=1) is None

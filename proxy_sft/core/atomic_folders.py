@@ -37,7 +37,8 @@ def file_hash(path: Path) -> str: # 64 hex digits
     return hasher.hexdigest()
 
 def files_in(folder: Path) -> list[Path]: # sorted; without the manifest and the marker at the top
-    "All regular files of a sealed or unsealed folder; `AtomicFolderError` for a link, which would point outside what is sealed."
+    """All regular files of a sealed or unsealed folder; `AtomicFolderError` for a link, which would point outside what
+    is sealed."""
     found = []
     for path in sorted(folder.rglob("*")):
         if path.is_symlink(): raise AtomicFolderError(f"{path} is a link; a sealed folder holds plain files only.")
@@ -63,7 +64,8 @@ def seal(
     folder: Path, # written aside, not yet under its real name
     facts: dict[str, Any], # what the writer knows: step, settings, counts, …; JSON values
 ) -> dict[str, Any]: # the manifest: facts, then `files` with size in bytes and BLAKE3 hash
-    "Flush every file and write the manifest that describes them all; bytes are hashed while the disk is busy with them."
+    """Flush every file and write the manifest that describes them all; bytes are hashed while the disk is busy with
+    them."""
     paths = sorted(files_in(folder), key=lambda p: -p.stat().st_size)
     with ThreadPoolExecutor(16) as disk:
         flushed = [disk.submit(flush, path) for path in paths]
@@ -93,7 +95,8 @@ def publish(
     facts: dict[str, Any], # for the manifest
     mark: bool = True, # False: the caller marks it, when others have published their parts
 ) -> dict[str, Any]: # the manifest
-    "Seal, rename, mark. A target without a marker is replaced; a complete one is never overwritten: `AtomicFolderError`."
+    """Seal, rename, mark. A target without a marker is replaced; a complete one is never overwritten:
+    `AtomicFolderError`."""
     if is_complete(target):
         raise AtomicFolderError(f"{target} is complete already; a sealed folder is never overwritten.")
     manifest = seal(aside, facts)
@@ -140,7 +143,8 @@ def verify(folder: Path) -> dict[str, Any]: # the manifest
             )
     try:
         with ThreadPoolExecutor(4) as pool: list(pool.map(check, expected))
-    except OSError as error: raise AtomicFolderError(f"{folder} cannot be read to its end: {error}. The disk fails, or the file belongs to somebody else.") from error
+    except OSError as error: raise AtomicFolderError(f"{folder} cannot be read to its end: {error}. The disk fails, or "
+                                                     "the file belongs to somebody else.") from error
     return manifest
 
 # %% ../../nbs/core/04_atomic_folders.ipynb #numbered
@@ -166,7 +170,8 @@ def delete_folder(folder: Path) -> bool: # as `discard`; the marker goes first: 
     return discard(folder)
 
 def discard(folder: Path) -> bool: # False: a part of it could not be deleted now
-    "Delete a folder that counts no more. What resists (a file that somebody reads on NFS, a mount) is out of the way as `.gone-…`, and is tried again the next time."
+    """Delete a folder that counts no more. What resists (a file that somebody reads on NFS, a mount) is out of the way
+    as `.gone-…`, and is tried again the next time."""
     gone = folder.with_name(f".gone-{secrets.token_hex(4)}-{folder.name}")
     os.rename(folder, gone)
     for left in folder.parent.glob(".gone-*"): shutil.rmtree(left, ignore_errors=True)

@@ -125,7 +125,8 @@ def read_claim(
     for attempt in range(patience):
         try: record = json.loads(path.read_bytes())
         except FileNotFoundError: return {}
-        except ValueError: record = {"word": "", "beat": 0, "text": "unreadable"}  # half written: dead, or an instant too early
+        except ValueError: record = {"word": "", "beat": 0, "text": "unreadable"}
+            # half written: dead, or an instant too early
         if record["word"]: return {**record, "process": Process(*record["process"])}
         time.sleep(0.05)
     return record
@@ -137,7 +138,8 @@ def discard_claim(path: Path, word: str) -> None: # the word that was read in it
     except FileNotFoundError: return
     if read_claim(grave).get("word") != word:
         try: os.link(grave, path)
-        except OSError: pass  # a third one is building by now, or the disk has no links: its holder sees that it is lost, and goes on
+        except OSError: pass
+            # a third one is building by now, or the disk has no links: its holder sees that it is lost, and goes on
     grave.unlink()
 
 # %% ../../nbs/core/05_build_once.ipynb #claim-or-wait
@@ -209,7 +211,8 @@ class Heartbeat:
         if ranks: threading.Thread(target=self._beat, daemon=True).start()
 
     def say(self, state: str, text: str) -> None: # state: building, done or failed
-        "What to tell; an end is written at once, what is under way with the next beat, so that no chunk of rows waits for the disk."
+        """What to tell; an end is written at once, what is under way with the next beat, so that no chunk of rows waits
+        for the disk."""
         with self.lock:
             self.record.update(state=state, text=text)
             if state != "building": self.ended = time.monotonic()
@@ -247,7 +250,8 @@ def wait_for_owner(
     silence: float = SILENCE, # seconds without a sign of life after which a builder on another machine counts as dead
     progress: Callable[[str], None] = lambda text: None, # told what the builder says
 ) -> str: # what the builder said at the end: the prepared folder's name
-    "Wait for a builder without a collective; `BuildFailedError` when it fails or dies, `OwnerNotFoundError` when none ever spoke."
+    """Wait for a builder without a collective; `BuildFailedError` when it fails or dies, `OwnerNotFoundError` when none
+    ever spoke."""
     folder.mkdir(parents=True, exist_ok=True)
     word, mine_file = secrets.token_hex(8), folder / f".waiting-{rank}"
     write_flushed(mine_file, word)
@@ -275,13 +279,15 @@ def follow_owner(
             progress(record["text"])
         if builder is None and quiet > answer:
             raise OwnerNotFoundError(
-                f"Rank {rank} stops: the preparing rank did not answer in {files[0].parent} within {answer:.0f} s. It was never started, "
+                f"Rank {rank} stops: the preparing rank did not answer in {files[0].parent} within {answer:.0f} s. It "
+                "was never started, "
                 "or this machine does not see its folder: then set shared_file_system to false."
             )
         if builder and (builder.is_gone if builder.can_be_seen else quiet > silence):
             how = "it is not there any more" if builder.can_be_seen else f"it has said nothing for {silence:.0f} s"
             raise BuildFailedError(
-                f"Rank {rank} stops: the builder died ({builder}; {how}). Look for its last words above; often memory ran out."
+                f"Rank {rank} stops: the builder died ({builder}; {how}). Look for its last words above; often memory "
+                "ran out."
             )
         time.sleep(0.2)
         quiet += 0.2  # not the clock: we may have been stopped ourselves

@@ -29,7 +29,8 @@ class RunLock:
     def __init__(self, path: Path): # the file that is locked; its folder must exist when it is taken
         self.path, self.handle = path, None
 
-    def take(self, patience: float = 3) -> "RunLock": # seconds to wait for a holder that is just ending; InUseError, OSError
+    # seconds to wait for a holder that is just ending; InUseError, OSError
+    def take(self, patience: float = 3) -> "RunLock":
         "Lock, or say who has it."
         self.handle, until = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic() + patience
         while not self.try_once():
@@ -37,7 +38,8 @@ class RunLock:
             holder = os.read(self.handle, 1000).decode(errors="replace").strip() or "another process"
             self.release()
             raise InUseError(
-                f"The run folder {self.path.parent} is in use by {holder}. Stop that run, or choose another run_name or output_dir."
+                f"The run folder {self.path.parent} is in use by {holder}. Stop that run, or choose another run_name "
+                "or output_dir."
             )
         self.sign()
         return self
@@ -59,7 +61,8 @@ def try_once(self: RunLock) -> bool: # True as well where the file system has no
         if error.errno in (errno.EACCES, errno.EAGAIN): return False
         if error.errno not in NO_LOCKS: raise
         tell(
-            f"Warning: {self.path.parent} lies on a file system without locks ({error.strerror}): nothing keeps a second start of this run away."
+            f"Warning: {self.path.parent} lies on a file system without locks ({error.strerror}): nothing keeps a "
+            "second start of this run away."
         )
     return True
 

@@ -348,14 +348,16 @@ def read_rows(
             try: yield number, hashlib.sha256(line.strip()).hexdigest(), *row_parts(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise EvaluateError(
-                    f"Line {number + 1} of {path.name} is no converted row ({type(error).__name__}: {str(error)[:120]}). "
+                    f"Line {number + 1} of {path.name} is no converted row ({type(error).__name__}: "
+                    f"{str(error)[:120]}). "
                     "Run nbs/01_convert.ipynb again."
                 ) from error
 
 
 def what_is_known(
     path: Path, # heldout.jsonl
-) -> tuple[list[str], frozenset]: # source of each row, tools that only held-out rows declare; empty when it is not known
+# source of each row, tools that only held-out rows declare; empty when it is not known
+) -> tuple[list[str], frozenset]:
     "What `01_convert` wrote beside the held-out rows."
     from proxy_sft.data.ledger import row_facts
     from proxy_sft.data.rows import ConvertError

@@ -139,7 +139,8 @@ def require_same_heldout(settings: Settings, tuned: Path) -> None: # raises Eval
         own = f"-p profile {shlex.quote(str(tuned / 'settings.yaml'))} -p output_dir {shlex.quote(str(tuned))}"
         raise EvaluateError(
             f"{difference} With the run's own settings: papermill nbs/03_evaluate.ipynb out.ipynb {own}\n"
-            f"Where those rows were replaced since, convert them again first: papermill nbs/01_convert.ipynb out.ipynb {own}"
+            "Where those rows were replaced since, convert them again first: papermill nbs/01_convert.ipynb out.ipynb "
+            f"{own}"
         )
 
 # %% ../../nbs/evaluation/09_asking.ipynb #ask-export

@@ -383,7 +383,8 @@ def as_source(declared: dict, language: str) -> dict: # a string, its type in wo
     if kind in ("ArrayList", "Array", "array"):
         said += f" The list elements are of type {declared['items']['type']}; they are not in string representation."
     if kind == "dict" and "properties" in declared:
-        said += f" The dictionary entries have the following schema; they are not in string representation. {json.dumps(declared['properties'])}"
+        said += (" The dictionary entries have the following schema; they are not in string representation. "
+                 f"{json.dumps(declared['properties'])}")
     dropped = {"items"} if kind in ("ArrayList", "Array", "array") else {"properties"} if kind == "dict" else set()
     return {
         **{key: value for key, value in declared.items() if key not in dropped},
@@ -421,14 +422,16 @@ def read_entries(path: Path) -> dict[str, dict]: # id -> entry, in the file's or
     "A file of the leaderboard: one JSON object with an id per line."
     if not path.is_file():
         raise EvaluateError(
-            f"There is no {'possible_answer/' * (path.parent.name == 'possible_answer')}{path.name}. Give the folder with the BFCL_v4_*.json files and their possible_answer folder, "
+            f"There is no {'possible_answer/' * (path.parent.name == 'possible_answer')}{path.name}. Give the folder "
+            "with the BFCL_v4_*.json files and their possible_answer folder, "
             "such as bfcl_eval/data of the package bfcl-eval, or name fewer categories."
         )
     found = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip(): continue
         try: entry = json.loads(line); name = entry["id"]
-        except (ValueError, KeyError, TypeError) as error: raise EvaluateError(f"Line {number} of {path.name} is no entry with an id ({error!r}).") from error
+        except (ValueError, KeyError, TypeError) as error: raise EvaluateError(f"Line {number} of {path.name} is no "
+                                                                               f"entry with an id ({error!r}).") from error
         if name in found: raise EvaluateError(f"{path.name} holds {name} twice.")
         found[name] = entry
     if not found: raise EvaluateError(f"{path.name} is empty.")
@@ -447,7 +450,8 @@ def read_category(
         odd = sorted(entries.keys() ^ answers.keys())
         if odd:
             raise EvaluateError(
-                f"{len(odd)} ids of {name} and possible_answer/{name} have no counterpart in the other, the first is {odd[0]}. Are both of one release?"
+                f"{len(odd)} ids of {name} and possible_answer/{name} have no counterpart in the other, the first is "
+                f"{odd[0]}. Are both of one release?"
             )
     return [question_of(row, entry, answers.get(id), category) for row, (id, entry) in enumerate(entries.items())]
 
@@ -477,7 +481,8 @@ def question_of(
         ]
         types = [(p["type"], p["items"]["type"] if p["type"] in ("array", "tuple", "Array", "ArrayList") else "any")
                  for f in functions if f["name"] in expected for p in f["parameters"]["properties"].values()]
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error: refuse(f"question, function or ground_truth has another form ({error!r})")
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error: refuse("question, function or "
+                                                                                             f"ground_truth has another form ({error!r})")
     if len(expected) != len(answers) or (answer and not answers):
         refuse("a possible answer is missing, or is no list of values per parameter")
     if kind.asks == "one" and len(answers) != 1:
@@ -495,7 +500,8 @@ def chosen_categories(names: str = "") -> list[str]: # in the leaderboard's orde
     for name in wanted:
         if name not in CATEGORIES:
             raise EvaluateError(
-                f"{name!r} is no category that is asked here.{did_you_mean(name, list(CATEGORIES))} Known: {', '.join(CATEGORIES)}."
+                f"{name!r} is no category that is asked here.{did_you_mean(name, list(CATEGORIES))} Known: "
+                f"{', '.join(CATEGORIES)}."
             )
     return [name for name in CATEGORIES if not wanted or name in wanted]
 
@@ -581,7 +587,8 @@ def judge_questions(
 def leaderboard_head(board: Leaderboard) -> str: # one sentence or more
     "What was asked, and what was not answered."
     silent = "".join(
-        f" No answer from {model} to {sum(kinds.values())} of them, counted as wrong: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}."
+        f" No answer from {model} to {sum(kinds.values())} of them, counted as wrong: "
+        f"{', '.join(f'{n} {kind}' for kind, n in kinds.items())}."
         for model, kinds in board.problems.items()
     )
     return (

@@ -70,7 +70,8 @@ class FailureView:
     def _repr_html_(self) -> str:
         turn = self.evaluation.turns[self.index]
         expected = expected_text(turn.messages[-1])[:self.most]
-        prompt = f"<details><summary>prompt: {len(turn.messages) - 1} messages</summary>{messages_html(turn.messages[:-1], turn.tools)}</details>"
+        prompt = (f"<details><summary>prompt: {len(turn.messages) - 1} "
+                  f"messages</summary>{messages_html(turn.messages[:-1], turn.tools)}</details>")
         last = turn.messages[-2] if turn.message else {"role": "nobody"}
         parts = [
             prompt,

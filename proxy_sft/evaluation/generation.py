@@ -42,7 +42,8 @@ def questions_that_fit(
     turns: list[HeldoutTurn], # the turns to ask
     tokenizer: Any, # a Hugging Face tokenizer
     settings: Settings, # template, max_length
-) -> tuple[list[HeldoutTurn], list[list[int]]]: # the turns whose prompts fit, and their prompts; EvaluateError when none does
+# the turns whose prompts fit, and their prompts; EvaluateError when none does
+) -> tuple[list[HeldoutTurn], list[list[int]]]:
     "Prompts as a server builds them."
     prompts = [
         row[-1].tolist()
@@ -83,7 +84,8 @@ def answer_limit(
 
 # %% ../../nbs/evaluation/02_generation.ipynb #greedy-export
 @contextmanager
-def ready_to_answer(model: Any) -> Iterator[None]: # a causal language model of Transformers, maybe in the middle of training
+# a causal language model of Transformers, maybe in the middle of training
+def ready_to_answer(model: Any) -> Iterator[None]:
     "Evaluation mode, and greedy answers whatever the model's folder says about sampling; all as before afterwards."
     training, generation = model.training, model.generation_config
     model.eval()
@@ -166,7 +168,8 @@ def stop_together(reason: str) -> None: # `StopRequested` on every rank when one
     "None waits for answers of a rank that was asked to stop."
     if reason := next((r for r in all_gather(reason) if r), ""):
         raise StopRequested(
-            f"Stopped while answering, because {reason}. The answers so far are kept; the same command goes on from there."
+            f"Stopped while answering, because {reason}. The answers so far are kept; the same command goes on from "
+            "there."
         )
 
 
@@ -217,7 +220,8 @@ class AnswerStore:
 def model_identity(folder: Path) -> str: # changes when the model's files do
     "A folder that a run published by its manifest, another one by names, sizes and times of the model's own files."
     if (folder / MANIFEST).is_file(): return digest((folder / MANIFEST).read_text(encoding="utf-8"))
-    own = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*.json", "*.jinja")  # not what is measured beside them
+    # not what is measured beside them
+    own = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*.json", "*.jinja")
     files = sorted(path for pattern in own for path in folder.glob(pattern))
     return digest([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files])
 
@@ -295,7 +299,8 @@ def require_whole_weights(setting: str) -> None: # raises EvaluateError
     "Refuse a setting that asks the model while its weights are divided between ranks."
     if is_deepspeed_zero3_enabled():
         raise EvaluateError(
-            f"{setting} is set, and ZeRO-3 divides the weights between ranks. Set it to null, or deepspeed to ds_config_zero2.json."
+            f"{setting} is set, and ZeRO-3 divides the weights between ranks. Set it to null, or deepspeed to "
+            "ds_config_zero2.json."
         )
 
 # %% ../../nbs/evaluation/02_generation.ipynb #counts-export

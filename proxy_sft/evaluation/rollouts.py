@@ -59,7 +59,8 @@ def turn_verdict(
 
 def calls_of(message: dict) -> list[dict]: # `{"name", "arguments"}`
     "The calls of a converted message."
-    return [{name: call["function"][name] for name in ("name", "arguments")} for call in message.get("tool_calls") or []]
+    return [{name: call["function"][name] for name in ("name",
+                                                       "arguments")} for call in message.get("tool_calls") or []]
 
 # %% ../../nbs/evaluation/12_rollouts.ipynb #own-turn
 def own_turn(
@@ -131,9 +132,11 @@ class Rollouts:
         for model, rollouts in self.found.items():
             finished, turns = sum(r.end == "finished" for r in rollouts), sum(r.turns for r in rollouts)
             low, high = wilson(finished, len(rollouts))
-            rate = f"{finished}/{len(rollouts)} {100 * finished / len(rollouts):.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+            rate = (f"{finished}/{len(rollouts)} {100 * finished / len(rollouts):.0f} % [{100 * low:.0f}, "
+                    f"{100 * high:.0f}]")
             ends = Counter(r.end for r in rollouts if r.end != "finished")
-            lines.append([model, rate, f"{sum(r.passed for r in rollouts)}/{turns}", ", ".join(f"{n} {end}" for end, n in ends.most_common()) or "-"])
+            lines.append([model, rate, f"{sum(r.passed for r in rollouts)}/{turns}",
+                          ", ".join(f"{n} {end}" for end, n in ends.most_common()) or "-"])
         return lines
 
     HEADS = ("model", "finished conversations", "turns passed", "the others ended with")
@@ -147,11 +150,14 @@ def choose_conversations(
     seed: int = 42,
 ) -> list[tuple[int, list[dict], list[dict]]]: # line, messages, tools; EvaluateError when there is none
     "Held-out conversations with tools and at least one call."
-    if not path.is_file(): raise EvaluateError(f"There is no {path.parent.name}/{path.name}. Run nbs/01_convert.ipynb first.")
-    rows = ((name, (row, messages, tools)) for row, name, messages, tools in read_rows(path) if tools and any(m.get("tool_calls") for m in messages))
+    if not path.is_file(): raise EvaluateError(f"There is no {path.parent.name}/{path.name}. Run nbs/01_convert.ipynb "
+                                               "first.")
+    rows = ((name, (row, messages, tools)) for row, name, messages,
+            tools in read_rows(path) if tools and any(m.get("tool_calls") for m in messages))
     chosen = smallest(most, seed, rows)
     if chosen: return chosen
-    raise EvaluateError(f"{path.name} holds no conversation with a call. Raise heldout_fraction, or max_rows, and run nbs/01_convert.ipynb again.")
+    raise EvaluateError(f"{path.name} holds no conversation with a call. Raise heldout_fraction, or max_rows, and run "
+                        "nbs/01_convert.ipynb again.")
 
 # %% ../../nbs/evaluation/12_rollouts.ipynb #evaluate
 def evaluate_rollouts(
@@ -160,14 +166,16 @@ def evaluate_rollouts(
     tuned: Optional[Path] = None, # a trained model elsewhere than at the root of run_dir
     base_only: bool = False, # measure the base model alone; nothing is written then
     max_new_tokens: int = 1024, # an answer's tokens at most
-    servers: Optional[dict[str, Any]] = None, # `base` or `tuned` -> a `servers.Server` that is asked instead of the folder's model
+    # `base` or `tuned` -> a `servers.Server` that is asked instead of the folder's model
+    servers: Optional[dict[str, Any]] = None,
 ) -> Rollouts: # also written to run_dir/rollouts.json
     "Base and tuned model alone in the same held-out conversations."
     from proxy_sft.evaluation.asking import model_folders
     chosen, servers = choose_conversations(settings.converted_dir / "heldout.jsonl", most, settings.seed), servers or {}
     found = {}
     for name, folder in model_folders(settings, tuned, base_only).items():
-        answer = server_answers(servers[name], max_new_tokens) if name in servers else model_answers(settings, folder, max_new_tokens)
+        answer = server_answers(servers[name], max_new_tokens) if name in servers else model_answers(settings, folder,
+                max_new_tokens)
         found[name] = roll_out(chosen, answer)
     if not base_only:
         kept = {name: [asdict(one) for one in rollouts] for name, rollouts in found.items()}
@@ -188,7 +196,8 @@ def model_answers(settings: Settings, folder: Path, limit: int) -> Callable[[lis
     model, generation = load_model(folder, settings.device, settings.attention)
     stop, inspection = stop_token_ids(tokenizer, generation), Inspection(tokenizer, settings.template)
     def answer(turns: list[HeldoutTurn]) -> list[Reply]:
-        prompts = [row[-1].tolist() for row in server_prompts(inspection, [(turn.messages, turn.tools) for turn in turns])]
+        prompts = [row[-1].tolist() for row in server_prompts(inspection,
+                                                              [(turn.messages, turn.tools) for turn in turns])]
         fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= settings.max_length]
         made = dict(zip(fits, generate_replies(model, tokenizer, [prompts[i] for i in fits], stop, limit), strict=True))
         return [made.get(i, Reply("", False, 0, problem="prompt too long")) for i in range(len(turns))]

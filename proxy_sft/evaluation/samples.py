@@ -28,7 +28,9 @@ def sample_record(step: int, question: list[dict], expected: str, reply: Reply) 
 def sample_line(record: dict[str, Any], width: int = 70) -> str:
     "One line for the log, its three texts cut."
     cut = lambda text: (flat if len(flat := " ".join(text.split())) <= width else flat[:width - 1] + "…")
-    return f"step {record['step']:>6,}  {cut(record['question'])!r}: {cut(record['text'])!r}{'' if record['stopped'] else ' (not ended)'}; the data says {cut(record['expected'])!r}"
+    return (f"step {record['step']:>6,}  {cut(record['question'])!r}: "
+            f"{cut(record['text'])!r}{'' if record['stopped'] else ' (not ended)'}; the data says "
+            f"{cut(record['expected'])!r}")
 
 # %% ../../nbs/evaluation/03_samples.ipynb #callback
 class SamplesWhileTraining(TrainerCallback):
@@ -41,7 +43,8 @@ class SamplesWhileTraining(TrainerCallback):
         self.turns, self.prompts = questions_that_fit(turns, tokenizer, settings)
         self.limit = answer_limit(self.turns, tokenizer, 1024)
 
-    def ask(self, model: Any) -> dict[int, Reply]: # by turn, the same on every rank; turns for which there was no time are left out
+    # by turn, the same on every rank; turns for which there was no time are left out
+    def ask(self, model: Any) -> dict[int, Reply]:
         "This rank's share, then everybody's."
         (rank, size), end, made = place(), time.monotonic() + self.settings.eval_tool_calls_seconds, {}
         stop = stop_token_ids(self.tokenizer, model.generation_config.to_dict())

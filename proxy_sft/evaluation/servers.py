@@ -119,7 +119,8 @@ class Server:
         "The model's name at the server; EvaluateError when the server does not answer or has several."
         if self.model: return self.model
         try: names = [m.id for m in self.client.models.list().data]
-        except Exception as error: raise EvaluateError(f"{self.url} does not list its models: {problem_of(error)[0]}. Is the address right, with /v1?") from error
+        except Exception as error: raise EvaluateError(f"{self.url} does not list its models: {problem_of(error)[0]}. "
+                                                       "Is the address right, with /v1?") from error
         if len(names) != 1:
             raise EvaluateError(
                 f"{self.url} has {len(names)} models ({', '.join(names[:5])}); name one with --server-model."
@@ -187,7 +188,8 @@ def ask_all(
                 done(1)
                 if failed >= min(server.give_up, len(turns)) and not answered:
                     raise EvaluateError(
-                        f"{server.url} answered none of {failed} questions, the last time: {reply.problem}. Look at its log."
+                        f"{server.url} answered none of {failed} questions, the last time: {reply.problem}. Look at "
+                        "its log."
                     )
         finally: pool.shutdown(wait=True, cancel_futures=True)
     return [found[name] for name in names]

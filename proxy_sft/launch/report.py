@@ -55,8 +55,10 @@ def curve(
     )
     rows = [(n, int(x), y) for n, points in series.items() for x, y in points[::max(1, len(points) // 20)]]
     return (
-        f'<figure><figcaption>{html.escape(title)}: {names}</figcaption><svg viewBox="-2 -2 604 164" role="img" aria-label="{html.escape(title)}">'
-        f'<path class="axis" d="M0 0V160H600"/>{lines}</svg><p class="range">steps {box[0]:,.0f} to {box[1]:,.0f}; {box[2]:.4g} to {box[3]:.4g}</p>'
+        f'<figure><figcaption>{html.escape(title)}: {names}</figcaption><svg viewBox="-2 -2 604 164" role="img" '
+        f'aria-label="{html.escape(title)}">'
+        f'<path class="axis" d="M0 0V160H600"/>{lines}</svg><p class="range">steps {box[0]:,.0f} to {box[1]:,.0f}; '
+        f'{box[2]:.4g} to {box[3]:.4g}</p>'
         f"<details><summary>numbers</summary>{html_table(rows, ('series', 'step', 'value'))}</details></figure>"
     )
 
@@ -90,9 +92,11 @@ def data_html(settings: Settings) -> str: # empty when the data was not converte
         for n, s in sorted(found.get("by_source", {}).items(), key=lambda s: -s[1]["rows"])
     ]
     return (
-        f"<p>{found['rows']:,} rows in, {found['kept']:,} kept, {sum(found.get('rejected', {}).values()):,} rejected.</p>"
+        f"<p>{found['rows']:,} rows in, {found['kept']:,} kept, {sum(found.get('rejected', {}).values()):,} "
+        "rejected.</p>"
         + html_table(reasons, ("why rejected", "rows"))
-        + f"<details><summary>by source</summary>{html_table(sources, ('source', 'rows', 'kept', 'not kept'))}</details>"
+        + ("<details><summary>by "
+           f"source</summary>{html_table(sources, ('source', 'rows', 'kept', 'not kept'))}</details>")
     )
 
 def parity_html(settings: Settings, folder: Path) -> str: # empty when no prepared folder is found
@@ -125,7 +129,8 @@ def bars_html(metrics: dict[str, dict[str, dict]]) -> str: # the first two model
         y = 26 * i
         parts.append(f'<text x="232" y="{y + 15}" text-anchor="end">{html.escape(METRICS[name])}</text>')
         parts += [
-            f'<rect class="b{k}" x="240" y="{y + 3 + 9 * k}" width="{360 * (metrics[m].get(name) or {}).get("rate", 0):.1f}" height="8"/>'
+            (f'<rect class="b{k}" x="240" y="{y + 3 + 9 * k}" '
+             f'width="{360 * (metrics[m].get(name) or {}).get("rate", 0):.1f}" height="8"/>')
             for k, m in enumerate(models)
         ]
     height, names = (
@@ -133,8 +138,10 @@ def bars_html(metrics: dict[str, dict[str, dict]]) -> str: # the first two model
         ", ".join(f'<span class="k{k}">{html.escape(m)}</span>' for k, m in enumerate(models)),
     )
     return (
-        f'<figure><figcaption>share of right answers, 0 to 100 %: {names}</figcaption><svg viewBox="-2 -2 604 {height + 4}" role="img" '
-        f'aria-label="share of right answers"><path class="axis" d="M240 0V{height}M600 0V{height}"/>{"".join(parts)}</svg></figure>'
+        f'<figure><figcaption>share of right answers, 0 to 100 %: {names}</figcaption><svg viewBox="-2 -2 604 '
+        f'{height + 4}" role="img" '
+        f'aria-label="share of right answers"><path class="axis" d="M240 0V{height}M600 '
+        f'0V{height}"/>{"".join(parts)}</svg></figure>'
     )
 
 def evaluation_html(folder: Path) -> str: # empty when it was not evaluated
@@ -222,7 +229,8 @@ def report_html(folder: Path, now: float = 0.0) -> str: # a whole HTML document
     }
     body = "".join(f"<section><h2>{title}</h2>{text}</section>" for title, text in parts.items() if text)
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width">'
         f"<title>{html.escape(folder.name)}</title><style>{STYLE}</style></head><body><h1>{html.escape(folder.name)}</h1><p>{html.escape(found['state'])}</p>{body}</body></html>\n"
     )
 

@@ -20,8 +20,10 @@ from ..core.atomic_folders import AtomicFolderError, file_hash, read_manifest
 from .status import find_run
 
 # %% ../../nbs/launch/09_upload.ipynb #files
-UPLOADED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt",
-            "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "README.md", "SERVING.md", "smoke_test.py", "LICENSE*")
+UPLOADED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
+            "vocab*", "merges.txt",
+            "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "README.md", "SERVING.md",
+            "smoke_test.py", "LICENSE*")
 
 class UploadError(RuntimeError):
     "An upload that cannot begin, or did not arrive: says what was found and what to do."
@@ -35,10 +37,12 @@ def files_to_upload(
         raise UploadError(f"{error} Only a finished model is uploaded: let the run end, or name one of its checkpoints.") from error
     names = [name for name in files if any(fnmatchcase(name, pattern) for pattern in UPLOADED)]
     changed = [name for name in names if not name.endswith(".md") and not is_as_written(folder / name, files[name])]
-    if changed: raise UploadError(f"{folder / changed[0]} is not what was written. Upload a complete checkpoint, or train again.")
+    if changed: raise UploadError(f"{folder / changed[0]} is not what was written. Upload a complete checkpoint, or "
+                                  "train again.")
     missing = [what for what in ("config.json", "README.md", "tokenizer.json") if what not in names]
     if not any(name.endswith(".safetensors") for name in names): missing.append("weights (*.safetensors)")
-    if missing: raise UploadError(f"{folder} holds no {missing[0]}; a model on the hub needs it. Name the folder of a finished run.")
+    if missing: raise UploadError(f"{folder} holds no {missing[0]}; a model on the hub needs it. Name the folder of a "
+                                  "finished run.")
     require_licence(folder / "README.md")
     return names
 
@@ -50,8 +54,10 @@ def require_licence(card: Path) -> None: # raises UploadError
     "Refuse a model card that states no licence."
     try: licence = ModelCard.load(card).data.license
     except Exception as error:  # yaml has many errors of its own
-        raise UploadError(f"The front matter of {card} cannot be read ({type(error).__name__}). It is YAML between two lines of three dashes.") from error
-    if not licence: raise UploadError(f"{card} states no licence. Add the line `license: apache-2.0`, or the base model's, to its front matter.")
+        raise UploadError(f"The front matter of {card} cannot be read ({type(error).__name__}). It is YAML between two "
+                          "lines of three dashes.") from error
+    if not licence: raise UploadError(f"{card} states no licence. Add the line `license: apache-2.0`, or the base "
+                                      "model's, to its front matter.")
 
 # %% ../../nbs/launch/09_upload.ipynb #upload
 def upload(
@@ -64,14 +70,16 @@ def upload(
     names, api = files_to_upload(folder), HfApi(endpoint=endpoint)
     try:
         repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
-        done = api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names, commit_message=f"Model of {folder.name}")
+        done = api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names,
+                                 commit_message=f"Model of {folder.name}")
         compare_with_hub(api, repo, done.oid, folder, names)
     except HFValidationError as error: raise UploadError(f"{repo!r} is no name of a repository: give OWNER/NAME.") from error
     except HfHubHTTPError as error:
         raise UploadError(f"The hub refused {repo} ({error.response.status_code}): {str(error).splitlines()[-1][:200]} "
                           "Log in with a token that may write (`hf auth login`), or choose another name.") from error
     except UploadError: raise
-    except (OSError, RuntimeError) as error:  # RuntimeError is what the client makes of a large file that did not arrive
+    except (OSError, RuntimeError) as error:
+        # RuntimeError is what the client makes of a large file that did not arrive
         raise UploadError(f"The upload to {repo} broke off: {error} The same command goes on from there.") from error
     return done.commit_url
 
@@ -96,7 +104,8 @@ def add_upload_arguments(parser: argparse.ArgumentParser) -> None:
     "Which run, and where to."
     parser.add_argument("run", help="name of a run in workspace/runs, or the folder of a finished model")
     parser.add_argument("repo", metavar="OWNER/NAME", help="repository on the hub; made when it is not there")
-    parser.add_argument("--public", action="store_true", help="a repository that is made now can be read by everybody (default: private)")
+    parser.add_argument("--public", action="store_true", help="a repository that is made now can be read by everybody "
+                                                              "(default: private)")
     parser.add_argument("--dry-run", action="store_true", help="check the model and list the files, upload nothing")
 
 def upload_command(args: argparse.Namespace) -> int: # exit code

@@ -209,14 +209,16 @@ def require_fit(prepared: Prepared, settings: Settings) -> None: # raises Prepar
     "Refuse prepared data of other settings, or of rows that were replaced since."
     wanted, then = key_parts(settings, data=World.from_environment().rank == 0), prepared.manifest["key_parts"]
     if changed := [name for name, value in wanted.items() if json.loads(json.dumps(value)) != then.get(name)]:
-        raise PrepareError(f"The prepared data in {prepared.folder} were made from something else: {', '.join(changed)} "
+        raise PrepareError(f"The prepared data in {prepared.folder} were made from something else: "
+                           f"{', '.join(changed)} "
                            "changed. Prepare again with these settings: train(settings) does it.")
 
 def split_line(name: str, s: dict[str, Any]) -> str:
     "A split's counts."
     return (
         f"{name}: {s['rows']:,} rows ({', '.join(f'{s[f]:,} {f}' for f in FATES if s[f])}), {s['tokens']:,} tokens, "
-        f"{s['supervised_tokens'] / max(1, s['tokens']):.1%} of them supervised, {s['blocks']:,} blocks, {s['fill']:.1%} full"
+        f"{s['supervised_tokens'] / max(1, s['tokens']):.1%} of them supervised, {s['blocks']:,} blocks, "
+        f"{s['fill']:.1%} full"
     )
 
 # %% ../../nbs/tokens/05_preparation.ipynb #prepare
@@ -227,7 +229,8 @@ def prepare(
     settings: Settings,
     ensure_inputs: Callable[[Settings], None] = require_inputs, # called by the rank that builds, while the others wait
 ) -> Prepared: # the same content on every rank
-    "Build once and let the others wait; an error on every rank when it cannot be done, `StopRequested` on every rank after a request to stop."
+    """Build once and let the others wait; an error on every rank when it cannot be done, `StopRequested` on every rank
+    after a request to stop."""
     with listening(): return build_or_wait(settings, ensure_inputs)
 
 def build_or_wait(settings: Settings, ensure_inputs: Callable[[Settings], None]) -> Prepared:
@@ -298,6 +301,7 @@ def check_folder(folder: Path) -> None: # raises PrepareError
     try: verify(folder)
     except AtomicFolderError as error:
         raise PrepareError(
-            f"{error} Nothing was trained on it. Look after the disk, delete {folder}, and start again: it is then built anew."
+            f"{error} Nothing was trained on it. Look after the disk, delete {folder}, and start again: it is then "
+            "built anew."
         ) from error
     with contextlib.suppress(PermissionError): os.utime(folder / COMPLETE)  # others may own it

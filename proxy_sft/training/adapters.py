@@ -38,7 +38,8 @@ def adapter_config(
         for name in targets:
             if name not in known:
                 raise ModelError(
-                    f"lora_targets names {name!r}, which is no linear layer below the head.{did_you_mean(name, known)} Known: all-linear, {', '.join(known)}."
+                    f"lora_targets names {name!r}, which is no linear layer below the head.{did_you_mean(name, known)} "
+                    f"Known: all-linear, {', '.join(known)}."
                 )
     return LoraConfig(
         r=settings.lora_rank,
@@ -71,7 +72,8 @@ def merged_folder(
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise ModelError(
-            f"The adapter of {checkpoint.name} could not be merged: {type(error).__name__}: {error} The checkpoint is untouched; start the run again to merge anew."
+            f"The adapter of {checkpoint.name} could not be merged: {type(error).__name__}: {error} The checkpoint is "
+            "untouched; start the run again to merge anew."
         ) from error
     facts = {name: value for name, value in read_manifest(checkpoint).items() if name != "files"}
     publish(aside, target, {**facts, "merged_from": (checkpoint / COMPLETE).read_text(encoding="utf-8").strip()})

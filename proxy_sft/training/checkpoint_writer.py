@@ -26,7 +26,8 @@ from .checkpoints import CheckpointError, lack_of_room, prune, random_state_file
 
 # %% ../../nbs/training/07_checkpoint_writer.ipynb #mixin
 class CompleteCheckpoints:
-    "Mix-in for a `transformers.Trainer`: checkpoints written aside, sealed, renamed, marked; then the window is pruned."
+    """Mix-in for a `transformers.Trainer`: checkpoints written aside, sealed, renamed, marked; then the window is
+    pruned."""
     run_dir: Path               # where checkpoint-N appear
     keep: int                   # complete checkpoints kept
     facts: dict[str, Any]       # for the manifests
@@ -72,7 +73,8 @@ def _written(self: CompleteCheckpoints, target: Path, write: Callable[[], None])
         free = shutil.disk_usage(self.run_dir).free / 1e9
         shutil.rmtree(self.run_dir / ".saving", ignore_errors=True)
         raise CheckpointError(
-            f"{target.name} could not be written: {error} ({free:,.2f} GB were free). The earlier checkpoints are untouched; "
+            f"{target.name} could not be written: {error} ({free:,.2f} GB were free). The earlier checkpoints are "
+            "untouched; "
             "free space and start the run again."
         ) from error
     self.accelerator.wait_for_everyone()
@@ -117,7 +119,8 @@ def _publish(self: CompleteCheckpoints, target: Path, kind: str) -> None:
     for act in (seal, lambda: mark_complete(target)):
         if problem := next((p for p in all_gather(in_words(act) if self.publishes else "") if p), ""):
             raise CheckpointError(
-                f"{target.name} could not be completed: {problem}. The earlier checkpoints are untouched; free space and start the run again."
+                f"{target.name} could not be completed: {problem}. The earlier checkpoints are untouched; free space "
+                "and start the run again."
             )
     if self.publishes:
         for name in (".saving", ".converted"): shutil.rmtree(self.run_dir / name, ignore_errors=True)
@@ -129,7 +132,8 @@ def _completed(
     aside: Path,
     kind: str,
 ) -> Path: # raises AtomicFolderError when a file is missing
-    "What is left to do before sealing: no pickle that nobody reads, weights and every random state there, DeepSpeed's pointer on every disk."
+    """What is left to do before sealing: no pickle that nobody reads, weights and every random state there, DeepSpeed's
+    pointer on every disk."""
     (aside / "training_args.bin").unlink(missing_ok=True) # settings.yaml tells what was set
     if not [*aside.glob("*.safetensors")]: raise AtomicFolderError("the weights were not written")
     if kind == "weights": return aside
@@ -155,7 +159,8 @@ def publish_final(checkpoint: Path, run_dir: Path) -> None: # raises CheckpointE
     try: copy_final(checkpoint, run_dir)
     except OSError as error:
         raise CheckpointError(
-            f"The final model could not be written into {run_dir}: {error}. {checkpoint.name} is complete and holds the same model; "
+            f"The final model could not be written into {run_dir}: {error}. {checkpoint.name} is complete and holds "
+            "the same model; "
             "see to the disk and start the run again, which publishes it without training."
         ) from error
 

@@ -50,7 +50,8 @@ def prune(run_dir: Path, keep: int, kind: str = "checkpoint") -> list[str]: # na
     return [f.name for f in old]
 
 def sweep(run_dir: Path) -> dict[str, str]: # name of a folder -> what was wrong with it and what became of it
-    "Clear away what is not complete: the folder that is written aside, and checkpoints whose marker is missing or does not fit."
+    """Clear away what is not complete: the folder that is written aside, and checkpoints whose marker is missing or
+    does not fit."""
     left = [
         f
         for f in [run_dir / ".saving", *run_dir.glob("checkpoint-*[0-9]"), *run_dir.glob("weights-*[0-9]")]
@@ -147,7 +148,8 @@ def differences(
     now: dict[str, Any],
     convert: bool = False,
 ) -> list[str]: # one line each; empty when going on is the same training
-    "What has changed between a checkpoint's facts and this run's, versions left out; with `convert` also another number of ranks that takes the same rows."
+    """What has changed between a checkpoint's facts and this run's, versions left out; with `convert` also another
+    number of ranks that takes the same rows."""
     pairs = [
         (n, then["settings"].get(n), now["settings"].get(n)) for n in sorted({*then["settings"], *now["settings"]})
     ]
@@ -160,7 +162,8 @@ def rows_per_step(facts: dict[str, Any]) -> int: # blocks
     return facts["world_size"] * facts["settings"]["gradient_accumulation"] * facts["settings"]["batch_size"]
 
 def convertible(then: dict[str, Any], now: dict[str, Any]) -> bool:
-    "Whether another number of ranks is the same training but for rounding: as many rows per step, which the sampler gives out in the same order, and DeepSpeed on both sides."
+    """Whether another number of ranks is the same training but for rounding: as many rows per step, which the sampler
+    gives out in the same order, and DeepSpeed on both sides."""
     sharded = any(Path(name).name.endswith("optim_states.pt") for name in then.get("files", []))
     return (
         then["world_size"] != now["world_size"]
@@ -198,7 +201,8 @@ def refuse_acting_pickles(folder: Path) -> None: # raises CheckpointError
             ) from error
         if acting := sorted(n for n in names if n not in HARMLESS and not n.startswith("deepspeed.runtime.config.")):
             raise CheckpointError(
-                f"{path} would load {', '.join(acting[:5])}, which no checkpoint of this project needs. Nothing was executed. "
+                f"{path} would load {', '.join(acting[:5])}, which no checkpoint of this project needs. Nothing was "
+                "executed. "
                 "Somebody else made or changed this file; go on from another checkpoint."
             )
 
@@ -220,7 +224,8 @@ def checkpoint_to_resume(
     except AtomicFolderError as error:
         older = [f for f in complete_checkpoints(settings.run_dir) if settings.resume == "auto" and f != folder]
         instead = (
-            f" Move it away, and the run goes on from {older[-1].name}, {checkpoint_step(folder) - checkpoint_step(older[-1])} steps earlier."
+            f" Move it away, and the run goes on from {older[-1].name}, "
+            f"{checkpoint_step(folder) - checkpoint_step(older[-1])} steps earlier."
             if older
             else ""
         )
@@ -252,8 +257,10 @@ def world_size_words(then: dict[str, Any], now: dict[str, Any]) -> str: # empty 
     "Why another number of ranks is refused, and when it can be converted."
     if then["world_size"] == now["world_size"]: return ""
     return (
-        f"\nAnother number of ranks is another training unless each step takes the same rows: {rows_per_step(then)} then, {rows_per_step(now)} now (ranks × gradient_accumulation × "
-        "batch_size). With as many as then, DeepSpeed under torchrun, and resume_world set to convert, its states are converted and the losses go on but for rounding."
+        f"\nAnother number of ranks is another training unless each step takes the same rows: {rows_per_step(then)} "
+        f"then, {rows_per_step(now)} now (ranks × gradient_accumulation × "
+        "batch_size). With as many as then, DeepSpeed under torchrun, and resume_world set to convert, its states are "
+        "converted and the losses go on but for rounding."
     )
 
 BEGUN = ".begun" # holds the word of the start that began anew
@@ -353,13 +360,15 @@ def sees_other_disk(run_dir: Path) -> bool: # the same on every rank
     return seen
 
 def agreed_checkpoint(run_dir: Path) -> Optional[int]: # step; None: there is none anywhere
-    "For machines with disks of their own: the newest step that all have complete; newer ones, of a save that was cut short, are deleted."
+    """For machines with disks of their own: the newest step that all have complete; newer ones, of a save that was cut
+    short, are deleted."""
     steps = [{checkpoint_step(f) for f in complete_checkpoints(run_dir)}]
     everywhere = all_gather(steps[0])
     common = set.intersection(*everywhere)
     if not common and any(everywhere):
         raise CheckpointError(
-            f"The machines have no complete checkpoint in common (by rank: {[sorted(s) for s in everywhere]}). Copy one over, "
+            f"The machines have no complete checkpoint in common (by rank: {[sorted(s) for s in everywhere]}). Copy "
+            "one over, "
             "or set resume to never to begin anew."
         )
     if (
@@ -369,7 +378,8 @@ def agreed_checkpoint(run_dir: Path) -> Optional[int]: # step; None: there is no
         and (newest := max(set.union(*everywhere))) > max(common)
     ):
         print(
-            f"WARNING: the save of step {newest} is complete on some machines only and is deleted. The run goes on from checkpoint-{max(common)}; "
+            f"WARNING: the save of step {newest} is complete on some machines only and is deleted. The run goes on "
+            f"from checkpoint-{max(common)}; "
             f"{newest - max(common)} steps are lost and trained again.",
             file=sys.stderr,
             flush=True,
@@ -380,7 +390,8 @@ def agreed_checkpoint(run_dir: Path) -> Optional[int]: # step; None: there is no
 
 # %% ../../nbs/training/06_checkpoints.ipynb #in-use
 def lock_run(lock: RunLock) -> None: # raises CheckpointError
-    "Keep a second training out of this run's folder; ranks that are started again wait for the last of those before them to be gone."
+    """Keep a second training out of this run's folder; ranks that are started again wait for the last of those before
+    them to be gone."""
     try: lock.take(patience=60 if is_repetition() else 3)
     except InUseError as error: raise CheckpointError(str(error)) from error
 
@@ -392,7 +403,8 @@ def expected_bytes(
     deepspeed: bool,
     bytes_each: int,
 ) -> int: # of one checkpoint
-    "What the last checkpoint took; before the first one an estimate: weights, optimizer states, with DeepSpeed its copies."
+    """What the last checkpoint took; before the first one an estimate: weights, optimizer states, with DeepSpeed its
+    copies."""
     if found := complete_checkpoints(run_dir): return folder_bytes(found[-1])
     states = 2 if "8bit" in optimizer else 8
     return parameters * (bytes_each + states + (bytes_each + 4 if deepspeed else 0))
@@ -426,5 +438,6 @@ def require_room(
     if on_full_disk == "go_on": print(f"Warning: {problem} Training begins all the same, as on_full_disk says.")
     else:
         raise CheckpointError(
-            f"{problem} Lower save_total_limit, choose another output_dir, free space, or set on_full_disk to go_on. Nothing was started."
+            f"{problem} Lower save_total_limit, choose another output_dir, free space, or set on_full_disk to go_on. "
+            "Nothing was started."
         )

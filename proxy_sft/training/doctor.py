@@ -67,7 +67,8 @@ class Report:
         "Lines for a terminal."
         paint = {"ok": "\033[32m", "warn": "\033[33m", "fail": "\033[31m"} if colour else {}
         line = lambda f: (
-            f"{paint.get(f.level, '')}{f.level:<4}{chr(27) + '[0m' if colour else ''}  {f.about}: {f.text}{' ' + f.advice if f.advice else ''}"
+            f"{paint.get(f.level, '')}{f.level:<4}{chr(27) + '[0m' if colour else ''}  {f.about}: "
+            f"{f.text}{' ' + f.advice if f.advice else ''}"
         )
         return "\n".join(line(f) for f in self.findings)
 
@@ -145,7 +146,8 @@ def ways_to_fit(
         said = " ".join(f"-p {name} {value}" for name, value in way.items() if getattr(settings, name) != value)
         if total > 0.9 * card or said in told: continue
         told.add(said)
-        yield f"`{said}` ({total / 2**30:.1f} GiB{f', and {host * ranks / 2**30:.0f} of host memory' if host else ''}{', but pure bfloat16 weights lose small updates' if 'weights' in way else ''})"
+        yield (f"`{said}` ({total / 2**30:.1f} "
+               f"GiB{f', and {host * ranks / 2**30:.0f} of host memory' if host else ''}{', but pure bfloat16 weights lose small updates' if 'weights' in way else ''})")
 
 # %% ../../nbs/training/09_doctor.ipynb #look-memory
 def check_gpu_memory(
@@ -167,7 +169,8 @@ def check_gpu_memory(
     if level == "ok": return Finding("memory", level, told)
     ways = list(ways_to_fit(settings, ranks, config, card))
     advice = f"These fit by the same count: {'; '.join(ways[:5])}." if ways else (
-        f"Nothing that was tried fits. Set max_length lower (now {settings.max_length}), or take more GPUs with ZeRO-3 (ds_zero3.json).")
+        f"Nothing that was tried fits. Set max_length lower (now {settings.max_length}), or take more GPUs with ZeRO-3 "
+        "(ds_zero3.json).")
     return Finding("memory", level, told, advice)
 
 def host_memory() -> Optional[int]: # bytes that a program can still get; None: not known
@@ -218,7 +221,8 @@ def existing(folder: Path) -> Path: # the nearest folder upwards that is there
 
 def check_disk_space(settings: Settings, needed: int, free: int) -> Finding: # bytes
     "Whether the window and the one more fit."
-    told = f"What is missing of {settings.save_total_limit} checkpoints, and one more while saving, takes {needed / 1e9:,.1f} GB; {free / 1e9:,.1f} GB are free."
+    told = (f"What is missing of {settings.save_total_limit} checkpoints, and one more while saving, takes "
+            f"{needed / 1e9:,.1f} GB; {free / 1e9:,.1f} GB are free.")
     advice = f"Set save_total_limit lower (now {settings.save_total_limit}), or output_dir to another disk."
     if needed > free: return Finding("disk", "warn" if settings.on_full_disk == "go_on" else "fail", told, advice)
     return Finding("disk", "warn" if needed > 0.8 * free else "ok", told)
@@ -228,7 +232,8 @@ def check_run_folder(folder: Path, setting: str = "workspace or output_dir") -> 
     try:
         with tempfile.TemporaryFile(dir=existing(folder)):
             return Finding("folder", "ok", f"The folder {folder.name} can be written.")
-    except OSError as error: return Finding("folder", "fail", f"{folder} cannot be written: {error.strerror}.", f"Set {setting} to another folder.")
+    except OSError as error: return Finding("folder", "fail", f"{folder} cannot be written: {error.strerror}.",
+                                            f"Set {setting} to another folder.")
 
 # %% ../../nbs/training/09_doctor.ipynb #system
 LOOKED_AT = ("torch", "transformers", "trl", "accelerate", "deepspeed", *sorted(set(PACKAGES.values())), "liger-kernel")
@@ -397,7 +402,8 @@ def check_interconnect(text: Optional[str]) -> Finding: # `nvidia-smi topo -m`
         "links",
         "warn",
         f"Some pairs of GPUs have no NVLink ({', '.join(between) or 'no pair was found'}).",
-        "ZeRO-2 exchanges gradients at every micro-batch: set batch_size higher and gradient_accumulation lower, or deepspeed to ds_zero1.json, which exchanges once per step.",
+        "ZeRO-2 exchanges gradients at every micro-batch: set batch_size higher and gradient_accumulation lower, or "
+        "deepspeed to ds_zero1.json, which exchanges once per step.",
     )
 
 def check_other_processes(
@@ -418,7 +424,8 @@ def check_other_processes(
             "cards",
             "warn",
             f"Other programs hold {', '.join(held)}.",
-            "End them (`nvidia-smi` lists them; a killed run may have left one), or choose other cards with CUDA_VISIBLE_DEVICES.",
+            "End them (`nvidia-smi` lists them; a killed run may have left one), or choose other cards with "
+            "CUDA_VISIBLE_DEVICES.",
         )
     return Finding("cards", "ok", "No other program holds memory of them.")
 
@@ -448,7 +455,8 @@ def check_data(settings: Settings, prepared: Optional[Prepared], why: str) -> Fi
         return Finding(
             "data",
             "ok",
-            f"Prepared: {prepared.splits['train']['rows']:,} rows, {prepared.splits['train']['tokens']:,} tokens in {prepared.splits['train']['blocks']:,} blocks.",
+            f"Prepared: {prepared.splits['train']['rows']:,} rows, {prepared.splits['train']['tokens']:,} tokens in "
+            f"{prepared.splits['train']['blocks']:,} blocks.",
         )
     if settings.is_demo:
         return Finding("data", "ok", f"The demo makes and prepares its data when the run starts ({why}).")
@@ -576,10 +584,12 @@ def diagnose(
     )
 
 def require_health(settings: Settings, ranks: int = 1) -> Report: # raises DoctorError
-    "`diagnose`, and an end when something failed and `preflight` does not say warn; memory is counted where there is a card to compare with."
+    """`diagnose`, and an end when something failed and `preflight` does not say warn; memory is counted where there is
+    a card to compare with."""
     if offloads(settings) and "RANK" not in os.environ:
         raise DoctorError(
-            f"{settings.deepspeed} keeps states in the host's memory, which needs DeepSpeed and therefore the launcher: start with `proxy-sft run NOTEBOOK --nproc 1`."
+            f"{settings.deepspeed} keeps states in the host's memory, which needs DeepSpeed and therefore the "
+            "launcher: start with `proxy-sft run NOTEBOOK --nproc 1`."
         )
     report = diagnose(settings, ranks, rehearsal=device_memory(settings) is not None)
     if report.failed and settings.preflight == "require":

@@ -34,16 +34,19 @@ def quantization(settings: Settings) -> Optional[BitsAndBytesConfig]: # None: we
     if settings.quantize == "none": return None
     if settings.lora_rank is None:
         raise ModelError(
-            "quantize is nf4, and weights of 4 bits cannot be trained. Set lora_rank (64, for example), or quantize to none."
+            "quantize is nf4, and weights of 4 bits cannot be trained. Set lora_rank (64, for example), or quantize to "
+            "none."
         )
     if is_deepspeed_zero3_enabled():
         raise ModelError(
-            "quantize is nf4, and ZeRO-3 cannot divide such weights. Set deepspeed to ds_config_zero2.json, or quantize to none."
+            "quantize is nf4, and ZeRO-3 cannot divide such weights. Set deepspeed to ds_config_zero2.json, or "
+            "quantize to none."
         )
     require_package("bitsandbytes", "quantize", "none")
     if training_device(settings).type != "cuda":
         raise ModelError(
-            "quantize is nf4, and there is no GPU, without which gradients are wrong after the first held-out loss. Set quantize to none."
+            "quantize is nf4, and there is no GPU, without which gradients are wrong after the first held-out loss. "
+            "Set quantize to none."
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -56,7 +59,8 @@ def require_package(package: str, setting: str, instead: str) -> None: # raises 
     "See that a setting's package is installed."
     if not find_spec(package):
         raise ModelError(
-            f"{setting} needs the package {package}, which is not installed (`pip install {package}`). Or set {setting} to {instead}."
+            f"{setting} needs the package {package}, which is not installed (`pip install {package}`). Or set "
+            f"{setting} to {instead}."
         )
 
 # %% ../../nbs/training/03_model.ipynb #load
@@ -64,7 +68,8 @@ def load_for_training(settings: Settings, tokenizer: PreTrainedTokenizerBase, dt
     "The base model on its device, its stop token set to the one that is trained."
     if settings.lora_rank and settings.activation_checkpointing == "selective" and is_deepspeed_zero3_enabled():
         raise ModelError(
-            "Adapters under ZeRO-3 cannot be trained with activation_checkpointing selective (now set). Set it to full or none, or deepspeed to ds_config_zero2.json."
+            "Adapters under ZeRO-3 cannot be trained with activation_checkpointing selective (now set). Set it to full "
+            "or none, or deepspeed to ds_config_zero2.json."
         )
     placed = {} if is_deepspeed_zero3_enabled() else {"device_map": {"": training_device(settings)}}
     placed |= {"quantization_config": nf4} if (nf4 := quantization(settings)) else {}
@@ -88,7 +93,8 @@ def require_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None: # raises 
     wrong = [(name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != dtype]
     if wrong:
         raise ModelError(
-            f"{len(wrong)} weights were loaded as {wrong[0][1]} where {dtype} was wanted, {wrong[0][0]} among them. Set weights to auto, bfloat16 or float32."
+            f"{len(wrong)} weights were loaded as {wrong[0][1]} where {dtype} was wanted, {wrong[0][0]} among them. "
+            "Set weights to auto, bfloat16 or float32."
         )
 
 # %% ../../nbs/training/03_model.ipynb #kernels
@@ -127,7 +133,8 @@ def optimizer_arguments(
     if package := PACKAGES.get(name):
         if with_deepspeed:
             raise ModelError(
-                f"optimizer is {name}, and DeepSpeed divides the states of PyTorch's AdamW only. Set optimizer to adamw_torch_fused, or deepspeed to null."
+                f"optimizer is {name}, and DeepSpeed divides the states of PyTorch's AdamW only. Set optimizer to "
+                "adamw_torch_fused, or deepspeed to null."
             )
         require_package(package, "optimizer", "adamw_torch_fused")
     if name == "paged_adamw_8bit" and device.type != "cuda":
@@ -135,7 +142,8 @@ def optimizer_arguments(
     if name != "adamw_bf16": return {"optim": name}, None
     if dtype != torch.bfloat16 and settings.lora_rank is None:
         raise ModelError(
-            "optimizer is adamw_bf16, and the weights have 32 bits. Set weights to bfloat16, or optimizer to adamw_8bit."
+            "optimizer is adamw_bf16, and the weights have 32 bits. Set weights to bfloat16, or optimizer to "
+            "adamw_8bit."
         )
     from torchao.optim import _AdamW
     return {}, (

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from tokenizers import AddedToken
 
 # %% ../../nbs/training/20_new_tokens.ipynb #tokens
-NEW_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")  # Qwen3's, not special: decoding shows them
+# Qwen3's, not special: decoding shows them
+NEW_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
 @dataclass(frozen=True)
 class NewToken:
@@ -82,7 +83,8 @@ def untrained_rows(
 # %% ../../nbs/training/20_new_tokens.ipynb #folder-norms
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")  # how the matrix is called at the end of its name
 
-def folder_norms(folder: Path) -> Optional[torch.Tensor]: # one per row; None where there are no safetensors or no such matrix
+# one per row; None where there are no safetensors or no such matrix
+def folder_norms(folder: Path) -> Optional[torch.Tensor]:
     "Length of each token's embedding, from a model's files."
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
