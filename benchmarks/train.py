@@ -252,9 +252,10 @@ def run_side(folder):
     from proxy_sft.training.doctor import device_name
     from proxy_sft.tokens.preparation import prepare
     from proxy_sft.core.settings import load_settings
-    from proxy_sft.training.run import start_processes
+    from proxy_sft.training.run import keep_memory_whole, start_processes
     from proxy_sft.training.trainer import build_trainer
     settings = load_settings(**json.loads((folder / "side.json").read_text()))
+    keep_memory_whole()  # as `train` does, before the first use of a GPU
     prepared = prepare(settings)
     start_processes(settings)
     before = resident("VmRSS")
@@ -302,7 +303,7 @@ def run_side(folder):
     trainer.train()
     shape, device = Shape.of(trainer.model.config), device_name(settings)
     speed = counted["tokens"] / counted["seconds"]
-    flops = flops_per_token(shape, counted["squares"] / counted["tokens"])
+    flops = flops_per_token(shape, counted["squares"] / counted["tokens"], frozen=settings.lora_rank is not None)
     result = {
         **counted,
         "speed": speed,

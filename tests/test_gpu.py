@@ -81,7 +81,7 @@ def flash_attention(monkeypatch):
         ("_process_flash_kwargs_fn", flash._lazy_define_process_function(flash_attn_varlen_func)),
         ("_process_with_kvcache_kwargs_fn", dict),
     ):
-        monkeypatch.setattr(flash, name, value)
+        monkeypatch.setattr(flash, name, value, raising=False)  # older versions of transformers lack some
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

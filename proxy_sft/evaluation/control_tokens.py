@@ -9,7 +9,7 @@ __all__ = ['MEASURED', 'measured_ids', 'control_token_ranks', 'ControlTokenScore
 # %% ../../nbs/evaluation/10_control_tokens.ipynb #imports
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from transformers import TrainerCallback

@@ -8,7 +8,6 @@ __all__ = ['HARNESS', 'TaskScore', 'Harness', 'require_harness', 'known_tasks', 
 
 # %% ../../nbs/evaluation/11_harness.ipynb #imports
 import json
-import math
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec

@@ -24,7 +24,7 @@ from proxy_sft.evaluation.answers import (
 
 # %% ../../nbs/evaluation/07_scores.ipynb #imports-constants
 from .answers import METRICS
-from ..chat.views import STYLE
+
 
 # %% ../../nbs/evaluation/07_scores.ipynb #bootstrap-export
 DRAWS = 1000

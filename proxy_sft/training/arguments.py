@@ -17,6 +17,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.liger import apply_liger_kernel
 from trl import SFTConfig, SFTTrainer
 
 # %% ../../nbs/training/10_arguments.ipynb #imports-own
@@ -33,6 +34,8 @@ class TrainError(RuntimeError):
 def speed_record(trainer: SFTTrainer, settings: Settings) -> dict[str, Any]: # for manifests and every record of the log
     "Set the attention and prove it on the trainer's own model, collator and data; say what was chosen."
     model = trainer.accelerator.unwrap_model(trainer.model)
+    # what is proved must be what trains; transformers applies them again when training begins, which changes nothing
+    if trainer.args.use_liger_kernel: apply_liger_kernel(model, trainer.args.liger_kernel_config)
     with whole_weights(model):
         chosen = choose_attention(
             getattr(model, "get_base_model", lambda: model)(),

@@ -6,8 +6,8 @@
 __all__ = ['PUBLISHED', 'DOLCI', 'PEAKS', 'KEPT', 'FUSED', 'PACKAGES', 'Shape', 'published_config', 'flops_per_token',
            'mean_context', 'CostTable', 'padded_share', 'BatchingTable', 'peak_flops', 'utilisation', 'AllocationMeter',
            'keep_attention', 'set_checkpointing', 'tiled_loss', 'one_pass', 'loss_in_tiles', 'build_model',
-           'activation_bytes', 'rehearse', 'rehearsed', 'weights_dtype', 'state_bytes', 'trained_parameters',
-           'frozen_bytes', 'bucket_bytes', 'memory_parts']
+           'activation_bytes', 'rehearse', 'rehearsed', 'weights_dtype', 'state_bytes', 'optimizer_bytes',
+           'trained_parameters', 'frozen_bytes', 'bucket_bytes', 'memory_parts']
 
 # %% ../../nbs/training/01_cost.ipynb #imports
 import json
@@ -372,6 +372,12 @@ def state_bytes(optimizer: str, weight: int) -> int: # per weight; weight: bytes
     if optimizer == "adamw_bf16": return 4
     return 2 * weight if optimizer.startswith("adamw_torch") else 8
 
+def optimizer_bytes(optimizer: str, weights: int, size: int, embedding: int = 0) -> int: # weights: trained; size: bytes of one; embedding: of them, in lookup tables
+    "Bytes of the optimizer's states; beside 8-bit states transformers has bitsandbytes keep an embedding's in 32 bits."
+    wide = embedding * (8 - state_bytes(optimizer, size)) if optimizer == "adamw_8bit" else 0
+    return weights * state_bytes(optimizer, size) + wide
+
+
 # %% ../../nbs/training/01_cost.ipynb #trained
 def trained_parameters(shape: Shape, settings: Settings) -> int:
     "All weights, or those of the adapters: rank x (inputs + outputs) of each layer that has one."
@@ -434,9 +440,10 @@ def memory_parts(
     # of what is trained: adapters have 32 bits beside frozen weights of 16
     each = size if trained == count or stage else 4
     copy = 4 * trained // share(1) if stage else 0
+    embedding = shape.vocabulary * shape.hidden if trained == count else 0
     states = {
         "32-bit copy": copy,
-        "optimizer": trained * state_bytes(settings.optimizer, 4 if copy else each) // share(1),
+        "optimizer": optimizer_bytes(settings.optimizer, trained, 4 if copy else each, embedding) // share(1),
     }
     weights, gradients = (
         (frozen_bytes(shape, settings, size) + (0 if trained == count else trained * each)) // share(3),
