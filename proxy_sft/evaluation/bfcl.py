@@ -430,8 +430,8 @@ def read_entries(path: Path) -> dict[str, dict]: # id -> entry, in the file's or
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip(): continue
         try: entry = json.loads(line); name = entry["id"]
-        except (ValueError, KeyError, TypeError) as error: raise EvaluateError(f"Line {number} of {path.name} is no "
-                                                                               f"entry with an id ({error!r}).") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluateError(f"Line {number} of {path.name} is no entry with an id ({error!r}).") from error
         if name in found: raise EvaluateError(f"{path.name} holds {name} twice.")
         found[name] = entry
     if not found: raise EvaluateError(f"{path.name} is empty.")
@@ -481,8 +481,8 @@ def question_of(
         ]
         types = [(p["type"], p["items"]["type"] if p["type"] in ("array", "tuple", "Array", "ArrayList") else "any")
                  for f in functions if f["name"] in expected for p in f["parameters"]["properties"].values()]
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error: refuse("question, function or "
-                                                                                             f"ground_truth has another form ({error!r})")
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        refuse(f"question, function or ground_truth has another form ({error!r})")
     if len(expected) != len(answers) or (answer and not answers):
         refuse("a possible answer is missing, or is no list of values per parameter")
     if kind.asks == "one" and len(answers) != 1:

@@ -17,7 +17,9 @@ from typing import Any, Optional
 from ..core.atomic_folders import write_flushed
 from ..core.display import html_table, text_table
 from ..core.settings import Settings
-from .answers import canonical, EvaluateError, HeldoutTurn, read_reply, read_rows, Reply, smallest, wilson
+from proxy_sft.evaluation.answers import (
+    canonical, EvaluateError, HeldoutTurn, read_reply, read_rows, Reply, smallest, wilson
+)
 
 # %% ../../nbs/evaluation/12_rollouts.ipynb #ends
 ENDS = {
@@ -73,7 +75,8 @@ def own_turn(
     own = {"role": "assistant", "content": answer.text}
     if not answer.calls: return [own]
     order = []
-    for made in map(canonical, answer.calls): order.append(next(i for i, one in enumerate(wanted) if one == made and i not in order))
+    for made in map(canonical, answer.calls):
+        order.append(next(i for i, one in enumerate(wanted) if one == made and i not in order))
     calls = [{"type": "function", "function": call} for call in answer.calls]
     return [{**own, "tool_calls": calls}, *([results[i] for i in order] if len(results) == len(wanted) else results)]
 

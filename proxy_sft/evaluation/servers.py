@@ -69,7 +69,8 @@ def reply_from(
         right = isinstance(text, (str, type(None))) and all(
             isinstance(c["name"], str) and isinstance(c["arguments"], str) for c in calls or []
         )
-    except (AttributeError, IndexError, TypeError, KeyError) as error: raise MalformedReply(f"no chat completion: {str(completion)[:120]}") from error
+    except (AttributeError, IndexError, TypeError, KeyError) as error:
+        raise MalformedReply(f"no chat completion: {str(completion)[:120]}") from error
     if not right or (text is None and not calls): raise MalformedReply(f"an empty completion: {str(completion)[:120]}")
     return Reply(
         text or "", choice.finish_reason in ("stop", "tool_calls"), tokens if isinstance(tokens, int) else 0, calls

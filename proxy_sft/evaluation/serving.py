@@ -36,20 +36,26 @@ import sys
 from openai import OpenAI
 
 OPTIONS = @OPTIONS@  # passed to the chat template with every request
-TOOLS = [{"type": "function", "function": {"name": "get_weather", "description": "Current weather in a city.", "parameters": {
-    "type": "object", "properties": {"city": {"type": "string", "description": "name of the city"}}, "required": ["city"]}}}]
+CITY = {"type": "string", "description": "name of the city"}
+PARAMETERS = {"type": "object", "properties": {"city": CITY}, "required": ["city"]}
+WEATHER = {"name": "get_weather", "description": "Current weather in a city.", "parameters": PARAMETERS}
+TOOLS = [{"type": "function", "function": WEATHER}]
+RESULT = '{"temperature": 21, "sky": "clear"}'
 
 
-def main(url: str, model: str = "", question: str = "What is the weather in Paris?", tools=TOOLS, result='{"temperature": 21, "sky": "clear"}') -> int:
+def main(url: str, model: str = "", question: str = "What is the weather in Paris?", tools=TOOLS, result=RESULT) -> int:
     client = OpenAI(base_url=url, api_key="none", timeout=300)
     model = model or client.models.list().data[0].id
     messages = [{"role": "user", "content": question}]
     def ask():
-        return client.chat.completions.create(model=model, messages=messages, tools=tools, temperature=0, max_tokens=512,
-                                              extra_body={"chat_template_kwargs": OPTIONS} if OPTIONS else None).choices[0].message
+        more = {"chat_template_kwargs": OPTIONS} if OPTIONS else None
+        answer = client.chat.completions.create(
+            model=model, messages=messages, tools=tools, temperature=0, max_tokens=512, extra_body=more)
+        return answer.choices[0].message
     said = ask()
     if not said.tool_calls: return fail(f"no tool_calls came; the content is {said.content!r}. Is the tool parser on?")
-    messages.append({"role": "assistant", "content": said.content or "", "tool_calls": [c.model_dump() for c in said.tool_calls]})
+    calls = [call.model_dump() for call in said.tool_calls]
+    messages.append({"role": "assistant", "content": said.content or "", "tool_calls": calls})
     for made in said.tool_calls:
         try: arguments = json.loads(made.function.arguments)
         except ValueError: return fail(f"the arguments are not JSON: {made.function.arguments!r}")
@@ -77,12 +83,15 @@ def measuring_text(settings: Settings) -> str: # Markdown
 
 ```bash
 proxy-sft evaluate -p profile {settings.profile} --server http://localhost:8000/v1
-proxy-sft evaluate -p profile {settings.profile} --server http://localhost:8000/v1 --bfcl DIR   # the Berkeley leaderboard's single turns
+proxy-sft evaluate -p profile {settings.profile} --server http://localhost:8000/v1 --bfcl DIR   # the leaderboard
 ```
 
-DIR is the folder `bfcl_eval/data` of the package `bfcl-eval`. Its own program asks and judges everything, also conversations and agents. In an environment of its own
-(`pip install bfcl-eval soundfile`), in this folder, against vLLM or SGLang: it asks for the model by its folder, so give the server that name as well
-(`--served-model-name {name} "$PWD"`; SGLang takes one name: `--served-model-name "$PWD"`). `Qwen/Qwen3-8B-FC` chooses the handler for Qwen3's own call format.
+DIR is the folder `bfcl_eval/data` of the package `bfcl-eval`. Its own program asks and judges everything, also
+conversations and agents. In an environment of its own
+(`pip install bfcl-eval soundfile`), in this folder, against vLLM or SGLang: it asks for the model by its folder, so
+give the server that name as well
+(`--served-model-name {name} "$PWD"`; SGLang takes one name: `--served-model-name "$PWD"`). `Qwen/Qwen3-8B-FC` chooses
+the handler for Qwen3's own call format.
 
 ```bash
 export LOCAL_SERVER_ENDPOINT=localhost LOCAL_SERVER_PORT=8000 BFCL_PROJECT_ROOT="$PWD/bfcl"   # results go there
@@ -91,8 +100,10 @@ bfcl generate --model Qwen/Qwen3-8B-FC --test-category {chosen} \\
 bfcl evaluate --model Qwen/Qwen3-8B-FC --test-category {chosen}
 ```
 
-For a taste, list ids in `bfcl/test_case_ids_to_generate.json` and give `--run-ids` to the first, `--partial-eval` to the second. Its handler asks by `/v1/completions` with a
-prompt of its own, Qwen3's stock template with bare functions, not by the template that is saved here; `--bfcl` above asks by the saved one.
+For a taste, list ids in `bfcl/test_case_ids_to_generate.json` and give `--run-ids` to the first, `--partial-eval` to
+the second. Its handler asks by `/v1/completions` with a
+prompt of its own, Qwen3's stock template with bare functions, not by the template that is saved here; `--bfcl` above
+asks by the saved one.
 """
 
 # %% ../../nbs/evaluation/05_serving.ipynb #notes-export
@@ -109,7 +120,8 @@ def serving_text(settings: Settings) -> str: # Markdown
     )
     return f"""# Serving this model
 
-Start a server in this folder. The chat template (`{settings.template}`), the stop tokens and greedy-friendly defaults are saved here; no `--chat-template` is needed.
+Start a server in this folder. The chat template (`{settings.template}`), the stop tokens and greedy-friendly defaults
+are saved here; no `--chat-template` is needed.
 {switch} Leave reasoning parsers off: the model was trained without reasoning.
 
 {blocks}
@@ -121,7 +133,8 @@ python smoke_test.py http://localhost:8000/v1      # vLLM, SGLang
 python smoke_test.py http://localhost:8000/v1 .    # transformers serve wants the name that it was started with
 ```
 
-A question with a tool goes out, `tool_calls` come back, a result is sent, and the final answer is printed. Exit code 0 means that all of it worked.
+A question with a tool goes out, `tool_calls` come back, a result is sent, and the final answer is printed. Exit code
+0 means that all of it worked.
 
 {measuring_text(settings)}"""
 

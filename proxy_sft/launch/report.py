@@ -186,15 +186,25 @@ def run_settings(folder: Path) -> Optional[Settings]: # None: the run's settings
 
 # %% ../../nbs/launch/08_report.ipynb #style
 STYLE = """
-:root { color-scheme: light dark; --text: #1b1f24; --page: #ffffff; --soft: #57606a; --line: #d0d7de; --box: #f6f8fa; --s0: #0072b2; --s1: #c25400; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --page: #0d1117; --soft: #9da7b1; --line: #30363d; --box: #161b22; --s0: #56b4e9; --s1: #e69f00; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0; } h2 { border-bottom: 1px solid var(--line); margin-top: 2.2rem; } p.range, figcaption, summary { color: var(--soft); }
-table { border-collapse: collapse; margin: .6rem 0; } th, td { text-align: right; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; } pre { background: var(--box); padding: .8rem; white-space: pre-wrap; border-radius: 6px; }
-figure { margin: 1.2rem 0; } svg { width: 100%; height: auto; } .axis { fill: none; stroke: var(--line); } polyline { fill: none; stroke-width: 1.8; }
-svg text { font-size: 11px; fill: var(--text); } .b0 { fill: var(--s0); } .b1 { fill: var(--s1); } h3 { margin-bottom: 0; font-size: 1em; }
-.s0 { stroke: var(--s0); } .s1 { stroke: var(--s1); stroke-dasharray: 7 3; } .k0 { color: var(--s0); font-weight: 600; } .k1 { color: var(--s1); font-weight: 600; }
+:root { color-scheme: light dark; --text: #1b1f24; --page: #ffffff; --soft: #57606a; --line: #d0d7de;
+  --box: #f6f8fa; --s0: #0072b2; --s1: #c25400; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --page: #0d1117; --soft: #9da7b1; --line: #30363d;
+  --box: #161b22; --s0: #56b4e9; --s1: #e69f00; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 60rem;
+  margin: 2rem auto; padding: 0 1rem; }
+h1 { margin-bottom: 0; } h2 { border-bottom: 1px solid var(--line); margin-top: 2.2rem; }
+p.range, figcaption, summary { color: var(--soft); }
+table { border-collapse: collapse; margin: .6rem 0; }
+th, td { text-align: right; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; }
+td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+pre { background: var(--box); padding: .8rem; white-space: pre-wrap; border-radius: 6px; }
+figure { margin: 1.2rem 0; } svg { width: 100%; height: auto; } .axis { fill: none; stroke: var(--line); }
+polyline { fill: none; stroke-width: 1.8; }
+svg text { font-size: 11px; fill: var(--text); } .b0 { fill: var(--s0); } .b1 { fill: var(--s1); }
+h3 { margin-bottom: 0; font-size: 1em; }
+.s0 { stroke: var(--s0); } .s1 { stroke: var(--s1); stroke-dasharray: 7 3; }
+.k0 { color: var(--s0); font-weight: 600; } .k1 { color: var(--s1); font-weight: 600; }
 """
 
 # %% ../../nbs/launch/08_report.ipynb #settings-table
@@ -231,7 +241,8 @@ def report_html(folder: Path, now: float = 0.0) -> str: # a whole HTML document
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width">'
-        f"<title>{html.escape(folder.name)}</title><style>{STYLE}</style></head><body><h1>{html.escape(folder.name)}</h1><p>{html.escape(found['state'])}</p>{body}</body></html>\n"
+        f"<title>{html.escape(folder.name)}</title><style>{STYLE}</style></head><body>"
+        f"<h1>{html.escape(folder.name)}</h1><p>{html.escape(found['state'])}</p>{body}</body></html>\n"
     )
 
 # %% ../../nbs/launch/08_report.ipynb #command

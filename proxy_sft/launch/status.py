@@ -155,7 +155,7 @@ def snapshot_text(found: dict[str, Any], now: float) -> str: # several lines
     rows.append(
         (
             "checkpoints",
-            f"{f'at step {steps}' if steps else 'none is complete yet'}{', and the final model' * found['final_model']}",
+            (f"at step {steps}" if steps else "none is complete yet") + ", and the final model" * found["final_model"],
         )
     )
     rows.append(("free disk", f"{found['free_disk_gib']:,} GiB"))

@@ -34,7 +34,8 @@ def files_to_upload(
     "What goes to the hub, after every byte was compared with the manifest; the card may have been edited."
     try: files = read_manifest(folder)["files"]
     except AtomicFolderError as error:
-        raise UploadError(f"{error} Only a finished model is uploaded: let the run end, or name one of its checkpoints.") from error
+        advice = "Only a finished model is uploaded: let the run end, or name one of its checkpoints."
+        raise UploadError(f"{error} {advice}") from error
     names = [name for name in files if any(fnmatchcase(name, pattern) for pattern in UPLOADED)]
     changed = [name for name in names if not name.endswith(".md") and not is_as_written(folder / name, files[name])]
     if changed: raise UploadError(f"{folder / changed[0]} is not what was written. Upload a complete checkpoint, or "
@@ -73,7 +74,8 @@ def upload(
         done = api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=names,
                                  commit_message=f"Model of {folder.name}")
         compare_with_hub(api, repo, done.oid, folder, names)
-    except HFValidationError as error: raise UploadError(f"{repo!r} is no name of a repository: give OWNER/NAME.") from error
+    except HFValidationError as error:
+        raise UploadError(f"{repo!r} is no name of a repository: give OWNER/NAME.") from error
     except HfHubHTTPError as error:
         raise UploadError(f"The hub refused {repo} ({error.response.status_code}): {str(error).splitlines()[-1][:200]} "
                           "Log in with a token that may write (`hf auth login`), or choose another name.") from error

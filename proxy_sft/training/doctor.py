@@ -146,8 +146,9 @@ def ways_to_fit(
         said = " ".join(f"-p {name} {value}" for name, value in way.items() if getattr(settings, name) != value)
         if total > 0.9 * card or said in told: continue
         told.add(said)
-        yield (f"`{said}` ({total / 2**30:.1f} "
-               f"GiB{f', and {host * ranks / 2**30:.0f} of host memory' if host else ''}{', but pure bfloat16 weights lose small updates' if 'weights' in way else ''})")
+        on_host = f", and {host * ranks / 2**30:.0f} of host memory" if host else ""
+        lossy = ", but pure bfloat16 weights lose small updates" if "weights" in way else ""
+        yield f"`{said}` ({total / 2**30:.1f} GiB{on_host}{lossy})"
 
 # %% ../../nbs/training/09_doctor.ipynb #look-memory
 def check_gpu_memory(

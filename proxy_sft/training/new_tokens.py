@@ -30,7 +30,8 @@ class NewToken:
 
 def missing_tokens(tokenizer: Any, tokens: tuple[str, ...] = NEW_TOKENS) -> tuple[str, ...]: # in their order
     "Which of the tokens the tokenizer would split."
-    return tuple(token for token in tokens if token not in tokenizer.get_added_vocab() and token not in tokenizer.get_vocab())
+    known = {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()}
+    return tuple(token for token in tokens if token not in known)
 
 # %% ../../nbs/training/20_new_tokens.ipynb #add
 def add_control_tokens(
@@ -77,7 +78,8 @@ def untrained_rows(
 ) -> dict[str, float]: # token -> its norm as a share of the median; only those that look untrained
     "Tokens whose rows are much shorter or longer than 98 % of all rows."
     low, middle, high = (float(norms.quantile(q)) for q in (0.01, 0.5, 0.99))
-    outside = {token: float(norms[row]) for token, row in ids.items() if not share * low <= float(norms[row]) <= high / share}
+    found = {token: float(norms[row]) for token, row in ids.items()}
+    outside = {token: norm for token, norm in found.items() if not share * low <= norm <= high / share}
     return {token: norm / middle for token, norm in outside.items()}
 
 # %% ../../nbs/training/20_new_tokens.ipynb #folder-norms
@@ -103,4 +105,5 @@ def untrained_control_tokens(
     norms = folder_norms(folder)
     if norms is None: return {}
     known = tokenizer.get_added_vocab()
-    return untrained_rows(norms, {token: known[token] for token in (*NEW_TOKENS[:2], "<|im_end|>") if known.get(token, len(norms)) < len(norms)})
+    wanted = [token for token in (*NEW_TOKENS[:2], "<|im_end|>") if known.get(token, len(norms)) < len(norms)]
+    return untrained_rows(norms, {token: known[token] for token in wanted})
