@@ -39,7 +39,7 @@ import orjson
 
 sys.path.insert(0, str(Path(__file__).parent))
 from convert import draw_row
-from proxy_sft.tokens import preparation
+from proxy_sft.tokens import blocks, encoding, preparation
 from proxy_sft.chat.encoder import ChatEncoder, Renderer
 from proxy_sft.chat.templates import chat_template
 from proxy_sft.data.rows import convert_row
@@ -144,12 +144,12 @@ def trl_side(rows, tokenizer, folder):
     return seconds[1], sum(map(len, trainer.train_dataset["input_ids"]))
 
 
-PARTS = {
-    "check_train_parity": "parity",
-    "start_worker": "load",
-    "guard": "compare",
-    "encode_piece": "encode",
-    "blocks_of": "pack",
+PARTS = {  # module and function -> what its seconds are called
+    (preparation, "check_train_parity"): "parity",
+    (encoding, "start_worker"): "load",
+    (encoding, "guard"): "compare",
+    (encoding, "encode_piece"): "encode",
+    (blocks, "blocks_of"): "pack",
 }
 
 
@@ -166,19 +166,19 @@ def our_side(rows, folder, model):
     )
     settings.converted_dir.mkdir(parents=True)
     (settings.converted_dir / "train.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
-    spent, real = dict.fromkeys(PARTS.values(), 0.0), {name: getattr(preparation, name) for name in PARTS}
-    def measure(name):
+    spent, real = dict.fromkeys(PARTS.values(), 0.0), {place: getattr(*place) for place in PARTS}
+    def measure(place):
         def call(*args, **kw):
-            took, found = timed(lambda: real[name](*args, **kw))
-            spent[PARTS[name]] += took
+            took, found = timed(lambda: real[place](*args, **kw))
+            spent[PARTS[place]] += took
             return found
         return call
-    for name in real: setattr(preparation, name, measure(name))
+    for place in real: setattr(*place, measure(place))
     whole, prepared = timed(lambda: preparation.prepare(settings, lambda settings: None))
     begun = time.perf_counter()
     preparation.prepare(settings, lambda settings: None)
     hit, size = time.perf_counter() - begun, sum(file.stat().st_size for file in prepared.folder.iterdir())
-    for name in real: setattr(preparation, name, real[name])
+    for place, function in real.items(): setattr(*place, function)
     return {**spent, "whole": whole - spent["parity"]}, prepared, size, hit
 
 
