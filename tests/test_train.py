@@ -1,5 +1,6 @@
 """Ways of training that must give the same losses, attention that must not leak, and what must be refused."""
 import json
+import shlex
 import shutil
 
 from proxy_sft.training import attention
@@ -15,7 +16,13 @@ from trl.trainer.utils import add_fused_lm_head
 from proxy_sft.training.attention import AttentionError, block, log_probabilities, choose_attention, VARLEN
 from proxy_sft.training.cost import keep_attention
 from proxy_sft.training.progress import FIELDS
+from proxy_sft.core.atomic_folders import file_hash
 from proxy_sft.core.settings import load_settings
+from proxy_sft.evaluate import evaluate
+from proxy_sft.evaluation.answers import EvaluateError
+from proxy_sft.evaluation.asking import require_same_heldout
+from proxy_sft.launch.parameters import split_parameters
+from proxy_sft.tokens.keys import PrepareError
 from proxy_sft.train import train
 from proxy_sft.pipeline import ensure_inputs
 from proxy_sft.tokens.preparation import prepare
@@ -218,6 +225,40 @@ def test_an_attention_that_leaks_is_refused_before_the_first_step(folder):
         float(str(raised.value).partition(word)[2].split()[0]) for word in ("rows lose ", "rows alone ")
     )
     assert abs(packed - separate) > 1e-3 and not list((folder / "runs" / "leaking").glob("checkpoint-*"))
+
+
+def test_a_taste_and_the_whole_are_two_runs_and_evaluation_asks_what_was_held_out(tmp_path):
+    "The README's commands: some conversations, then all. Then other rows are held out, and evaluation refuses."
+    given = dict(profile="demo", workspace=str(tmp_path), demo_rows=200, max_length=1024, num_proc=1, max_eval_samples=2,
+                 control_token_turns=0)
+    for more in (dict(max_train_samples=20, max_steps=1), dict(max_steps=2), dict(max_steps=2)):
+        done = run_training(**given, **more)
+        assert done.returncode == 0, done.stderr[-3000:]
+    runs = {f.name: json.loads((f / "manifest.json").read_text()) for f in (tmp_path / "runs").iterdir()}
+    assert {name: manifest["step"] for name, manifest in runs.items()} == {"demo-20": 1, "demo": 2}
+    settings = load_settings(**given)
+    heldout = {file_hash(settings.converted_dir / "heldout.jsonl")}
+    assert {manifest["made_from"]["data/heldout.jsonl"] for manifest in runs.values()} == heldout
+    require_same_heldout(settings, settings.run_dir)
+    require_same_heldout(settings, settings.run_dir / "checkpoint-2")
+    ensure_inputs(load_settings(**given, heldout_fraction=0.4))
+    with pytest.raises(EvaluateError, match="(?s)is not the held-out file of the training.*01_convert") as raised:
+        evaluate(settings, max_turns=1)
+    # the printed commands mend it: the run's own settings, read again
+    command = shlex.split(str(raised.value).splitlines()[1].partition("first: ")[2])
+    _, _, words = split_parameters(command[1:])
+    ensure_inputs(load_settings(words.pop("profile"), **words))
+    require_same_heldout(settings, settings.run_dir)
+    with pytest.raises(EvaluateError, match="Finished runs: demo, demo-20"):
+        evaluate(load_settings(**given, run_name="other"), max_turns=1)
+
+
+def test_prepared_data_of_other_settings_are_not_trained(folder):
+    settings = load_settings(**{**SMALL, "workspace": str(folder)})
+    prepared = prepare(settings)
+    other = settings.model_copy(update={"max_length": 512, "run_name": "other"})
+    with pytest.raises(PrepareError, match="made from something else: settings/max_length"): train(other, prepared)
+    assert not (other.run_dir / "checkpoint-3").exists()
 
 
 def test_published_files_have_the_usual_rights(folder):
