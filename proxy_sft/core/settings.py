@@ -138,7 +138,8 @@ class Training(Group):
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping")
     optimizer: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "adamw_bf16"] = Field(
         "adamw_torch_fused",
-        description="AdamW: fused, plain, states in 8 bits (bitsandbytes), those paged to the host, or all in bfloat16 with stochastic rounding (torchao)",
+        description="AdamW: fused, plain, states in 8 bits (bitsandbytes), those paged to the host, or all in bfloat16 "
+        "with stochastic rounding (torchao)",
     )
     lora_rank: Optional[int] = Field(None, ge=1, description="train LoRA adapters of this rank instead of all weights")
     lora_alpha: Optional[int] = Field(
@@ -200,7 +201,8 @@ class Record(Group):
     )
     resume_world: Literal["refuse", "convert"] = Field(
         "refuse",
-        description="a checkpoint of another number of ranks: refuse it, or convert DeepSpeed's states where each step takes the same rows",
+        description="a checkpoint of another number of ranks: refuse it, or convert DeepSpeed's states where each step "
+        "takes the same rows",
     )
     eval_steps: Optional[int] = Field(
         100, ge=1, description="optimizer steps between held-out losses; null for start and end only"
@@ -213,11 +215,13 @@ class Record(Group):
     sample_steps: Optional[int] = Field(
         None,
         ge=1,
-        description="optimizer steps between samples: answers to a few held-out turns in log and logs/samples.jsonl; null for never",
+        description="optimizer steps between samples: answers to a few held-out turns in log and logs/samples.jsonl; "
+        "null for never",
     )
     sample_turns: int = Field(3, ge=1, description="held-out turns that are asked for samples")
     control_token_turns: int = Field(
-        32, ge=0, description="held-out turns whose control tokens are measured by themselves at each evaluation; 0 for none"
+        32, ge=0,
+        description="held-out turns whose control tokens are measured by themselves at each evaluation; 0 for none",
     )
     logging_steps: int = Field(1, ge=1, description="optimizer steps between log lines")
     save_weights_steps: Optional[int] = Field(
@@ -237,7 +241,7 @@ class Record(Group):
     report_to: list[str] = Field(["tensorboard"], description="loggers: tensorboard, trackio, wandb, swanlab, mlflow")
 
 # %% ../../nbs/core/01_settings.ipynb #as-meant
-def as_meant(value: Any, wanted: Any) -> Any: # wanted: a setting's type; what cannot be read stays, for the type check to name
+def as_meant(value: Any, wanted: Any) -> Any: # wanted: a setting's type; what cannot be read stays as it is
     "A value in the type that is wanted, where there is one reading only."
     kinds = {wanted, *get_args(wanted)}
     if isinstance(value, str): return text_as_meant(value, kinds)
@@ -384,7 +388,8 @@ def read_profile(name: str) -> dict[str, Any]: # setting -> value, `extends` alr
             f"Profiles: {', '.join(profile_names())}, or a path that ends in .yaml."
         )
     try: values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error: raise SettingsError(f"Profile {path} is not valid YAML: {error}. Mend the line it names.") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"Profile {path} is not valid YAML: {error}. Mend the line it names.") from error
     if not isinstance(values, dict):
         raise SettingsError(
             f"Profile {path} holds a {type(values).__name__}; expected lines of the form `name: value`."
@@ -479,8 +484,9 @@ def command_line(
 def parameter_words(name: str, value: Any) -> list[str]: # option, name and value
     "One setting as papermill's command line wants it."
     if isinstance(value, list): return ["-y", f"{name}: {yaml_scalar(value)}"]
-    number = isinstance(value, str) and re.fullmatch(r"True|False|None|nan|[+-]?(inf(inity)?|[\d_.]+(e[+-]?\d+)?)", value, re.I)
-    return ["-r" if number else "-p", name, "null" if value is None else str(value)]  # -r: not read as a number
+    number = r"True|False|None|nan|[+-]?(inf(inity)?|[\d_.]+(e[+-]?\d+)?)"
+    option = "-r" if isinstance(value, str) and re.fullmatch(number, value, re.I) else "-p"  # -r: stays text
+    return [option, name, "null" if value is None else str(value)]
 
 # %% ../../nbs/core/01_settings.ipynb #table
 def settings_table(
@@ -509,7 +515,7 @@ def save_settings(settings: Settings, folder: Path) -> Path: # the written file
 
 # %% ../../nbs/core/01_settings.ipynb #deepspeed-file
 def deepspeed_file(settings: Settings) -> Path: # raises SettingsError
-    "The DeepSpeed configuration that the settings name: in the repository, or beside the profiles of an installed package."
+    "The DeepSpeed configuration that the settings name: in the repository, or beside an installed package's profiles."
     path = in_folder(settings.root, settings.deepspeed)
     path = path if path.is_file() else configs_dir() / settings.deepspeed
     if not path.is_file():
@@ -524,7 +530,9 @@ def zero_settings(settings: Settings) -> dict[str, Any]: # empty without DeepSpe
     if settings.deepspeed is None: return {}
     file = deepspeed_file(settings)
     try: return json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {})
-    except ValueError as error: raise SettingsError(f"{file} is no JSON: {error}. Mend the place it names, or set deepspeed to ds_config_zero2.json.") from error
+    except ValueError as error:
+        advice = "Mend the place it names, or set deepspeed to ds_config_zero2.json."
+        raise SettingsError(f"{file} is no JSON: {error}. {advice}") from error
 
 def offloads(settings: Settings) -> bool: # worth DeepSpeed even with one process
     "Whether optimizer states or weights lie in the host's memory; never on a CPU, whose run needs no configuration."

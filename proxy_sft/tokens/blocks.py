@@ -95,7 +95,7 @@ def build_split(
     source: Source,
     target: Path, # Arrow stream file to write; the facts lie beside it
     settings: Settings,
-    progress: Callable[[str], None], # told how far it is
+    progress: Callable[[str], None], # called with how far it is
     fast: bool, # False: the reference path
 ) -> dict[str, Any]: # counts, see `describe_split`
     "Encode, pack and write one split."

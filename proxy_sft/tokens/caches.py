@@ -50,7 +50,8 @@ def cache_line(cache: Cache) -> str:
     train, parts = manifest["splits"]["train"], manifest["key_parts"]
     used = f"for {', '.join(cache.runs)}" if cache.runs else "for no run"
     return (
-        f"{cache.folder.name}  {cache.size / 1e9:8.3f} GB  used {cache.unused:5.1f} days ago  {train['rows']:,} rows, {train['tokens']:,} tokens, "
+        f"{cache.folder.name}  {cache.size / 1e9:8.3f} GB  used {cache.unused:5.1f} days ago  "
+        f"{train['rows']:,} rows, {train['tokens']:,} tokens, "
         f"{parts['settings/template']}, max_length {parts['settings/max_length']:,}; {used}"
     )
 

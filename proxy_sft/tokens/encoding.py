@@ -68,7 +68,7 @@ def parsed_line(line: bytes, path: Path, number: int) -> dict:
     except orjson.JSONDecodeError as strict:
         try: return json.loads(line)  # lone surrogates, which orjson refuses
         except ValueError: raise PrepareError(f"{path}, line {number + 1} is no JSON ({strict}): {line[:200]!r}. "
-                                              "The file was damaged after it was written. Run nbs/01_convert.ipynb again.") from None
+                                              "It was damaged after it was written. Run nbs/01_convert.ipynb again.") from None
 
 # %% ../../nbs/tokens/03_encoding.ipynb #guard
 SAMPLE, LONGEST = 64, 8  # rows of a file that are compared with the reference before it is prepared
@@ -155,7 +155,7 @@ def cut_row(
 ) -> tuple[int, Optional[TokenRows]]: # fate, tokens
     "What becomes of a too long row."
     try: found = shorten(row, starts, tokens, encoder, settings)
-    except ROW_ERRORS: return FATES.index("dropped: not renderable"), None  # whole it can be rendered, shorter it cannot
+    except ROW_ERRORS: return FATES.index("dropped: not renderable"), None  # whole it could be, shorter it cannot
     return FATES.index("dropped: too long" if found is None else "cut"), found
 
 # %% ../../nbs/tokens/03_encoding.ipynb #encode-rows
@@ -284,4 +284,5 @@ def encoded_by_processes(
     "The same by several processes."
     module = importlib.import_module("proxy_sft.tokens.encoding")
     try: yield from results_in_order(module.encode_piece, tasks, processes, module.start_worker, (settings, fast))
-    except module.FastPathDiffers as error: raise FastPathDiffers(str(error)) from error  # in a notebook the two classes are not the same
+    except module.FastPathDiffers as error:
+        raise FastPathDiffers(str(error)) from error  # in a notebook the two classes are not the same

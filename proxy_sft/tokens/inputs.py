@@ -125,4 +125,5 @@ def heldout_differences(settings: Settings, run_dir: Path) -> list[str]: # sente
     "Whether the held-out conversations are those that this run was kept from."
     heldout, then = settings.converted_dir / "heldout.jsonl", made_from(run_dir, settings.prepared_dir)
     if not then or then.get(f"data/{heldout.name}") == content_hash(heldout): return []
-    return [f"{heldout} is not the held-out file of the training in {run_dir}: conversations in it may have been trained."]
+    return [f"{heldout} is not the held-out file of the training in {run_dir}: "
+            "conversations in it may have been trained."]

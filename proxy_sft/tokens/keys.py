@@ -24,7 +24,7 @@ from .inputs import content_hash
 
 # %% ../../nbs/tokens/02_keys.ipynb #error
 class PrepareError(RuntimeError):
-    "Preparation cannot go on: says what was looked for, what was found and what to do."
+    "Preparation cannot go on: what was looked for, what was found and what to do."
 
 # %% ../../nbs/tokens/02_keys.ipynb #key
 KEY_SETTINGS = (
@@ -81,11 +81,11 @@ def cache_key(parts: dict[str, Any]) -> str: # 20 hex digits
 # %% ../../nbs/tokens/02_keys.ipynb #changed
 def what_changed(parts: dict[str, Any], prepared_dir: Path) -> str: # for the log
     "The parts that differ from those of the most similar prepared folder."
-    def tell(name, old):
+    def change(name, old):
         plain = name.startswith(("settings/", "library/"))
         return f"{name} (was {old.get(name)!r}, is {parts.get(name)!r})" if plain else name
     complete = [read_manifest(f)["key_parts"] for f in prepared_folders(prepared_dir)]
-    differences = [[tell(n, old) for n in sorted({*parts, *old}) if parts.get(n) != old.get(n)] for old in complete]
+    differences = [[change(n, old) for n in sorted({*parts, *old}) if parts.get(n) != old.get(n)] for old in complete]
     return (
         f"changed since the nearest prepared data: {', '.join(min(differences, key=len))}"
         if differences

@@ -28,11 +28,11 @@ from .model import kernel_arguments, kernels_for, optimizer_arguments, training_
 
 # %% ../../nbs/training/10_arguments.ipynb #error
 class TrainError(RuntimeError):
-    "Training cannot begin or must not go on: says what was found, and what to do."
+    "Training cannot begin or must not go on: what was found, and what to do."
 
 # %% ../../nbs/training/10_arguments.ipynb #model
 def speed_record(trainer: SFTTrainer, settings: Settings) -> dict[str, Any]: # for manifests and every record of the log
-    "Set the attention and prove it on the trainer's own model, collator and data; say what was chosen."
+    "Set the attention and prove it on the trainer's own model, collator and data; print what was chosen."
     model = trainer.accelerator.unwrap_model(trainer.model)
     # what is proved must be what trains; transformers applies them again when training begins, which changes nothing
     if trainer.args.use_liger_kernel: apply_liger_kernel(model, trainer.args.liger_kernel_config)
@@ -52,7 +52,7 @@ def speed_record(trainer: SFTTrainer, settings: Settings) -> dict[str, Any]: # f
     return {**chosen.record(), "kernels": kernels}
 
 def whole_weights(model: PreTrainedModel) -> AbstractContextManager:
-    "Under ZeRO-3 a rank holds a part of each weight, and nothing gathers them before the first step; here they are whole."
+    "Under ZeRO-3 a rank holds a part of each weight until something gathers them; here they are whole."
     if not is_deepspeed_zero3_enabled(): return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
     return GatheredParameters(list(model.parameters()))

@@ -20,9 +20,14 @@ def hub_name(name: str) -> str: # empty for a local path and for the demo
 def front_matter(settings: Settings) -> str: # between two lines of dashes
     "What the hub reads of a card."
     model, data = hub_name(settings.model), hub_name(settings.dataset)
-    data = ModelCardData(base_model=model or None, datasets=[data] if data else None, tags=["tool-calling", "sft", "trl"],
-                         license=record_of(settings.model_dir / "download.json").get("license"), library_name="transformers")
-    return f"---\n{data.to_yaml()}\n---\n"
+    matter = ModelCardData(
+        base_model=model or None,
+        datasets=[data] if data else None,
+        license=record_of(settings.model_dir / "download.json").get("license"),
+        library_name="transformers",
+        tags=["tool-calling", "sft", "trl"],
+    )
+    return f"---\n{matter.to_yaml()}\n---\n"
 
 # %% ../../nbs/training/14_model_card.ipynb #origin
 DOLCI = "allenai/Dolci-Instruct-SFT"
@@ -36,8 +41,8 @@ def origin(name: str, revision: str, record: dict, kind: str) -> str: # record: 
 def data_licence(settings: Settings, record: dict) -> str: # a sentence, or nothing
     "What has to be said about the data."
     if settings.dataset == DOLCI:
-        return ("Dolci-Instruct-SFT is published by the Allen Institute for AI under ODC-BY 1.0; whoever passes this model on "
-                "keeps that attribution.")
+        return ("Dolci-Instruct-SFT is published by the Allen Institute for AI under ODC-BY 1.0; whoever passes this "
+                "model on keeps that attribution.")
     return f"Licence of the data, as its page states it: {record['license']}." if record.get("license") else ""
 
 # %% ../../nbs/training/14_model_card.ipynb #card

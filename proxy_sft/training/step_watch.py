@@ -97,24 +97,22 @@ def lines_of(
 
 # %% ../../nbs/training/11_step_watch.ipynb #broken-step
 def broken_step(
-    step: int, norm: float,
-    found: list[tuple[list[float], bool, list[list[int]]]], # by rank: losses of the micro-batches, whether one is broken, blocks of those to name
+    step: int,
+    norm: float, # of the gradients
+    found: list[tuple[list[float], bool, list[list[int]]]], # by rank: losses, whether one is broken, blocks to name
     lines: Callable[[list[int]], list[int]], # blocks -> lines of train.jsonl
 ) -> str:
     "What is wrong with a step, where to look, and what to do."
     broken = [rank for rank, (_, bad, _) in enumerate(found) if bad]
-    what = (
-        f"The loss is not finite on rank {', '.join(map(str, broken))}"
-        if broken
-        else f"The gradient norm is {norm} and every loss is finite"
-    )
-    blocks = sorted(
-        {b for rank, (_, _, some) in enumerate(found) if rank in broken or not broken for micro in some for b in micro}
-    )
+    what = f"The gradient norm is {norm} and every loss is finite"
+    if broken: what = f"The loss is not finite on rank {', '.join(map(str, broken))}"
+    named = [some for rank, (_, _, some) in enumerate(found) if rank in broken or not broken]
+    blocks = sorted({block for some in named for micro_batch in some for block in micro_batch})
     numbers = lines(blocks)
     shown = f"{', '.join(map(str, numbers[:40]))}{' …' if len(numbers) > 40 else ''}"
     return (
-        f"{what} at step {step}. Losses by rank: {[losses for losses, _, _ in found]}. Nothing was saved after the last complete checkpoint. Blocks {blocks} were "
-        f"trained, rows {shown} (from 0) of train.jsonl: open them with `proxy-sft inspect FILE --row {numbers[0] if numbers else 'N'}`. Lower the learning rate, or leave them out; "
+        f"{what} at step {step}. Losses by rank: {[losses for losses, _, _ in found]}. Nothing was saved after the last "
+        f"complete checkpoint. Blocks {blocks} were trained, rows {shown} (from 0) of train.jsonl: open them with "
+        f"`proxy-sft inspect FILE --row {numbers[0] if numbers else 'N'}`. Lower the learning rate, or leave them out; "
         "starting again goes on from that checkpoint."
     )

@@ -20,15 +20,20 @@ class TokenMeans:
 
     def __init__(self): self.sums = None  # of the values, and the number of tokens last
 
-    def add(self, values: list, tokens: torch.Tensor) -> None: # means over this rank's `tokens`, in the order of `names`
+    def add(self, values: list, tokens: torch.Tensor) -> None: # means over this rank's `tokens`, one for each name
         "A micro-batch."
-        values = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=tokens.device) for value in (*values, 1)])
+        as_number = lambda value: torch.as_tensor(value, dtype=torch.float64, device=tokens.device)
+        values = torch.stack([as_number(value) for value in (*values, 1)])
         # a mean over no token is no number; it adds nothing
         added = torch.where(tokens > 0, values * tokens, torch.zeros_like(values))
         self.sums = added if self.sums is None else self.sums + added
 
-    def read(self, reduce: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, float]: # empty without tokens
-        "The means over all ranks' tokens; sums begin anew. `reduce` adds up over ranks, so every rank reads at once."
+    def read(
+        self,
+        reduce: Callable[[torch.Tensor], torch.Tensor], # adds up over ranks, so every rank reads at once
+        device: torch.device,
+    ) -> dict[str, float]: # empty where there was no token
+        "The means over all ranks' tokens; sums begin anew."
         mine = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=device) if self.sums is None else self.sums
         *sums, count = reduce(mine).tolist()
         self.sums = None

@@ -182,7 +182,7 @@ def build_trainer(
     )
     trainer.card, trainer.stop, trainer.meter = model_card(settings, prepared), stop, meter
     if separate:
-        # transformers 5.23 has rank 0 alone write weights, whatever save_on_each_node says
+        # transformers 5.23 has rank 0 alone write weights, whatever save_on_each_node is
         model.should_save_on_this_rank = bool
     trainer.watch, trainer.separate, trainer.on_full_disk, trainer.weights_every = (
         watch,
@@ -205,4 +205,4 @@ def check_batch(trainer: ToolTrainer) -> None: # raises TrainError
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(min(4, len(trainer.train_dataset)))])
     tensors = {n: v for n, v in batch.items() if torch.is_tensor(v)}
     found = check_batch_parity([tensors], trainer.processing_class, settings.template, settings.train_on)
-    if not found.passed: raise TrainError(f"The collated batch is not what was certified: {found.verdict}")
+    if not found.passed: raise TrainError(f"The collated batch is not what the parity check measured: {found.verdict}")
