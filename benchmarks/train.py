@@ -93,9 +93,10 @@ def write_inputs(folder, args, gpu):
     from proxy_sft.training.cost import published_config
     from proxy_sft.demo.tokenizer import build_demo_tokenizer
     text, chance = Text(), random.Random(1)
-    (folder / "converted" / "rows").mkdir(parents=True)
+    converted = converted_folder(folder)
+    converted.mkdir(parents=True)
     for split, count in (("heldout", 2), ("train", args.rows)):
-        with (folder / "converted" / "rows" / f"{split}.jsonl").open("wb") as file:
+        with (converted / f"{split}.jsonl").open("wb") as file:
             for number in range(count): file.write(orjson.dumps(draw_converted(number, chance, text)) + b"\n")
     real = (SHARED / "tokenizer.json").is_file()
     small = build_demo_tokenizer([text.take(2_000_000)])
@@ -131,6 +132,12 @@ def write_inputs(folder, args, gpu):
     )
 
 
+def converted_folder(folder):
+    "Where a conversion of `rows.jsonl` would lie."
+    from proxy_sft.core.settings import load_settings
+    return load_settings("qwen3_8b", workspace=str(folder), dataset=str(folder / "rows.jsonl")).converted_dir
+
+
 def layers_that_fit(args):
     """The most layers of Qwen3-8B of which a step of our side fits the card with a tenth to spare, by the doctor's
     count."""
@@ -155,7 +162,7 @@ def lengths_of(folder):
     from transformers import AutoTokenizer
     from proxy_sft.chat.encoder import ChatEncoder
     encoder, found = ChatEncoder(AutoTokenizer.from_pretrained(folder / "counting")), []
-    with (folder / "converted" / "rows" / "train.jsonl").open("rb") as file:
+    with (converted_folder(folder) / "train.jsonl").open("rb") as file:
         rows = [orjson.loads(line) for line in file]
     for at in range(0, len(rows), 1000): found.append(np.diff(encoder.encode(rows[at:at + 1000]).offsets))
     return np.concatenate(found)
@@ -256,7 +263,7 @@ def run_side(folder):
     from proxy_sft.training.trainer import build_trainer
     settings = load_settings(**json.loads((folder / "side.json").read_text()))
     keep_memory_whole()  # as `train` does, before the first use of a GPU
-    prepared = prepare(settings)
+    prepared = prepare(settings, lambda settings: None)  # the conversations are generated as converted rows
     start_processes(settings)
     before = resident("VmRSS")
     trainer = build_trainer(settings, prepared, checkpoint_facts(settings, prepared.key, 1), resumed=True)
