@@ -160,8 +160,10 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="which of its categories, parted by commas (default: all that are single-turn)",
     )
     add("--bfcl-most", type=int, default=0, metavar="N", help="questions per category, a seeded choice (default: all)")
-    add("--rollouts", type=int, default=0, metavar="N", help="let the models go through N held-out conversations alone instead")
-    add("--harness", default="", metavar="TASKS", help="run these tasks of lm-eval instead, parted by commas, such as gsm8k,ifeval")
+    add("--rollouts", type=int, default=0, metavar="N", help="let the models go through N held-out conversations alone "
+                                                             "instead")
+    add("--harness", default="", metavar="TASKS", help="run these tasks of lm-eval instead, parted by commas, such as "
+                                                       "gsm8k,ifeval")
     add("--harness-limit", type=int, default=None, metavar="N", help="documents per task (default: all)")
     add("--harness-tasks", default=None, metavar="DIR", help="folder with task files of your own")
     add(
@@ -205,7 +207,8 @@ def evaluate_command(args: argparse.Namespace) -> int: # exit code
         return 0
     if args.harness:
         from proxy_sft.evaluation.harness import evaluate_harness, harness_dict
-        tasks, more = [name.strip() for name in args.harness.split(",") if name.strip()], args.harness_tasks and Path(args.harness_tasks)
+        tasks = [name.strip() for name in args.harness.split(",") if name.strip()]
+        more = args.harness_tasks and Path(args.harness_tasks)
         say(evaluate_harness(settings, tasks, tuned, args.base_only, args.harness_limit, more), harness_dict)
         return 0
     if not args.bfcl:

@@ -21,7 +21,8 @@ from .training.new_tokens import add_control_tokens, NewToken
 CATEGORIES = ("simple_python,multiple,parallel,parallel_multiple,irrelevance,"
               "live_simple,live_multiple,live_parallel,live_parallel_multiple,live_irrelevance")
 NO_FUNCTION = "I cannot do that with the functions that I have."
-SYSTEM = ("You are a helpful function-calling AI assistant. You are provided with function signatures within <functions></functions> XML tags. "
+SYSTEM = ("You are a helpful function-calling AI assistant. You are provided with function signatures within "
+          "<functions></functions> XML tags. "
           "Output any function calls within <function_calls></function_calls> XML tags.")
 
 def first_value(allowed: Any) -> Any: # a value that the leaderboard accepts
@@ -36,26 +37,31 @@ def arguments_of(allowed: dict[str, Any]) -> dict[str, Any]: # without those tha
 
 def right_calls(question: Question) -> list[dict]: # `{"name", "arguments"}`; empty where nothing is to be called
     "The calls of the first right answer."
-    return [{"name": name, "arguments": arguments_of(allowed)} for answer in question.answers for name, allowed in answer.items()]
+    return [{"name": name, "arguments": arguments_of(allowed)}
+            for answer in question.answers for name, allowed in answer.items()]
 
 # %% ../nbs/real.ipynb #dolci-row
 def dolci_row(question: Question) -> dict: # id, source_dataset, domain, messages
     "A question with its answer, as Dolci writes a row."
     tools = [{"type": "function", "function": function} for function in question.functions]
     calls = right_calls(question)
-    answer = {"content": None, "function_calls": format_calls(calls)} if calls else {"content": NO_FUNCTION, "function_calls": None}
-    asked = [{"role": m["role"], "content": m["content"], "function_calls": None, "functions": None} for m in question.turn.messages[:-1]]
+    answer = {"content": None if calls else NO_FUNCTION, "function_calls": format_calls(calls) if calls else None}
+    asked = [{"role": m["role"], "content": m["content"], "function_calls": None, "functions": None}
+             for m in question.turn.messages[:-1]]
     system = {"role": "system", "content": SYSTEM, "function_calls": None, "functions": json.dumps(tools)}
     return {"id": question.id, "source_dataset": f"BFCL {question.category}", "domain": "Tool Use",
-            "messages": [system, *(m for m in asked if m["role"] != "system"), {"role": "assistant", "functions": None, **answer}]}
+            "messages": [system, *(m for m in asked if m["role"] != "system"),
+                         {"role": "assistant", "functions": None, **answer}]}
 
 def write_questions(
     folder: Path, # the package's `bfcl_eval/data`
     target: Path, # a .jsonl file
 ) -> dict[str, int]: # rows written, and questions left out because their first answer is not right by the rules
     "All single-turn Python questions as rows, each once; a question without a letter or a digit is none."
-    questions = [q for q in read_questions(folder, CATEGORIES)[0] if any(map(str.isalnum, q.turn.messages[-2]["content"]))]
-    wrong = {q.id for q in questions if q.answers and why_calls_are_wrong(right_calls(q), q.functions, q.answers, q.category)}
+    with_words = lambda question: any(map(str.isalnum, question.turn.messages[-2]["content"]))
+    questions = [question for question in read_questions(folder, CATEGORIES)[0] if with_words(question)]
+    wrong = {q.id for q in questions
+             if q.answers and why_calls_are_wrong(right_calls(q), q.functions, q.answers, q.category)}
     rows = {json.dumps(row["messages"]): row for q in questions if q.id not in wrong for row in [dolci_row(q)]}
     target.parent.mkdir(parents=True, exist_ok=True)
     write_flushed(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))

@@ -739,7 +739,9 @@ def test_signs_of_signs_are_one_expression_wherever_they_stand(sign, around):
     assert parse_calls(f"f(x={around.format('-42')})", fold=False)
 
 
-@pytest.mark.parametrize("text", ["2024-10-15", "15-10-2024", "10/15/2024", "2024/10/15", "2020-2024", "555-1234", "1-800-555-1234", "2024-10", "10/2024"])
+@pytest.mark.parametrize("text", [
+    "2024-10-15", "15-10-2024", "10/15/2024", "2024/10/15", "2020-2024", "555-1234", "1-800-555-1234", "2024-10",
+    "10/2024"])
 def test_a_date_is_not_computed(text):
     for around in ("f(x={})", "f(x=[{}])", "f(x={{'a': {}}})"):
         with pytest.raises(CallError) as caught: parse_calls(around.format(text))

@@ -81,7 +81,8 @@ def test_two_lists_of_tools_have_to_be_the_same():
 
 
 def test_results_go_to_the_call_that_they_name():
-    turn = answer("Let me see.", tool_calls=[call(id="a"), call("clock", "{}", id="b"), call(arguments={"city": "Rome"}, id="c")])
+    calls = [call(id="a"), call("clock", "{}", id="b"), call(arguments={"city": "Rome"}, id="c")]
+    turn = answer("Let me see.", tool_calls=calls)
     results = [result("r", tool_call_id="c"), result("o", tool_call_id="a"),
                result("c", tool_call_id="b", name="clock")]
     messages = messages_of(row(user(), turn, *results, answer()))
@@ -157,7 +158,8 @@ def test_what_only_says_who_and_when_is_no_hindrance():
 
 def test_contents_in_parts():
     parts = [{"type": "text", "text": "Weather"}, {"type": "text", "text": "in Oslo?"}]
-    assert messages_of(row(user(parts), answer([{"type": "output_text", "text": "Snow."}])))[0]["content"] == "Weather\nin Oslo?"
+    messages = messages_of(row(user(parts), answer([{"type": "output_text", "text": "Snow."}])))
+    assert messages[0]["content"] == "Weather\nin Oslo?"
     talk, *_ = read_row(row(user(parts), answer()))
     assert [code for code, *_ in talk.repairs] == ["content_parts"]
     for odd in ([{"type": "image_url", "image_url": "x"}], ["text"], [{"type": "text", "text": None}]):
@@ -170,13 +172,15 @@ def test_a_developer_speaks_as_the_system():
 
 # What is trained
 
-@pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"train": False}, {"training": 0}, {"trainable": False}])
+@pytest.mark.parametrize("off", [
+    {"weight": 0}, {"weight": 0.0}, {"loss": False}, {"train": False}, {"training": 0}, {"trainable": False}])
 def test_loss_switches_become_masks(off):
     messages = messages_of(row(user(), answer("One.", **off), user(), answer("Two.", **{k: 1 for k in off})))
     assert [m.get("train") for m in messages] == [None, False, None, None]
 
 
-@pytest.mark.parametrize("odd", [{"weight": 0.5}, {"weight": -1}, {"weight": "0"}, {"train": "no"}, {"loss": 2}, {"weight": 1, "train": False}])
+@pytest.mark.parametrize("odd", [
+    {"weight": 0.5}, {"weight": -1}, {"weight": "0"}, {"train": "no"}, {"loss": 2}, {"weight": 1, "train": False}])
 def test_switches_without_a_mask_are_rejected(odd):
     assert reason_of(row(user(), answer(**odd))) == "loss_switch"
 

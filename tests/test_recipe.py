@@ -269,7 +269,8 @@ def test_one_process_that_offloads_is_one_process_that_does_not(folder):
 
 def test_the_states_that_are_counted_are_those_that_lie_on_disk(tmp_path):
     "bitsandbytes keeps an embedding's states in 32 bits, whatever the optimizer's name says."
-    given = dict(workspace=str(tmp_path), run_name="states", demo_rows=200, max_train_samples=20, max_steps=1, save_steps=1,
+    given = dict(workspace=str(tmp_path), run_name="states", demo_rows=200, max_train_samples=20, max_steps=1,
+                 save_steps=1,
                  max_eval_samples=1, num_proc=1, optimizer="adamw_8bit", control_token_turns=0)
     done = run_training(1, profile="demo", **given)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -279,5 +280,6 @@ def test_the_states_that_are_counted_are_those_that_lie_on_disk(tmp_path):
     real = sum(one[name].numel() * one[name].element_size() for one in kept for name in ("state1", "state2"))
     model = AutoModelForCausalLM.from_pretrained(folder)
     embedding, count = model.get_input_embeddings().weight.numel(), sum(p.numel() for p in model.parameters())
-    assert optimizer_bytes("adamw_8bit", count, 4, embedding) == pytest.approx(real, rel=0.03)  # vectors below 4,096 have 32 bits too
+    # vectors below 4,096 have 32 bits too
+    assert optimizer_bytes("adamw_8bit", count, 4, embedding) == pytest.approx(real, rel=0.03)
     assert optimizer_bytes("adamw_8bit", count, 4) < 0.8 * real

@@ -394,7 +394,8 @@ def test_work_is_bounded(monkeypatch):
         made = tool({"x": {"$ref": "#/$defs/n"}}, **{"$defs": {"n": {word: own}}})
         assert check([made], x=deep) in ("malformed_tools", "schema_violation")
         assert schema.Steps.left > -2
-    wide = tool({"x": {"type": "array", "items": {"type": "object", "properties": {"y": {"type": "integer", "minimum": 0}}}}})
+    item = {"type": "object", "properties": {"y": {"type": "integer", "minimum": 0}}}
+    wide = tool({"x": {"type": "array", "items": item}})
     assert check([wide], x=[{"y": i} for i in range(2000)]) is None
     assert type_name("string" + " " * 20_000 + ", optional") == ("string", "null")
     for written in ("strin" + " " * 20_000 + "x", "optional " * 5_000, "[" * 20_000, "a," * 20_000,

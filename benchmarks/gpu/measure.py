@@ -1,13 +1,17 @@
 """Where the time of a micro-batch goes on this card, and whether the run's kernels are right on it.
 
-    python benchmarks/gpu/measure.py kernels     the card's ceilings, each kernel beside a 32-bit reference and its time, the optimizers
-    python benchmarks/gpu/measure.py layers      forward and backward of blocks of Qwen3-8B's shape with 2 and 6 layers, by variant; from the slope what 36 layers would do
+    python benchmarks/gpu/measure.py kernels     the card's ceilings, each kernel beside a 32-bit reference and its
+    time, the optimizers
+    python benchmarks/gpu/measure.py layers      forward and backward of blocks of Qwen3-8B's shape with 2 and 6 layers,
+    by variant; from the slope what 36 layers would do
     python benchmarks/gpu/measure.py profile     the kernels of one block, by kind and by name
-    python benchmarks/gpu/measure.py demo        the project's own training on the demo, through a checkpoint and on from it
+    python benchmarks/gpu/measure.py demo        the project's own training on the demo, through a checkpoint and on
+    from it
 
-Run from the repository's root, with the project on PYTHONPATH. Without a GPU everything runs with small shapes, and its times say nothing. `--seconds N` ends `layers` before a variant that would begin
-later. Lengths are drawn so that their mean (864 tokens) and their mean context (about 1,800) are those of Dolci's published size; six tenths of the tokens have a loss. Weights are random.
-"""
+Run from the repository's root, with the project on PYTHONPATH. Without a GPU everything runs with small shapes, and its
+times say nothing. `--seconds N` ends `layers` before a variant that would begin later. Lengths are drawn so that their
+mean (864 tokens) and their mean context (about 1,800) are those of Dolci's published size; six tenths of the tokens
+have a loss. Weights are random. """
 import os
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -20,11 +24,9 @@ import gc
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +103,8 @@ def apart(query, key, value, ends):
 
 
 def attention_is_right(heads=32, keys=8, width=128):
-    "PyTorch's kernel for packed rows through the project's interface, forwards and backwards, beside each row alone in 32 bits."
+    """PyTorch's kernel for packed rows through the project's interface, forwards and backwards, beside each row alone
+    in 32 bits."""
     from proxy_sft.training.attention import varlen_attention
     some = [7, 130, 64, 257, 1, 500]
     ends = np.cumsum([0, *some]).tolist()
@@ -202,14 +205,16 @@ def ceilings():
             torch.randn(TOKENS, inner, device=DEVICE, dtype=torch.bfloat16),
             torch.randn(outer, inner, device=DEVICE, dtype=torch.bfloat16),
         )
-        yield f"product {name:18} {TOKENS:,} x {inner:,} x {outer:,}: {2 * TOKENS * inner * outer / seconds(lambda: a @ b.T) / 1e12:,.0f} TFLOP/s"
+        yield (f"product {name:18} {TOKENS:,} x {inner:,} x {outer:,}: "
+               f"{2 * TOKENS * inner * outer / seconds(lambda: a @ b.T) / 1e12:,.0f} TFLOP/s")
     a = torch.randn(8192 if GPU else 128, 8192 if GPU else 128, device=DEVICE, dtype=torch.bfloat16)
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < (5 if GPU else 0.1):
         for _ in range(20): a @ a
         wait()
         count += 20
-    yield f"product {len(a):,} cubed, for five seconds: {count * 2 * len(a) ** 3 / (time.perf_counter() - began) / 1e12:,.0f} TFLOP/s"
+    yield (f"product {len(a):,} cubed, for five seconds: "
+           f"{count * 2 * len(a) ** 3 / (time.perf_counter() - began) / 1e12:,.0f} TFLOP/s")
 
 
 def optimizers():
@@ -228,7 +233,9 @@ def optimizers():
                 import bitsandbytes
                 optimizer = bitsandbytes.optim.AdamW(weights, lr=1e-6, optim_bits=8)
             else: optimizer = torch.optim.AdamW(weights, lr=1e-6, fused=True)
-            yield f"{name:18} {str(dtype)[6:]:9} {seconds(optimizer.step, 3) / count * 1e12:7.1f} ms per billion weights, clipping {seconds(lambda: torch.nn.utils.clip_grad_norm_(weights, 1.0), 3) / count * 1e12:.1f}"
+            clip = lambda some=weights: torch.nn.utils.clip_grad_norm_(some, 1.0)
+            yield (f"{name:18} {str(dtype)[6:]:9} {seconds(optimizer.step, 3) / count * 1e12:7.1f} ms per billion "
+                   f"weights, clipping {seconds(clip, 3) / count * 1e12:.1f}")
         except Exception as problem: yield f"{name} {dtype}: {type(problem).__name__}: {str(problem)[:200]}"
         del weights
         free()
@@ -244,7 +251,8 @@ def kernels():
         )
         def fast():
             ahead, both, needed, rows, longest = attention_is_fast()
-            return f"{ahead * 1e3:.2f} ms forwards ({needed / ahead / 1e12:.0f} TFLOP/s), {both * 1e3:.2f} ms with backwards ({3.5 * needed / both / 1e12:.0f}); {rows} rows, the longest {longest:,}"
+            return (f"{ahead * 1e3:.2f} ms forwards ({needed / ahead / 1e12:.0f} TFLOP/s), {both * 1e3:.2f} ms with "
+                    f"backwards ({3.5 * needed / both / 1e12:.0f}); {rows} rows, the longest {longest:,}")
         attempt("packed attention, one layer of one block", fast)
     attempt(
         "fused loss, relative error of log-probabilities and of both slopes (below 1e-2)",
@@ -352,10 +360,14 @@ def layers_table(limit):
     from proxy_sft.training.cost import Shape, flops_per_token, mean_context, peak_flops
     peak, began, rows = (peak_flops(torch.cuda.get_device_name()) if GPU else None), time.monotonic(), []
     show(
-        f"{'weights':9}{'block':>7} {'recomputed':11}{'kernels':8}{'attention':15}{'':11}{'ms/layer':>9}{'rest, ms':>9}{'forward':>8}{'tokens/s at ' + str(ALL):>15}{'MFU':>7}{'GiB at ' + str(ALL):>11}"
+        f"{'weights':9}{'block':>7} "
+        f"{'recomputed':11}{'kernels':8}{'attention':15}{'':11}{'ms/layer':>9}{'rest, ms':>9}{'forward':>8}"
+        f"{'tokens/s at ' + str(ALL):>15}{'MFU':>7}{'GiB at ' + str(ALL):>11}"
     )
     for dtype, tokens, checkpointing, liger, attention, change in VARIANTS:
-        name = f"{str(dtype)[6:]:9}{tokens:7,} {checkpointing:11}{'liger' if liger else 'none':8}{attention if attention != 'auto' else 'torch_varlen' if GPU else 'sdpa':15}{change:11}"
+        name = (f"{str(dtype)[6:]:9}{tokens:7,} "
+                f"{checkpointing:11}{'liger' if liger else 'none':8}"
+                f"{attention if attention != 'auto' else 'torch_varlen' if GPU else 'sdpa':15}{change:11}")
         if time.monotonic() - began > limit:
             show(f"{name} not begun: {limit:.0f} seconds are over")
             continue
@@ -390,7 +402,8 @@ def layers_table(limit):
             )
         )
         show(
-            f"{name}{each * 1e3:9.1f}{(few[0] - FEW * each) * 1e3:9.1f}{share:8.0%}{speed:15,.0f}{f'{speed * flops / peak:7.1%}' if peak else '      -'}{memory:11.1f}"
+            f"{name}{each * 1e3:9.1f}{(few[0] - FEW * each) * 1e3:9.1f}{share:8.0%}{speed:15,.0f}"
+            f"{f'{speed * flops / peak:7.1%}' if peak else '      -'}{memory:11.1f}"
         )
     if out := os.environ.get("OUT"): Path(out, "layers.json").write_text(json.dumps(rows))
 
@@ -418,7 +431,7 @@ def profile():
     for dtype, checkpointing in ((torch.float32, "full"), (torch.bfloat16, "none")):
         model, batch = model_of(MORE, dtype, checkpointing), block(TOKENS)
         if GPU: apply_liger_kernel(model, LIGER)
-        def step():
+        def step(model=model, batch=batch):
             with torch.autocast(DEVICE.type, torch.bfloat16): loss = tiled_loss(model, batch) / TOKENS
             loss.backward()
         step()
@@ -445,7 +458,8 @@ def profile():
             )
             by_kind[kind] = by_kind.get(kind, 0) + sum(times)
         show(
-            f"\n{str(dtype)[6:]} weights, {checkpointing} recomputed, {MORE} layers, {TOKENS:,} tokens: {total / 1e3:,.1f} ms of kernels"
+            f"\n{str(dtype)[6:]} weights, {checkpointing} recomputed, {MORE} layers, {TOKENS:,} tokens: "
+            f"{total / 1e3:,.1f} ms of kernels"
         )
         for kind, found in sorted(by_kind.items(), key=lambda pair: -pair[1]):
             show(f"  {kind:20}{found / total:7.1%}{found / 1e3:10.2f} ms")
@@ -506,11 +520,13 @@ def demo():
                 )
                 gap = max(abs(a - b) / abs(a) for a, b in zip(losses, again))
                 show(
-                    f"demo, {name}: losses {' '.join(f'{x:.3f}' for x in losses)}; after a start from step 3 they differ by {gap:.1e}; {facts.get('speed', {}).get('attention')}, kernels "
+                    f"demo, {name}: losses {' '.join(f'{x:.3f}' for x in losses)}; after a start from step 3 they "
+                    f"differ by {gap:.1e}; {facts.get('speed', {}).get('attention')}, kernels "
                     f"{facts.get('speed', {}).get('kernels')}; {time.monotonic() - began:.0f} s"
                 )
                 show(f"  why: {facts.get('speed', {}).get('attention_why')}")
-            except BaseException as problem: show(f"demo, {name}: FAILED {type(problem).__name__}: {str(problem)[:1200]}")
+            except BaseException as problem: show(f"demo, {name}: FAILED {type(problem).__name__}: "
+                                                  f"{str(problem)[:1200]}")
             free()
 
 

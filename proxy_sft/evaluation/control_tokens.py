@@ -45,7 +45,8 @@ def control_token_ranks(
         logits, right = plain.get_output_embeddings()(hidden).float(), wanted[at][:, None]
         loss = -logits.log_softmax(-1).gather(1, right)[:, 0]
         rank = 1 + (logits > logits.gather(1, right)).sum(-1)
-    return [(ids[int(token)], float(nats), int(place)) for token, nats, place in zip(wanted[at], loss, rank, strict=True)]
+    return [(ids[int(token)], float(nats), int(place)) for token, nats,
+            place in zip(wanted[at], loss, rank, strict=True)]
 
 # %% ../../nbs/evaluation/10_control_tokens.ipynb #scores
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class ControlTokenScore:
     rank: float   # median; 1 is the likeliest
 
     def __str__(self) -> str:
-        return f"{self.token} likeliest at {self.likeliest} of {self.places} (loss {self.loss:.3f}, median rank {self.rank:g})"
+        return (f"{self.token} likeliest at {self.likeliest} of {self.places} (loss {self.loss:.3f}, median rank "
+                f"{self.rank:g})")
 
 def control_token_scores(
     found: list[tuple[str, float, int]], # of `control_token_ranks`
@@ -77,9 +79,12 @@ def control_token_warning(scores: dict[str, ControlTokenScore]) -> str: # empty 
     "What a person must know when a control token is not the likeliest where it must stand."
     weak = [score for score in scores.values() if 2 * score.likeliest < score.places]
     if not weak: return ""
-    effect = "The model will not end its answers" if [s.token for s in weak] == [MEASURED["stop"]] else "A server will get no calls"
-    return (f"Warning: {'; '.join(map(str, weak))} on held-out turns, after the warm-up. {effect} while that is so, whatever the loss says. "
-            "If it stays so, the embedding rows of these tokens may be untrained: see `add_control_tokens` in proxy_sft.training.new_tokens.")
+    only_stop = [score.token for score in weak] == [MEASURED["stop"]]
+    effect = "The model will not end its answers" if only_stop else "A server will get no calls"
+    return (f"Warning: {'; '.join(map(str, weak))} on held-out turns, after the warm-up. {effect} while that is so, "
+            "whatever the loss says. "
+            "If it stays so, the embedding rows of these tokens may be untrained: see `add_control_tokens` in "
+            "proxy_sft.training.new_tokens.")
 
 # %% ../../nbs/evaluation/10_control_tokens.ipynb #callback
 class ControlTokensWhileTraining(TrainerCallback):
@@ -88,13 +93,16 @@ class ControlTokensWhileTraining(TrainerCallback):
     def __init__(self, settings: Settings, tokenizer: Any, log: Any): # `log`: the trainer's own
         self.ids, self.log, self.rows = measured_ids(tokenizer), log, []
         if is_deepspeed_zero3_enabled():
-            if place()[0] == 0: print("Control tokens are not measured by themselves: ZeRO-3 divides the weights.", flush=True)
+            if place()[0] == 0: print("Control tokens are not measured by themselves: ZeRO-3 divides the weights.",
+                                      flush=True)
             return
-        try: turns = choose_turns(settings.converted_dir / "heldout.jsonl", settings.control_token_turns, settings.seed)[0]
+        try: turns = choose_turns(settings.converted_dir / "heldout.jsonl", settings.control_token_turns,
+                                  settings.seed)[0]
         except EvaluateError: return  # nothing was held out
         try: turns = questions_that_fit(turns, tokenizer, settings)[0]
         except EvaluateError: return  # all are longer than a block
-        self.rows = [row for row in answer_rows(turns, tokenizer, settings.template) if len(row["input_ids"]) <= settings.max_length]
+        self.rows = [row for row in answer_rows(turns, tokenizer,
+                                                settings.template) if len(row["input_ids"]) <= settings.max_length]
 
     def measure(self, model: Any) -> dict[str, ControlTokenScore]: # the same on every rank
         "This rank's share of the turns, then the places of all ranks together."
@@ -106,10 +114,12 @@ class ControlTokensWhileTraining(TrainerCallback):
         if not self.rows: return
         scores = self.measure(model)
         due = control.should_log  # logging says that nothing is left to log; this step's loss may be
+        found = lambda score: {"loss": score.loss, "rank": score.rank, "likeliest": score.likeliest / score.places}
         self.log({f"control_{name}_{what}": value for name, score in scores.items()
-                  for what, value in (("loss", score.loss), ("rank", score.rank), ("likeliest", score.likeliest / score.places))})
+                  for what, value in found(score).items()})
         control.should_log = due
         if not state.is_world_process_zero or not scores: return
-        print(f"step {state.global_step:>6,} of {state.max_steps:,}  {', '.join(f'{s.token} {s.likeliest}/{s.places}' for s in scores.values())} likeliest", flush=True)
+        print(f"step {state.global_step:>6,} of {state.max_steps:,}  "
+              f"{', '.join(f'{s.token} {s.likeliest}/{s.places}' for s in scores.values())} likeliest", flush=True)
         if state.global_step > max(args.get_warmup_steps(state.max_steps), state.max_steps // 10):
             if warning := control_token_warning(scores): print(warning, flush=True)

@@ -41,7 +41,8 @@ class TaskScore:
         scores = np.array(list(self.values[model].values()), float)
         return middle(drawn_sums(np.arange(len(scores)), scores[:, None])[:, 0] / len(scores))
 
-    def difference(self) -> Optional[tuple[float, float, float]]: # tuned - base, lower and upper bound; None with one model
+    # tuned - base, lower and upper bound; None with one model
+    def difference(self) -> Optional[tuple[float, float, float]]:
         "The mean difference over the documents that both models have."
         if len(self.values) < 2: return None
         both = [name for name in self.values["base"] if name in self.values["tuned"]]
@@ -68,7 +69,8 @@ class Harness:
     def heads(self) -> list[str]:
         "The table's first line."
         models = list(self.scores[0].values) if self.scores else []
-        return ["task", "metric", "documents", *(f"{model} %" for model in models), *(["difference"] if len(models) == 2 else [])]
+        return ["task", "metric", "documents", *(f"{model} %" for model in models),
+                *(["difference"] if len(models) == 2 else [])]
 
     def __repr__(self) -> str: return text_table(self.rows(), self.heads())
     def _repr_html_(self) -> str: return html_table(self.rows(), self.heads())
@@ -91,7 +93,8 @@ def known_tasks(
     manager = TaskManager(include_path=str(more) if more else None)
     for name in names:
         if name not in manager.all_tasks:
-            raise EvaluateError(f"{name!r} is no task of {HARNESS}.{did_you_mean(name, list(manager.all_tasks))} `lm-eval ls tasks` lists them.")
+            raise EvaluateError(f"{name!r} is no task of {HARNESS}.{did_you_mean(name, list(manager.all_tasks))} "
+                                "`lm-eval ls tasks` lists them.")
     return manager
 
 # %% ../../nbs/evaluation/11_harness.ipynb #run-task
@@ -103,14 +106,18 @@ def run_task(
     limit: Optional[int] = None, # documents per task
     batch_size: int = 8,
     options: Optional[dict] = None, # for the chat template
-) -> dict[str, dict[str, dict[str, float]]]: # task -> metric -> document -> score; EvaluateError when the task cannot be run
+# task -> metric -> document -> score; EvaluateError when the task cannot be run
+) -> dict[str, dict[str, dict[str, float]]]:
     "One task on one model."
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device), chat_template_args=options or {})
-    try: found = simple_evaluate(lm, tasks=[name], limit=limit, apply_chat_template=True, task_manager=manager, bootstrap_iters=0, log_samples=True)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device),
+              chat_template_args=options or {})
+    try: found = simple_evaluate(lm, tasks=[name], limit=limit, apply_chat_template=True, task_manager=manager,
+                                 bootstrap_iters=0, log_samples=True)
     except Exception as error:  # data sets, prompts and metrics of a thousand tasks
-        raise EvaluateError(f"The task {name} could not be run: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}. "
+        raise EvaluateError(f"The task {name} could not be run: {type(error).__name__}: "
+                            f"{str(error).splitlines()[0][:200] if str(error) else 'no message'}. "
                             "Its data come from the hub at the first use.") from error
     return {task: scores_of(samples) for task, samples in found["samples"].items()}
 
@@ -141,17 +148,24 @@ def evaluate_harness(
         found[name] = {}
         for task in tasks: found[name].update(kept_task(settings, task, folder, manager, limit, keep=not base_only))
     keys = [(task, metric) for task, metrics in found["base"].items() for metric in metrics]
-    scores = [TaskScore(task, metric, {name: one[task][metric] for name, one in found.items()}) for task, metric in keys]
-    result = Harness(scores, {"lm-eval": version("lm-eval"), "limit": limit, "template": settings.template, "tasks": tasks})
-    if not base_only: write_flushed(settings.run_dir / "harness.json", json.dumps(harness_dict(result), indent=1) + "\n")
+    scores = [TaskScore(task, metric, {name: one[task][metric] for name, one in found.items()}) for task,
+              metric in keys]
+    how = {"lm-eval": version("lm-eval"), "limit": limit, "template": settings.template, "tasks": tasks}
+    result = Harness(scores, how)
+    if not base_only: write_flushed(settings.run_dir / "harness.json",
+                                    json.dumps(harness_dict(result), indent=1) + "\n")
     return result
 
-def kept_task(settings: Settings, task: str, folder: Path, manager: Any, limit: Optional[int], keep: bool) -> dict: # as `run_task`
+# as `run_task`
+def kept_task(settings: Settings, task: str, folder: Path, manager: Any, limit: Optional[int], keep: bool) -> dict:
     "A task's scores from disk, or measured now."
-    path = settings.run_dir / "harness" / f"{digest([model_identity(folder), task, limit, settings.template, HARNESS])}.json"
+    key = digest([model_identity(folder), task, limit, settings.template, HARNESS])
+    path = settings.run_dir / "harness" / f"{key}.json"
     if keep and path.is_file(): return json.loads(path.read_text(encoding="utf-8"))
-    model, _ = load_model(folder, settings.device, settings.attention if settings.attention in ("eager", "sdpa") else "auto")
-    scores = run_task(task, model, AutoTokenizer.from_pretrained(folder), manager, limit, options=serving_options(settings.template))
+    attention = settings.attention if settings.attention in ("eager", "sdpa") else "auto"
+    model, _ = load_model(folder, settings.device, attention)
+    scores = run_task(task, model, AutoTokenizer.from_pretrained(folder), manager, limit,
+                      options=serving_options(settings.template))
     if keep:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_flushed(path, json.dumps(scores) + "\n")

@@ -61,8 +61,8 @@ def turn_verdict(
 
 def calls_of(message: dict) -> list[dict]: # `{"name", "arguments"}`
     "The calls of a converted message."
-    return [{name: call["function"][name] for name in ("name",
-                                                       "arguments")} for call in message.get("tool_calls") or []]
+    calls = message.get("tool_calls") or []
+    return [{name: call["function"][name] for name in ("name", "arguments")} for call in calls]
 
 # %% ../../nbs/evaluation/12_rollouts.ipynb #own-turn
 def own_turn(
@@ -155,8 +155,8 @@ def choose_conversations(
     "Held-out conversations with tools and at least one call."
     if not path.is_file(): raise EvaluateError(f"There is no {path.parent.name}/{path.name}. Run nbs/01_convert.ipynb "
                                                "first.")
-    rows = ((name, (row, messages, tools)) for row, name, messages,
-            tools in read_rows(path) if tools and any(m.get("tool_calls") for m in messages))
+    rows = ((name, (row, messages, tools)) for row, name, messages, tools in read_rows(path)
+            if tools and any(m.get("tool_calls") for m in messages))
     chosen = smallest(most, seed, rows)
     if chosen: return chosen
     raise EvaluateError(f"{path.name} holds no conversation with a call. Raise heldout_fraction, or max_rows, and run "
@@ -177,8 +177,8 @@ def evaluate_rollouts(
     chosen, servers = choose_conversations(settings.converted_dir / "heldout.jsonl", most, settings.seed), servers or {}
     found = {}
     for name, folder in model_folders(settings, tuned, base_only).items():
-        answer = server_answers(servers[name], max_new_tokens) if name in servers else model_answers(settings, folder,
-                max_new_tokens)
+        if name in servers: answer = server_answers(servers[name], max_new_tokens)
+        else: answer = model_answers(settings, folder, max_new_tokens)
         found[name] = roll_out(chosen, answer)
     if not base_only:
         kept = {name: [asdict(one) for one in rollouts] for name, rollouts in found.items()}

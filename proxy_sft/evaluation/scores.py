@@ -23,7 +23,7 @@ from proxy_sft.evaluation.answers import (
 )
 
 # %% ../../nbs/evaluation/07_scores.ipynb #imports-constants
-from .answers import METRICS
+#| export
 
 
 # %% ../../nbs/evaluation/07_scores.ipynb #bootstrap-export
@@ -133,7 +133,8 @@ def estimates(
     groups: np.ndarray, # conversations
     values: np.ndarray, # of `values_of`: (value, weight) per model
     is_rate: bool = True, # bounded by 0 and 1
-) -> list[tuple[float, float, float]]: # per model, and for two their difference: estimate, lower and upper bound; [] without values
+# per model, and for two their difference: estimate, lower and upper bound; [] without values
+) -> list[tuple[float, float, float]]:
     "Estimates with their bootstrap intervals."
     if not len(values): return []
     def ratios(sums): return sums[..., ::2] / np.where(sums[..., 1::2] > 0, sums[..., 1::2], np.nan)
@@ -229,7 +230,8 @@ def head_line(
     calling = sum(bool(turn.expected) for turn in evaluation.turns)
     left = f"; {evaluation.too_long} more were too long to ask" if evaluation.too_long else ""
     silent = "".join(
-        f" No answer from {model} to {sum(kinds.values())} of them: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}."
+        f" No answer from {model} to {sum(kinds.values())} of them: "
+        f"{', '.join(f'{n} {kind}' for kind, n in kinds.items())}."
         for model, kinds in evaluation.problems.items()
     )
     return (
@@ -250,17 +252,20 @@ COLOURS = {"base": "#9aa5b1", "tuned": "#2a78c2"}  # readable on white and on bl
 def plot_svg(
     evaluation: Evaluation, # of one model or two
 ) -> str: # an SVG element without script or style sheet
-    "One bar per metric and model, with its interval, on a white ground: JupyterLab shows it as a picture, which knows nothing of dark pages."
+    """One bar per metric and model, with its interval, on a white ground: JupyterLab shows it as a picture, which knows
+    nothing of dark pages."""
     models = list(evaluation.replies)
     step, top = 11 * len(models) + 8, 20
     height = top + len(METRICS) * step + 4
     parts = [
-        f'<path d="M{x} {top}V{height}" stroke="#888888" stroke-opacity=".4"/><text x="{x}" y="{height + 12}" text-anchor="middle">{name}</text>'
+        (f'<path d="M{x} {top}V{height}" stroke="#888888" stroke-opacity=".4"/><text x="{x}" y="{height + 12}" '
+         f'text-anchor="middle">{name}</text>')
         for x, name in ((84, "0"), (234, "50"), (384, "100 %"))
     ]
     for k, model in enumerate(models):
         parts.append(
-            f'<circle cx="{90 + 70 * k}" cy="8" r="5" fill="{COLOURS.get(model, "#777777")}"/><text x="{100 + 70 * k}" y="12">{escape(model)}</text>'
+            f'<circle cx="{90 + 70 * k}" cy="8" r="5" fill="{COLOURS.get(model, "#777777")}"/><text x="{100 + 70 * k}" '
+            f'y="12">{escape(model)}</text>'
         )
     for i, metric in enumerate(METRICS):
         parts.append(
@@ -274,8 +279,10 @@ def plot_svg(
                 f'<path d="M{low:.0f} {y + 4.5}H{high:.0f}" stroke="#222222"/>'
             )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="410" height="{height + 18}" font-family="sans-serif" font-size="11" fill="#222222" role="img" '
-        f'aria-label="rates of {escape(" and ".join(models))}"><rect width="100%" height="100%" fill="#ffffff"/>{"".join(parts)}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="410" height="{height + 18}" font-family="sans-serif" '
+        'font-size="11" fill="#222222" role="img" '
+        f'aria-label="rates of {escape(" and ".join(models))}"><rect width="100%" height="100%" '
+        f'fill="#ffffff"/>{"".join(parts)}</svg>'
     )
 
 # %% ../../nbs/evaluation/07_scores.ipynb #html-export

@@ -34,7 +34,8 @@ from ..core.settings import did_you_mean
 
 # %% ../../nbs/training/05_attention.ipynb #error
 class AttentionError(RuntimeError):
-    "An attention that cannot be used, or that lets conversations see each other: names it, the numbers, and what to set."
+    """An attention that cannot be used, or that lets conversations see each other: names it, the numbers, and what to
+    set."""
 
 # %% ../../nbs/training/05_attention.ipynb #varlen
 VARLEN = "torch_varlen"
@@ -141,7 +142,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 @dataclass(frozen=True)
 class PackedCheck:
-    "What packing changed: losses per token of the same rows, and how far the log-probabilities of packed rows are from those of the rows alone."
+    """What packing changed: losses per token of the same rows, and how far the log-probabilities of packed rows are
+    from those of the rows alone."""
     packed: float
     separate: float
     joined: float      # if the rows saw each other
@@ -154,7 +156,8 @@ class PackedCheck:
 
     def __str__(self) -> str:
         blunt = "" if self.leak > self.tolerance else "; on this model a leak would change too little to be seen here"
-        return f"packed rows lose {self.packed:.4f} per token, the same rows alone {self.separate:.4f} (if they saw each other: {self.joined:.4f}{blunt})"
+        return (f"packed rows lose {self.packed:.4f} per token, the same rows alone {self.separate:.4f} (if they saw "
+                f"each other: {self.joined:.4f}{blunt})")
 
 # %% ../../nbs/training/05_attention.ipynb #check
 def log_probabilities(
@@ -237,7 +240,8 @@ def prove(
 def refusal(found: PackedCheck) -> str:
     "Why an attention that leaks is refused, and what to set."
     return (
-        f"lets packed conversations see each other: {found}. They differ by {found.difference:.2g} per token where {found.tolerance:g} is allowed. "
+        f"lets packed conversations see each other: {found}. They differ by {found.difference:.2g} per token where "
+        f"{found.tolerance:g} is allowed. "
         "Set attention to auto, sdpa or eager, or packing and padding_free to false"
     )
 
@@ -257,7 +261,8 @@ def choose_attention(
     known = {*ORDER, *AttentionInterface().valid_keys()}
     if wanted != "auto" and wanted not in known and "/" not in wanted:
         raise AttentionError(
-            f"attention is {wanted!r}, which transformers does not know.{did_you_mean(wanted, sorted(known))} Known: auto, {', '.join(sorted(known))}."
+            f"attention is {wanted!r}, which transformers does not know.{did_you_mean(wanted, sorted(known))} Known: "
+            f"auto, {', '.join(sorted(known))}."
         )
     device, tolerance, passed_over = (
         next(model.parameters()).device,
@@ -289,8 +294,10 @@ def choose_attention(
 def warn_of(name: str, problem: str) -> None:
     "An installed implementation that raised is no quiet choice: name it, its error and what the next one costs."
     warnings.warn(
-        f"Attention {name} is installed and fits this card, but {problem.partition(', so set')[0]}. A slower one is taken: "
-        "sdpa and eager compute packed rows' whole square, flex_attention compiles first. Report the error, or set attention to the one that you want.",
+        f"Attention {name} is installed and fits this card, but {problem.partition(', so set')[0]}. A slower one is "
+        "taken: "
+        "sdpa and eager compute packed rows' whole square, flex_attention compiles first. Report the error, or set "
+        "attention to the one that you want.",
         RuntimeWarning, stacklevel=2)
 
 def reason(wanted: str, capability: Optional[tuple[int, int]], passed_over: list[str]) -> str:
@@ -309,7 +316,8 @@ def tried(
     "An attempt in words."
     try: found = act()
     except torch.OutOfMemoryError: raise
-    except (AttentionError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError, subprocess.SubprocessError) as error:
+    except (AttentionError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
+            RuntimeError, TypeError, ValueError, subprocess.SubprocessError) as error:
         return (
             f"{UNEXPECTED} ({type(error).__name__}: {str(error)[:300]}), so set attention to auto, sdpa or eager",
             None,

@@ -64,7 +64,8 @@ class Shape:
     def layer_matrices(self) -> int: # weights
         return 2 * self.hidden * (self.attention_width + self.key_heads * self.head_dim) + 3 * self.hidden * self.inner
     @property
-    def matrices(self) -> int: # weights that every token is multiplied with; looking up an embedding is no multiplication
+    # weights that every token is multiplied with; looking up an embedding is no multiplication
+    def matrices(self) -> int:
         return self.layers * self.layer_matrices + self.hidden * self.vocabulary
     @property
     def parameters(self) -> int: # all weights
@@ -95,7 +96,8 @@ def published_config(model: str) -> Optional[PreTrainedConfig]: # hub name; None
 # %% ../../nbs/training/01_cost.ipynb #flops
 def flops_per_token(
     shape: Shape,
-    context: float, # tokens of the conversation a token belongs to, averaged over tokens: sum of squared lengths over sum of lengths
+    # tokens of the conversation a token belongs to, averaged over tokens: sum of squared lengths over sum of lengths
+    context: float,
     frozen: bool = False, # adapters: the large weights get no gradient
 ) -> float:
     "Operations per trained token, forwards and backwards, without recomputation."
@@ -358,7 +360,8 @@ def rehearsed(config: str, kind: type, *how) -> int: # a configuration as JSON, 
 
 # %% ../../nbs/training/01_cost.ipynb #dtype
 def weights_dtype(settings: Settings, with_deepspeed: bool) -> torch.dtype:
-    "The precision in which the model is loaded: bfloat16 where DeepSpeed keeps a 32-bit copy or weights are frozen, else 32 bits, unless the settings say otherwise."
+    """The precision in which the model is loaded: bfloat16 where DeepSpeed keeps a 32-bit copy or weights are frozen,
+    else 32 bits, unless the settings say otherwise."""
     if settings.weights != "auto": return getattr(torch, settings.weights)
     return torch.bfloat16 if settings.bf16 and (with_deepspeed or settings.lora_rank) else torch.float32
 
@@ -372,7 +375,8 @@ def state_bytes(optimizer: str, weight: int) -> int: # per weight; weight: bytes
     if optimizer == "adamw_bf16": return 4
     return 2 * weight if optimizer.startswith("adamw_torch") else 8
 
-def optimizer_bytes(optimizer: str, weights: int, size: int, embedding: int = 0) -> int: # weights: trained; size: bytes of one; embedding: of them, in lookup tables
+# weights: trained; size: bytes of one; embedding: of them, in lookup tables
+def optimizer_bytes(optimizer: str, weights: int, size: int, embedding: int = 0) -> int:
     "Bytes of the optimizer's states; beside 8-bit states transformers has bitsandbytes keep an embedding's in 32 bits."
     wide = embedding * (8 - state_bytes(optimizer, size)) if optimizer == "adamw_8bit" else 0
     return weights * state_bytes(optimizer, size) + wide

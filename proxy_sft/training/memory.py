@@ -47,7 +47,8 @@ def memory_advice(
 
 def out_of_memory(settings: Settings, divided: bool, error: torch.OutOfMemoryError) -> str:
     "The allocator's first sentence, and what to do."
-    return f"The device is out of memory: {str(error).splitlines()[0][:300]} Set {'; or '.join(memory_advice(settings, divided))}. The complete checkpoints stay."
+    return (f"The device is out of memory: {str(error).splitlines()[0][:300]} Set "
+            f"{'; or '.join(memory_advice(settings, divided))}. The complete checkpoints stay.")
 
 # %% ../../nbs/training/02_memory.ipynb #probe
 def longest_blocks(data: Dataset, count: int) -> list[int]:
@@ -62,7 +63,8 @@ def standing_in(
 ) -> list[torch.Tensor]: # zero: DeepSpeed's `zero_optimization`; None: without it
     "As many bytes as will lie there later: states of a plain optimizer, gradients and buckets under ZeRO."
     count, size, device = sum(p.numel() for p in trained), trained[0].element_size(), trained[0].device
-    if zero is None: later = [optimizer_bytes(trainer.settings.optimizer, count, size, trained_embedding(trainer.model))]
+    if zero is None: later = [optimizer_bytes(trainer.settings.optimizer, count, size,
+                                              trained_embedding(trainer.model))]
     else:
         later = [
             count * size // (trainer.args.world_size if zero["stage"] > 1 else 1),
@@ -71,7 +73,8 @@ def standing_in(
     return [torch.empty(n, dtype=torch.uint8, device=device) for n in later]
 
 def probe(trainer: Any) -> int: # tokens that went through; 0: not probed
-    "Forwards and backwards over the longest blocks; weights, gradients, states, random numbers and the order of data stay as they were."
+    """Forwards and backwards over the longest blocks; weights, gradients, states, random numbers and the order of data
+    stay as they were."""
     zero = trainer.accelerator.deepspeed_config["zero_optimization"] if trainer.is_deepspeed_enabled else None
     if zero and zero["stage"] == 3: return 0
     model, before = (
@@ -117,7 +120,8 @@ class MemoryProbe(TrainerCallback):
         if on_gpu: torch.cuda.reset_peak_memory_stats()
         tokens = probe(self.trainer)
         peak = (
-            f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of {torch.cuda.get_device_properties(args.device).total_memory / 2**30:.1f} at the worst moment"
+            f"; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of "
+            f"{torch.cuda.get_device_properties(args.device).total_memory / 2**30:.1f} at the worst moment"
             if on_gpu
             else ""
         )
