@@ -6,8 +6,7 @@
 __all__ = ['convert']
 
 # %% ../nbs/01_convert.ipynb #convert-imports
-import json
-
+from .core.build_once import one_at_a_time
 from .core.settings import Settings
 from proxy_sft.data.conversion import (
     code_version,
@@ -15,7 +14,7 @@ from proxy_sft.data.conversion import (
     ConvertReport,
     hashable,
     hashes,
-    input_of,
+    read_report,
     report_from,
     what_changed,
 )
@@ -32,11 +31,11 @@ def convert(
     named = {name: getattr(settings, name) for name in Choices.__dataclass_fields__}
     choices = Choices(**{name: hashable(value) for name, value in named.items()})
     about = {"code": code_version()}
-    why = what_changed(settings.converted_dir, target, {"inputs": hashes(files), "choices": choices.__dict__, **about})
-    if not why:
-        facts = json.loads((target.parent / "report.json").read_text(encoding="utf-8"))
-        return report_from(facts, target.parent, "nothing has changed since the last conversion")
-    num_proc = process_count(settings.num_proc)
-    report = convert_file(files, target, **choices.__dict__, num_proc=num_proc, progress=progress, about=about)
+    with one_at_a_time(settings.converted_dir / ".claim-conversion"):
+        wanted = {"inputs": hashes(files), "choices": choices.__dict__, **about}
+        if not (why := what_changed(settings.converted_dir, target, wanted)):
+            return report_from(read_report(target.parent), target.parent, "nothing has changed since the last conversion")
+        num_proc = process_count(settings.num_proc)
+        report = convert_file(files, target, **choices.__dict__, num_proc=num_proc, progress=progress, about=about)
     report.why = why
     return report

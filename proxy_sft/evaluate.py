@@ -38,6 +38,7 @@ def evaluate(
     choose_turns(settings.converted_dir / "heldout.jsonl", 1, settings.seed)
     folders, servers = model_folders(settings, tuned, base_only), servers or {}
     if "tuned" in folders: require_same_heldout(settings, folders["tuned"])
+    for server in servers.values(): _ = server.name  # asked before a model has worked for hours
     questions, found, too_long = prepare_questions(
         settings,
         AutoTokenizer.from_pretrained(folders["base"], local_files_only=True),

@@ -7,6 +7,7 @@ __all__ = ['ensure_downloaded', 'ensure_inputs', 'ensure_prepared']
 
 # %% ../nbs/04_pipeline.ipynb #imports
 from .convert import convert
+from .core.build_once import one_at_a_time
 from .core.settings import Settings
 from .download import download
 from .tokens.preparation import Prepared, prepare, require_inputs
@@ -18,8 +19,10 @@ def ensure_downloaded(settings: Settings) -> None:
 
 def ensure_inputs(settings: Settings) -> None: # raises PrepareError
     "Have a model and converted conversations: made for the demo, required for every other profile."
-    ensure_downloaded(settings)
-    if settings.is_demo: convert(settings)
+    if settings.is_demo:
+        with one_at_a_time(settings.workspace_dir / ".claim-demo"): # several starts at once make one demo
+            ensure_downloaded(settings)
+            convert(settings)
     require_inputs(settings)
 
 def ensure_prepared(settings: Settings) -> Prepared: # the same on every rank

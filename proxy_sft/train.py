@@ -8,7 +8,6 @@ __all__ = ['train']
 # %% ../nbs/02_train.ipynb #imports
 from typing import Optional
 
-from .core.atomic_folders import complete_checkpoints
 from .core.build_once import World
 from .core.locks import RunLock
 from .core.settings import Settings
@@ -42,14 +41,11 @@ def train(
         require_fit(prepared, settings)
         require_parity(prepared, settings)
         start_processes(settings)
-        facts, checkpoint, separate = begin_run(settings, prepared, lock)
+        start = begin_run(settings, prepared, lock)
         with out_of_memory_explained(settings):
-            if not (finished := checkpoint is not None and is_finished(checkpoint)):
-                train_from(checkpoint, settings, prepared, facts, separate)
-        publishes = World.from_environment().rank == 0 or (separate and World.from_environment().local_rank == 0)
-        agree(
-            (lambda: publish_model(settings, checkpoint if finished else complete_checkpoints(settings.run_dir)[-1]))
-            if publishes
-            else None
-        )
+            finished = start.checkpoint is not None and is_finished(start.checkpoint)
+            last = start.checkpoint if finished else train_from(start, settings, prepared)
+        world = World.from_environment()
+        publishes = world.rank == 0 or (start.separate and world.local_rank == 0)
+        agree((lambda: publish_model(settings, last)) if publishes else None)
         return TrainResult(settings.run_dir)

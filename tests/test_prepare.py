@@ -374,22 +374,23 @@ def test_a_machine_that_sees_another_disk_prepares_for_itself(workspace, tmp_pat
     assert len({out.splitlines()[-1] for out, _ in outs}) == 1
 
 
-def test_a_stale_claim_of_a_dead_host_does_not_hold_anybody_up(workspace, monkeypatch):
+def test_what_a_dead_builder_left_holds_nobody_up_and_what_a_living_one_holds_stays(workspace):
     settings = settings_in(workspace)
-    claim = Claim(preparation.claim_of(settings.prepared_dir / cache_key(key_parts(settings))))
+    folder = settings.prepared_dir / cache_key(key_parts(settings))
+    claim = preparation.claim_of(folder)
     settings.prepared_dir.mkdir()
-    record = json.loads(claim._record())
-    record["process"][0] = record["process"][1] = "a host that is no more"
-    claim.path.write_text(json.dumps(record))
-    (settings.prepared_dir / f".building-{claim.path.name.removeprefix('.claim-')}-{claim.word}").mkdir()
-    real = preparation.claim_or_wait
-    monkeypatch.setattr(preparation, "claim_or_wait", lambda *args: real(*args, silence=2))
-    heard = []
-    assert (
-        is_complete(build(settings, heard.append))
-        and any("died while building" in text for text in heard)
-        and not leftovers(workspace)
-    )
+    for left in (b"", b"process 7 on a host that is no more, since yesterday\nrows 3\n", b"\xff" * 5000): # nothing, words, garbage
+        claim.write_bytes(left)
+        (settings.prepared_dir / f".building-{folder.name}-0123").mkdir()
+        heard = []
+        assert is_complete(build(settings, heard.append)) and not leftovers(workspace)
+        assert any("died while building" in text for text in heard) == bool(left)
+        shutil.rmtree(folder)
+    folder.mkdir() # renamed, and its builder has not yet marked it
+    claim = Claim(preparation.claim_of(folder))
+    assert claim.take() and preparation.remove_abandoned(settings.prepared_dir) == [] and folder.is_dir()
+    claim.release()
+    assert preparation.remove_abandoned(settings.prepared_dir) == [folder] and not folder.exists()
 
 
 def test_workers_of_a_killed_builder_end_by_themselves(workspace):

@@ -40,6 +40,7 @@ def test_checkpoints_that_are_not_gone_on_from(tmp_path):
     (tmp_path / "checkpoint-100").mkdir()
     with pytest.raises(checkpoints.CheckpointError, match="checkpoint-100 was not written by this project"):
         checkpoints.sweep(tmp_path)
+    (tmp_path / "checkpoint-100").rmdir()
     make(tmp_path / "checkpoint-4", step=4)
     with pytest.raises(checkpoints.CheckpointError, match="does not tell settings, data_key, world_size"):
         checkpoints.checkpoint_to_resume(settings, FACTS)

@@ -32,7 +32,7 @@ TINY = dict(
     max_length=512,
     logging_steps=1,
     save_steps=2,
-    eval_steps=None,
+    eval_steps=3,
     max_steps=8,
     report_to=[],
     num_proc=1,
@@ -213,11 +213,11 @@ class Soak:
         )
 
     def blocks(self):
-        from proxy_sft.tokens.preparation import prepare
+        from proxy_sft.pipeline import ensure_prepared
         return in_child(
             lambda: [
                 len(
-                    prepare(settings_of(workspace=str(self.folder / "ws"), packing=p, run_name="blocks")).dataset(
+                    ensure_prepared(settings_of(workspace=str(self.folder / "ws"), packing=p, run_name="blocks")).dataset(
                         "train"
                     )
                 )
@@ -748,13 +748,13 @@ def fill_inside_save(run_dir, small, ballast):
     "The disk is filled by somebody else between the look and the write."
     def hook(rank):
         from proxy_sft.training.checkpoint_writer import CompleteCheckpoints
-        usual = CompleteCheckpoints._room_for
-        def _room_for(self, target):
+        usual = CompleteCheckpoints._has_room_for
+        def _has_room_for(self, target):
             answer = usual(self, target)
             if self.state.global_step == 4 and rank == 0:
                 ballast.write_bytes(b"x" * (shutil.disk_usage(small).free - 300_000))
             return answer
-        CompleteCheckpoints._room_for = _room_for
+        CompleteCheckpoints._has_room_for = _has_room_for
     return hook
 
 

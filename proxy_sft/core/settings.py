@@ -235,6 +235,9 @@ class Record(Group):
     max_hours: Optional[float] = Field(
         None, gt=0, description="save and stop, to be started again, after so many hours"
     )
+    stall_minutes: float = Field(
+        60, ge=0, description="end the run when no step, save or held-out batch was done for so long, and name the rank that stands still; 0: never"
+    )
     skip_loss_spikes: Optional[float] = Field(
         None, gt=1, description="skip steps whose loss is so many times the median of the last 50; counted"
     )
@@ -267,6 +270,14 @@ class Settings(Record, Hardware, Training, Rendering, Conversion, Places):
     def read_as_meant(cls, value, info):
         "A command line or YAML 1.1 gives some values another type than the setting has, see `as_meant`."
         return as_meant(value, cls.model_fields[info.field_name].annotation)
+
+    @field_validator("run_name")
+    @classmethod
+    def stay_in_runs(cls, name):
+        "A run's folder lies in workspace/runs, and its name can be printed."
+        parts = Path(name or "run").parts
+        if name is None or (parts and ".." not in parts and parts[0] != "/" and name.isprintable()): return name
+        raise ValueError("Input should be a name inside workspace/runs, without .. and control characters; output_dir takes any folder")
 
     @property
     def is_demo(self) -> bool:

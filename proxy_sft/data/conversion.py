@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FLUSHED_BYTES', 'CODE', 'ConvertReport', 'report_lines', 'report_text', 'report_html', 'report_from', 'counted_facts',
            'split_facts', 'Output', 'write_parts', 'select_rows', 'publish', 'folder_aside', 'check_sums',
-           'convert_file', 'hashable', 'hashes', 'check_choices', 'input_of', 'code_version', 'what_changed']
+           'convert_file', 'hashable', 'hashes', 'check_choices', 'code_version', 'read_report', 'damaged_files',
+           'what_changed']
 
 # %% ../../nbs/data/11_conversion.ipynb #imports
 import contextlib
@@ -28,6 +29,7 @@ from blake3 import blake3
 
 # %% ../../nbs/data/11_conversion.ipynb #imports-own
 from ..core.atomic_folders import file_hash, flush, write_flushed
+from ..core.build_once import one_at_a_time
 from ..core.display import html_table, text_table
 from ..core.settings import in_folder, is_path, Settings
 from .files import converted_parts, enough_work, input_files, keep_memory, parts_of, Progress
@@ -214,16 +216,16 @@ def publish(aside: Path, target: Path, facts: dict) -> None:
 
 @contextlib.contextmanager
 def folder_aside(target: Path):
-    "An empty folder beside the target that is gone afterwards, whatever happens."
+    "An empty folder beside the target that is gone afterwards, whatever happens; who converts into the same folder waits."
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(".convert-*.part"): shutil.rmtree(left, ignore_errors=True)  # a killed run's
-        aside = Path(tempfile.mkdtemp(prefix=".convert-", suffix=".part", dir=target.parent))
+        with one_at_a_time(target.parent / ".claim-files"):
+            for left in target.parent.glob(".convert-*.part"): shutil.rmtree(left, ignore_errors=True)  # a killed run's
+            aside = Path(tempfile.mkdtemp(prefix=".convert-", suffix=".part", dir=target.parent))
+            try: yield aside
+            finally: shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise ConvertError("unwritable", f"cannot write to {target.parent}: {error}. Name another folder, "
-                                         "or change its rights.") from error
-    try: yield aside
-    finally: shutil.rmtree(aside, ignore_errors=True)
+                                         "change its rights, or free space.") from error
 
 # %% ../../nbs/data/11_conversion.ipynb #convert-check-counts
 def check_sums(aside: Path, outputs: dict, facts: dict, files: list[Path]) -> None:
@@ -343,15 +345,31 @@ def code_version() -> str: # 16 hex digits
     modules = [folder / f"{name}.py" for name in CODE]
     return blake3(b"".join(module.read_bytes() for module in modules)).hexdigest()[:16]
 
+def read_report(folder: Path) -> Optional[dict]: # None: no report.json, or one that cannot be used
+    "What a conversion wrote down about itself."
+    try:
+        facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report_from(facts, folder)
+        return facts if {"name", "bytes", "blake3"} <= set.intersection(*(set(entry) for entry in facts["files"])) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError): return None
+
+def damaged_files(folder: Path, facts: dict) -> list[str]: # sentences without an end; empty: every byte is as written
+    "The files of a conversion that are not what its report says."
+    def damage(entry):
+        path = folder / Path(entry["name"]).name
+        try:
+            if path.stat().st_size != entry["bytes"]: return f"{path.name} has {path.stat().st_size} bytes, {entry['bytes']} were written, and it"
+            return "" if file_hash(path) == entry["blake3"] else f"{path.name} has other bytes than were written, and it"
+        except OSError: return f"{path.name} is missing, and it"
+    return [text for text in map(damage, facts["files"]) if text]
+
 def what_changed(folder: Path, target: Path, wanted: dict) -> str: # in words; "" when nothing did
     "Why a conversion has to be done."
-    try: facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except FileNotFoundError: return "converted: there was no finished conversion"
-    except ValueError: return "converted: the old report.json cannot be read"
+    facts = read_report(folder)
+    if facts is None:
+        there = (folder / "report.json").exists()
+        return f"converted: {'the old report.json cannot be read' if there else 'there was no finished conversion'}"
     named = {"inputs": "the input", "choices": "the settings", "code": "the code"}
     changed = [words for key, words in named.items() if facts.get(key) != json.loads(json.dumps(wanted[key]))]
-    sizes = {entry["name"]: entry["bytes"] for entry in facts.get("files", [])}
-    def stands(name): return (folder / name).is_file() and (folder / name).stat().st_size == sizes[name]
-    gone = [name for name in sizes if not stands(name)]
-    if gone: changed.append(f"{gone[0]} is missing or has another size")
+    if damaged := damaged_files(folder, facts): changed.append(damaged[0])
     return f"converted anew: {', '.join(changed)} changed" if changed else ""

@@ -312,6 +312,7 @@ def evaluate_leaderboard(
         servers or {},
         Reply("", False, 0, problem="prompt too long"),
     )
+    for server in servers.values(): _ = server.name  # asked before a model has worked for hours
     questions, fits = leaderboard_questions(settings, asked, folders["base"], max_new_tokens, keep=not base_only,
                                             batching={"batch_size": batch_size, "batch_tokens": batch_tokens})
     told = {

@@ -19,6 +19,7 @@ from proxy_sft.evaluation.generation import (
     answer_limit, gathered, generate_batch, place, questions_that_fit, require_whole_weights
 )
 from ..core.settings import Settings
+from ..core.stop_requests import append_log
 
 # %% ../../nbs/evaluation/03_samples.ipynb #record
 def sample_record(step: int, question: list[dict], expected: str, reply: Reply) -> dict[str, Any]:
@@ -63,7 +64,5 @@ class SamplesWhileTraining(TrainerCallback):
             )
             for i, reply in sorted(replies.items())
         ]
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        append_log(self.file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         for record in records: print(sample_line(record), flush=True)

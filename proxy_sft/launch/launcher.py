@@ -15,17 +15,18 @@ import subprocess
 import sys
 import time
 import uuid
+from pathlib import Path
 from typing import Any, Optional
 
 # %% ../../nbs/launch/06_launcher.ipynb #imports-own
 from ..core.locks import InUseError, RunLock
 from ..core.settings import offloads, Settings, settings_table
-from ..core.stop_requests import resume_advice, request_stop, STOP_SIGNALS, STOPPED, tell
-from .files import read_json
+from ..core.stop_requests import log_line, resume_advice, request_stop, STOP_SIGNALS, STOPPED
+from .files import checked_record, FAILURE, read_record, remove, STATE
 from proxy_sft.launch.parameters import (
     add_notebook_arguments, LaunchError, process_count, read_request, Request, RunFolder
 )
-from .processes import die_with_parent, read_text, start_guard, sweep_run
+from .processes import die_with_parent, read_text, Reports, start_guard, sweep_run
 from .ranks import FINAL, is_alive, short_private_folder, works_here
 from .worker import failure_words
 
@@ -97,12 +98,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 # %% ../../nbs/launch/06_launcher.ipynb #launcher
 class Launcher:
-    "Starts a run, carries signals, ends everything, tells the outcome."
+    "Starts a run, carries signals, ends everything, knows the outcome."
     def __init__(self, request: Request, restarts: bool = False): # whether torchrun may start the ranks again
         self.request, self.folder, self.run = request, request.folder, uuid.uuid4().hex
         # torch 2.13 would keep its store, and ranks that are started again find the addresses of dead ones
         self.new_store = str(int(restarts))
-        self.began, self.signalled, self.child = time.time(), [], None
+        self.began, self.signalled, self.child, self.reports = time.time(), [], None, Reports()
         self.private = short_private_folder()
 
     def start(self, command: list[str]) -> None: # it gets a session of its own, dies with us, and logs its errors
@@ -110,57 +111,77 @@ class Launcher:
             **os.environ,
             "PROXY_SFT_RUN": self.run,
             "PROXY_SFT_BEGAN": str(self.began),
+            "PROXY_SFT_REPORTS": self.reports.path,
             "PYTHONUNBUFFERED": "1",
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": self.new_store,
         }
-        with open(self.folder.logs / "torchrun.log", "a", encoding="utf-8") as errors:
+        with open(self.errors, "a", encoding="utf-8") as errors:
             self.child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=errors,
                                           start_new_session=True, preexec_fn=die_with_parent)
 
     @property
-    def told_twice(self) -> bool: # a scheduler's USR1 and the hang-up of a terminal may come again without impatience
-        told = [moment for moment, number in self.signalled if number in (signal.SIGINT, signal.SIGTERM)]
-        return len(told) > 1 and told[-1] - told[0] > 1
+    def errors(self) -> Path: # where torchrun writes; into nothing where no log can be written
+        path = self.folder.logs / "torchrun.log"
+        try:
+            with open(path, "a", encoding="utf-8"): return path
+        except OSError as error:
+            log_line(f"Warning: {path} cannot be written ({error}); the run goes on.")
+            return Path(os.devnull)
+
+    @property
+    def signalled_twice(self) -> bool: # a scheduler's USR1 and the hang-up of a terminal may come again without impatience
+        moments = [moment for moment, number in self.signalled if number in (signal.SIGINT, signal.SIGTERM)]
+        return len(moments) > 1 and moments[-1] - moments[0] > 1
 
     def on_signal(self, number: int, frame: Any) -> None:
         self.signalled.append((time.monotonic(), number))
         name = signal.Signals(number).name
-        if self.told_twice:
-            tell(f"proxy-sft: {name} again, killing all processes.")
+        if self.signalled_twice:
+            log_line(f"proxy-sft: {name} again, killing all processes.")
             sweep_run(self.run)
         elif len(self.signalled) == 1:
             request_stop(self.folder.stop_file, f"{name} to the launcher")
-            tell(f"proxy-sft: {name}: asked all ranks to stop; a second Ctrl-C or SIGTERM kills them.")
+            log_line(f"proxy-sft: {name}: asked all ranks to stop; a second Ctrl-C or SIGTERM kills them.")
+
+    def reported(self, kind: str, needed: dict[str, type]) -> list[dict]:
+        "What the ranks of this machine have reported."
+        return [r for one in self.reports.read() if one.get("kind") == kind and (r := checked_record(one, needed))]
 
     def states(self) -> list[dict]: # by rank
-        "The states of the ranks that we started."
-        return sorted((s for s in self.folder.statuses() if s["run"] == self.run), key=lambda s: s["rank"])
+        "The newest states of the ranks that we started; those of other machines are known by their files alone."
+        found = [s for s in self.folder.statuses() + self.reported("state", STATE) if s["run"] == self.run]
+        return [s for _, s in sorted({s["rank"]: s for s in sorted(found, key=lambda s: s["heartbeat"])}.items())]
+
+    def failure(self) -> Optional[dict]: # None: nobody said anything
+        "The first failure, wherever it could be written."
+        claimed = read_record(self.folder.failure_file, FAILURE)
+        if claimed and (claimed["time"] >= self.began - 2 or claimed["run"] == self.run): return claimed
+        said = [s["failure"] for s in self.states() if s.get("failure")] + self.reported("failure", FAILURE)
+        return min(said, key=lambda failure: (bool(failure.get("consequence")), failure["time"]), default=None)
 
 # %% ../../nbs/launch/06_launcher.ipynb #outcome
 def outcome(
     launcher: Launcher, # after its child has ended and the rest was swept away
     code: int, # the child's exit code
 ) -> int: # the launcher's own
-    "What became of a run, told on the terminal; the cause of a failure comes last."
+    "What became of a run, printed on the terminal; the cause of a failure comes last."
     states = launcher.states()
     took = f"{time.time() - launcher.began:.0f} s"
     if code == 0 and states and all(s["state"] == "done" for s in states):
         where = launcher.folder.notebook(0).parent
-        tell(f"proxy-sft: {len(states)} of {len(states)} ranks done in {took}. Notebooks: {where}", sys.stdout)
+        log_line(f"proxy-sft: {len(states)} of {len(states)} ranks done in {took}. Notebooks: {where}", sys.stdout)
         return 0
-    if launcher.told_twice: return 128 + launcher.signalled[-1][1]
+    if launcher.signalled_twice: return 128 + launcher.signalled[-1][1]
     if states and all(s["state"] in ("stopped", "done") for s in states):
-        tell(f"proxy-sft: stopped on request after {took}. {resume_advice(launcher.request.settings.resume)}")
+        log_line(f"proxy-sft: stopped on request after {took}. {resume_advice(launcher.request.settings.resume)}")
         return STOPPED
-    failure = read_json(launcher.folder.failure_file)
-    if failure and failure["time"] < launcher.began - 2 and failure.get("run") != launcher.run: failure = None
-    failure = failure or next((s["failure"] for s in states if s.get("failure")), None)
+    failure = launcher.failure()
     words = failure_words(failure) if failure else silent_failure(launcher, code, states)
-    tell(f"proxy-sft: failed after {took}. Logs: {launcher.folder.logs}\n{words}")
+    log_line(f"proxy-sft: failed after {took}. Logs: {launcher.folder.logs}\n{words}")
     return 1
 
 def silent_failure(launcher: Launcher, code: int, states: list[dict]) -> str: # several lines
-    "When no rank could tell what happened: how torchrun ended, and the end of what it wrote."
+    "When no rank could say what happened: how torchrun ended, and the end of what it wrote."
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     tail = read_text(launcher.folder.logs / "torchrun.log").splitlines()[-15:]
     where = "; ".join(f"rank {s['rank']} {s['state']} in cell {s['cell']}" for s in states) or "no rank had started"
@@ -189,7 +210,7 @@ def run_command(
     finish = start_guard(f"PROXY_SFT_RUN={launcher.run}", launcher.private)
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN: signal.signal(number, launcher.on_signal)
-    tell(f"proxy-sft: {args.notebook} on {args.nproc} process(es), run folder {request.folder.root}", sys.stdout)
+    log_line(f"proxy-sft: {args.notebook} on {args.nproc} process(es), run folder {request.folder.root}", sys.stdout)
     launcher.start(torchrun_command(args, worker, str(launcher.private), request.settings))
     code = launcher.child.wait()
     sweep_run(launcher.run)
@@ -224,8 +245,9 @@ def refuse_second_run(
             f"The run folder {folder.root} is in use by process {found['pid']} on {found['host']}. Stop that run, or choose another run_name."
         )
     folder.stop_file.unlink(missing_ok=True)
-    for state in states: folder.status(state["rank"]).unlink(missing_ok=True)
-    if args.node_rank == 0: folder.failure_file.unlink(missing_ok=True)
+    known = {folder.status(s["rank"]) for s in folder.statuses()}
+    for path in [*(folder.status(s["rank"]) for s in states), *(set((folder.root / "status").glob("rank-*.json")) - known)]: remove(path)
+    if args.node_rank == 0: remove(folder.failure_file)
     return lock
 
 def renewed(
@@ -235,13 +257,13 @@ def renewed(
 ) -> Optional[dict]: # the first that is; None: they belong to the dead
     "Of states that another machine wrote, one that is renewed while we look. Heartbeats are not compared with our clock, which may differ."
     if states:
-        tell(
+        log_line(
             f"proxy-sft: rank {states[0]['rank']} on {states[0]['host']} has not said how it ended; looking for {seconds:.0f} s whether it still works"
         )
     until = time.monotonic() + seconds
     while states and time.monotonic() < until:
         for state in states:
-            now = read_json(folder.status(state["rank"]))
+            now = read_record(folder.status(state["rank"]), STATE)
             if now and now["heartbeat"] != state["heartbeat"]: return state
         time.sleep(0.2)
     return None

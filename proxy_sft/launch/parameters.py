@@ -20,7 +20,7 @@ from typing import Any, Optional
 # %% ../../nbs/launch/01_parameters.ipynb #imports-own
 from ..core.settings import did_you_mean, load_settings, Settings
 from ..core.stop_requests import STOP_FILE
-from .files import read_json
+from .files import read_record, STATE
 
 # %% ../../nbs/launch/01_parameters.ipynb #error
 class LaunchError(ValueError):
@@ -153,7 +153,8 @@ class RunFolder:
     def log(self, rank: int) -> Path: return self.logs / f"rank-{rank}.log"
     def status(self, rank: int) -> Path: return self.root / "status" / f"rank-{rank}.json"
     def statuses(self) -> list[dict]:
-        return [s for p in (self.root / "status").glob("rank-*.json") if (s := read_json(p))]
+        found = ((p, read_record(p, STATE)) for p in (self.root / "status").glob("rank-*.json"))
+        return [s for p, s in found if s and p.name == f"rank-{s['rank']}.json"]
     def notebook(self, rank: int) -> Path:
         if self.output is None: return self.root / "notebooks" / f"rank-{rank}.ipynb"
         if rank == 0: return self.output

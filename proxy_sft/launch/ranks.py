@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FINAL', 'CONSEQUENCE', 'UNSHOWN', 'RankStatus', 'is_alive', 'works_here', 'claim_failure', 'read_failure',
-           'is_of_this_run', 'StoppedBetweenCells', 'load_ipython_extension', 'SessionHooks', 'RankSession',
+           'is_of_this_run', 'StoppedBetweenCells', 'load_ipython_extension', 'beat', 'SessionHooks', 'RankSession',
            'short_private_folder', 'find_kernels', 'RankClientMixin', 'bound_outputs', 'register_engine', 'run_rank',
            'execute', 'kernel_words']
 
 # %% ../../nbs/launch/04_ranks.ipynb #imports
+import contextlib
 import json
 import os
 import re
@@ -25,12 +26,12 @@ from typing import Callable, Optional, TextIO
 
 # %% ../../nbs/launch/04_ranks.ipynb #imports-own
 from ..core.build_once import Process, this_machine
-from ..core.stop_requests import request_stop, should_stop, STOPPED
+from ..core.stop_requests import printable, request_stop, should_stop, STOP_SIGNALS, STOPPED
 from proxy_sft.launch.files import (
-    AtomicNotebooks, join_stream, LiveLog, read_json, redact, secrets_of, write_atomically
+    AtomicNotebooks, FAILURE, join_stream, LiveLog, read_json, read_record, redact, remove, secrets_of, write_atomically
 )
 from .parameters import LaunchError, Request, RunFolder
-from .processes import die_with_parent, kill_marked, Rank, read_text, threads_per_rank
+from .processes import die_with_parent, kill_marked, Rank, read_text, report, threads_per_rank
 
 # %% ../../nbs/launch/04_ranks.ipynb #status
 FINAL = {"done", "failed", "stopped", "killed"}
@@ -40,18 +41,18 @@ class RankStatus:
     def __init__(self, path: Path, **first):
         self.path, self.lock = path, threading.RLock()  # re-entrant: a signal handler may update during an update
         self.values = dict(
-            state="starting",
             host=socket.gethostname(),
             pid=os.getpid(),
             process=Process.mine(),
             started=time.time(),
             **first,
         )
-        self.update()
+        self.update(state="starting")
 
     def update(self, **changes) -> None: # a full disk is no reason to lose the run
         with self.lock:
             self.values.update(changes, heartbeat=time.time())
+            if "state" in changes: report("state", self.values)
             try: write_atomically(self.path, json.dumps(self.values))
             except OSError as error: self.values["status_error"] = str(error)
 
@@ -77,18 +78,19 @@ def claim_failure(
         for _ in range(200):
             if found := read_failure(folder, failure["attempt"], since): return found
             time.sleep(0.1)
+    report("failure", failure)
     aside = folder.failure_file.with_name(f".failure.{os.getpid()}.tmp")
     try:
-        aside.write_text(json.dumps(failure), encoding="utf-8")
-        if read_failure(folder, failure["attempt"], since) is None: folder.failure_file.unlink(missing_ok=True)
+        aside.write_text(json.dumps(failure), encoding="utf-8", errors="replace")
+        if read_failure(folder, failure["attempt"], since) is None: remove(folder.failure_file)
         os.link(aside, folder.failure_file)
     except OSError: pass  # another rank was first, or the disk is full: then our own failure is still shown
-    finally: aside.unlink(missing_ok=True)
+    finally: remove(aside)
     return read_failure(folder, failure["attempt"], since) or failure
 
 def read_failure(folder: RunFolder, attempt: int, since: float) -> Optional[dict]: # None: nothing failed so far
     "The claimed failure of this run and attempt."
-    found = read_json(folder.failure_file)
+    found = read_record(folder.failure_file, FAILURE)
     ours = found and (found["time"] > since - 2 or is_of_this_run(found))
     return found if ours and found["attempt"] == attempt else None
 
@@ -101,15 +103,25 @@ class StoppedBetweenCells(Exception):
     "A stop was requested and no cell was running that could answer it."
 
 def load_ipython_extension(ipython) -> None: # IPython calls it in the kernel of every rank
-    "Tie a kernel to its worker, and let signals to the kernel ask for a stop."
+    "Tie a kernel to its worker, let signals to the kernel ask for a stop, and beat."
     stop_file = os.environ.get("PROXY_SFT_STOP_FILE")
     if not stop_file: return
     die_with_parent()
     # there: the notebook is over, and a kernel slow to go gets SIGTERM from its own client
     ending = Path(os.environ["PROXY_SFT_ENDING"])
-    def asked(number, frame):
+    def on_signal(number, frame):
         if not ending.exists(): request_stop(Path(stop_file), f"{signal.Signals(number).name} to a kernel")
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1): signal.signal(number, asked)
+    for number in STOP_SIGNALS: signal.signal(number, on_signal)
+    # a cell would take SIGINT for KeyboardInterrupt: ipykernel sets that before each one, and takes it back afterwards
+    ipython.events.register("pre_run_cell", lambda info: signal.signal(signal.SIGINT, on_signal))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS) # held back since the kernel began to import
+    threading.Thread(target=beat, args=(ending.with_name("beat"),), daemon=True).start()
+
+def beat(path: Path, seconds: float = 1.0) -> None: # until the process ends, or stands still
+    "Say that this process runs: a thread of a stopped process does not."
+    while True:
+        with contextlib.suppress(OSError): path.touch()
+        time.sleep(seconds)
 
 # %% ../../nbs/launch/04_ranks.ipynb #hooks
 class SessionHooks:
@@ -134,7 +146,7 @@ class SessionHooks:
 
     def fail(self, ename: str, evalue: str, traceback: str) -> dict: # the failure that counts, perhaps another rank's
         "Note our failure and claim it for the run."
-        plain = redact(re.sub("\x1b\\[[0-9;]*[A-Za-z]", "", traceback)[-20_000:], self.secrets)
+        plain = printable(redact(traceback[-20_000:], self.secrets))
         self.failure = dict(
             rank=self.place.rank,
             attempt=self.place.attempt,
@@ -144,7 +156,7 @@ class SessionHooks:
             cell=self.cell,
             notebook=str(self.output),
             ename=ename,
-            evalue=redact(evalue[:2000], self.secrets),
+            evalue=printable(redact(evalue, self.secrets))[:2000],
             traceback=plain,
         )
         self.first_failure = claim_failure(self.folder, self.failure, self.since)
@@ -180,6 +192,7 @@ class RankSession(SessionHooks):
             name: value,
             "PROXY_SFT_STOP_FILE": str(self.folder.stop_file),
             "PROXY_SFT_ENDING": str(self.private / "ending"),
+            "PROXY_SFT_PROGRESS": str(self.private / "progress"),
             **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         }
@@ -214,6 +227,12 @@ UNSHOWN = ("<IPython.core.display.", "<Figure size ")  # what stands in for pict
 
 class RankClientMixin:
     "IPC kernels, bounded outputs, live log; mixed into papermill's notebook client."
+    async def async_start_new_kernel(self, **kwargs):
+        "A kernel that is still importing answers no signal; they wait until it can, and then ask for a stop."
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) # inherited by the kernel
+        try: await super().async_start_new_kernel(**kwargs)
+        finally: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
     def create_kernel_manager(self):
         km = super().create_kernel_manager()
         private = self.session.private
@@ -275,7 +294,8 @@ def register_engine(session: RankSession) -> None: # papermill then knows the en
             client.session = session
             return client.execute(env=session.kernel_environment)
     papermill_engines.register("proxy_sft", RankEngine)
-    papermill_io.register(str(session.output.parent), AtomicNotebooks(session.secrets))
+    session.notebooks = AtomicNotebooks(session.secrets)
+    papermill_io.register(str(session.output.parent), session.notebooks)
 
 # %% ../../nbs/launch/04_ranks.ipynb #execute
 def run_rank(session: RankSession) -> int: # 0 done, 1 failed, 75 stopped
@@ -284,6 +304,7 @@ def run_rank(session: RankSession) -> int: # 0 done, 1 failed, 75 stopped
     from papermill.exceptions import PapermillExecutionError
     try:
         notebook = execute(session)
+        if session.notebooks.problem: raise session.notebooks.problem # of the last write: the result would be missing
         failed = [c for c in notebook.cells if c.metadata.get("papermill", {}).get("status") == "failed"]
         if failed and session.failure is None:
             session.fail("SystemExit", "a cell ended the notebook", failed[0].source[:2000])

@@ -19,6 +19,7 @@ from .parameters import LaunchError, RunFolder
 from .ranks import FINAL, is_alive
 from ..core.atomic_folders import complete_checkpoints, is_complete, MANIFEST
 from ..core.settings import is_path, load_settings
+from ..core.stop_requests import printable
 from ..core.display import text_table
 
 # %% ../../nbs/launch/07_status.ipynb #find
@@ -31,7 +32,7 @@ def find_run(
     name: str, # a run's folder, or its name in workspace/runs
 ) -> Path: # LaunchError when there is nothing
     "The folder of a run."
-    given, folder = Path(name).expanduser(), load_settings(run_name=name).run_dir
+    given, folder = Path(name).expanduser(), load_settings(run_name="run").run_dir.parent / name
     places = [given] if is_path(name) or "/" in name else [folder, given]
     if found := next((place for place in places if is_run(place)), None): return found
     if given.is_dir(): raise LaunchError(f"{given} is a folder, and no run: nothing in it was written by one.")
@@ -56,7 +57,7 @@ def read_progress(folder: Path) -> list[dict[str, Any]]: # in the order they wer
     path, found = folder / "logs" / "progress.jsonl", {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try: record = json.loads(line)
-        except json.JSONDecodeError: continue  # half a line: the process was killed while it wrote, or is writing now
+        except (ValueError, RecursionError): continue  # half a line: the process was killed while it wrote, or is writing now
         if not isinstance(record, dict) or not isinstance(record.get("step"), int): continue
         key = record["step"], *(record.get(name) is not None for name in ("eval_loss", "train_runtime"))
         found.pop(key, None)
@@ -136,9 +137,11 @@ FORMATS = {
 
 def rank_line(state: dict, now: float) -> str:
     "One rank: its state, when it was last seen, how long it ran, where, and why it ended."
-    failure = state.get("failure")
+    failure, unmoved = state.get("failure"), state.get("unmoved", 0.0)
     why = f"  {failure['ename']}: {failure['evalue'][:80]}" if failure else ""
-    return (f"{state['rank']:>4}  {state['state']:<8}  {state['cell']:>4}  {now - state['heartbeat']:>8.0f} s ago  "
+    if unmoved > 60 and state["state"] not in FINAL: why = f"  no step for {plain_time(unmoved)}"
+    seen = now - state["heartbeat"] + max(0.0, state.get("kernel_quiet", 0.0)) # the worker is seen, the kernel works
+    return (f"{state['rank']:>4}  {state['state']:<8}  {state['cell']:>4}  {seen:>8.0f} s ago  "
             f"{plain_time(state['heartbeat'] - state['started']):>10}  {state['host']}:{state['pid']}{why}")
 
 def snapshot_text(found: dict[str, Any], now: float) -> str: # several lines
@@ -181,7 +184,7 @@ def status_command(args: argparse.Namespace) -> int: # exit code
     while True:
         found = run_snapshot(folder)
         text = json.dumps(found, indent=1) if args.json else snapshot_text(found, time.time())
-        print(("\x1b[H\x1b[J" if live else "") + text, flush=True)
+        print(("\x1b[H\x1b[J" if live else "") + printable(text), flush=True)
         if not live or found["state"] in FINAL | {"lost"} or found["final_model"]: return 0
         try: time.sleep(args.every)
         except KeyboardInterrupt: return 0

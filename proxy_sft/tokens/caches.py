@@ -31,7 +31,8 @@ def list_caches(settings: Settings) -> list[Cache]: # the most recently used fir
     "The complete prepared folders of the workspace."
     keys = {}
     for manifest in (settings.workspace_dir / "runs").glob("*/**/manifest.json"):
-        key = json.loads(manifest.read_text(encoding="utf-8")).get("data_key")
+        try: key = json.loads(manifest.read_text(encoding="utf-8")).get("data_key")
+        except (OSError, ValueError, AttributeError, RecursionError): continue  # somebody else's file
         keys.setdefault(key, set()).add(manifest.relative_to(settings.workspace_dir / "runs").parts[0])
     found = [Cache(f, folder_bytes(f), (time.time() - (f / COMPLETE).stat().st_mtime) / 86400,
                    tuple(sorted(keys.get(f.name, ())))) for f in prepared_folders(settings.prepared_dir)]

@@ -35,7 +35,7 @@ from .doctor import device_name
 from .memory import MemoryProbe
 from .model import load_for_training
 from .model_card import model_card
-from .progress import LivePlot, Progress, speed_fields, SpeedMeter
+from .progress import guard_loggers, LivePlot, Progress, speed_fields, SpeedMeter
 from .step_watch import lines_of, StepWatch
 from .token_means import fill_batches, supervised_tokens, TokenMeans
 
@@ -172,6 +172,7 @@ def build_trainer(
     if settings.control_token_turns:
         trainer.add_callback(ControlTokensWhileTraining(settings, tokenizer, super(SFTTrainer, trainer).log))
     if settings.sample_steps: trainer.add_callback(SamplesWhileTraining(settings, tokenizer))
+    guard_loggers(trainer.callback_handler.callbacks)
     trainer.remove_callback(PrinterCallback)  # it prints raw dictionaries beside our lines
     probe.trainer = trainer
     trainer.settings, trainer.run_dir, trainer.keep, trainer.facts = (
