@@ -14,6 +14,7 @@ from proxy_sft.data.conversion import (
     ConvertReport,
     hashable,
     hashes,
+    input_of,
     read_report,
     report_from,
     what_changed,

@@ -65,8 +65,7 @@ def write_manifest(
     folder: Path, # written aside, not yet under its real name
     facts: dict[str, Any], # what the writer knows: step, settings, counts, …; JSON values
 ) -> dict[str, Any]: # the manifest: facts, then `files` with size in bytes and BLAKE3 hash
-    """Flush every file and write the manifest that describes them all; bytes are hashed while the disk is busy with
-    them."""
+    "Flush every file and write the manifest that describes them all; bytes are hashed while the disk is busy with them."
     paths = sorted(files_in(folder), key=lambda p: -p.stat().st_size)
     with ThreadPoolExecutor(16) as disk:
         flushed = [disk.submit(flush, path) for path in paths]
@@ -180,8 +179,7 @@ def delete_folder(folder: Path) -> bool: # as `discard`; the marker goes first: 
     return discard(folder)
 
 def discard(folder: Path) -> bool: # False: a part of it could not be deleted now
-    """Delete a folder that counts no more. What resists (a file that somebody reads on NFS, a mount) is out of the way
-    as `.gone-…`, and is tried again the next time."""
+    "Delete a folder that counts no more. What resists (a file that somebody reads on NFS, a mount) is out of the way as `.gone-…`, and is tried again the next time."
     gone = folder.with_name(f".gone-{secrets.token_hex(4)}-{folder.name}")
     os.rename(folder, gone)
     for left in folder.parent.glob(".gone-*"): shutil.rmtree(left, ignore_errors=True)

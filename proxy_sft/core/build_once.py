@@ -210,8 +210,7 @@ def wait_for_owner(
     silence: float = SILENCE, # seconds without a sign of life after which a builder on another machine counts as dead
     progress: Callable[[str], None] = lambda text: None, # gets what the builder says
 ) -> str: # what the builder said at the end: the prepared folder's name
-    """Wait for a builder without a collective; `BuildFailedError` when it fails or dies, `OwnerNotFoundError` when none
-    ever spoke."""
+    "Wait for a builder without a collective; `BuildFailedError` when it fails or dies, `OwnerNotFoundError` when none ever spoke."
     folder.mkdir(parents=True, exist_ok=True)
     word, mine_file = secrets.token_hex(8), folder / f".waiting-{rank}"
     write_flushed(mine_file, word)
@@ -239,15 +238,13 @@ def follow_owner(
             progress(record["text"])
         if builder is None and quiet > answer:
             raise OwnerNotFoundError(
-                f"Rank {rank} stops: the preparing rank did not answer in {files[0].parent} within {answer:.0f} s. It "
-                "was never started, "
+                f"Rank {rank} stops: the preparing rank did not answer in {files[0].parent} within {answer:.0f} s. It was never started, "
                 "or this machine does not see its folder: then set shared_file_system to false."
             )
         if builder and (builder.is_gone if builder.can_be_seen else quiet > silence):
             how = "it is not there any more" if builder.can_be_seen else f"it has said nothing for {silence:.0f} s"
             raise BuildFailedError(
-                f"Rank {rank} stops: the builder died ({builder}; {how}). Look for its last words above; often memory "
-                "ran out."
+                f"Rank {rank} stops: the builder died ({builder}; {how}). Look for its last words above; often memory ran out."
             )
         time.sleep(0.2)
         quiet += 0.2  # not the clock: we may have been stopped ourselves

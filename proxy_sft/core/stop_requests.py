@@ -43,8 +43,7 @@ def log_line(text: str, stream: Optional[TextIO] = None) -> None: # standard err
     except (OSError, ValueError, RuntimeError): unplug(stream) # hung up, closed, or interrupted in the middle of a word
 
 def unplug(stream: TextIO) -> None: # nothing happens to a stream without a descriptor
-    """Lead a stream that nobody reads into nothing: what waits in it would fail again when the process ends, and change
-    its exit code."""
+    "Lead a stream that nobody reads into nothing: what waits in it would fail again when the process ends, and change its exit code."
     try: os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except (OSError, ValueError): return
 

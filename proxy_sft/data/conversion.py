@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FLUSHED_BYTES', 'CODE', 'ConvertReport', 'report_lines', 'report_text', 'report_html', 'report_from', 'counted_facts',
            'split_facts', 'Output', 'write_parts', 'select_rows', 'publish', 'folder_aside', 'check_sums',
-           'convert_file', 'hashable', 'hashes', 'check_choices', 'code_version', 'read_report', 'damaged_files',
-           'what_changed']
+           'convert_file', 'hashable', 'hashes', 'check_choices', 'input_of', 'code_version', 'read_report',
+           'damaged_files', 'what_changed']
 
 # %% ../../nbs/data/11_conversion.ipynb #imports
 import contextlib
@@ -349,8 +349,10 @@ def read_report(folder: Path) -> Optional[dict]: # None: no report.json, or one 
     "What a conversion wrote down about itself."
     try:
         facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        report_from(facts, folder)
-        return facts if {"name", "bytes", "blake3"} <= set.intersection(*(set(entry) for entry in facts["files"])) else None
+        report = report_from(facts, folder)
+        whole = report.rows == report.kept + sum(report.rejected.values()) == sum(s["rows"] for s in report.by_source.values())
+        named = all({"name", "bytes", "blake3"} <= set(entry) for entry in facts["files"])
+        return facts if whole and named and facts["files"] else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError): return None
 
 def damaged_files(folder: Path, facts: dict) -> list[str]: # sentences without an end; empty: every byte is as written

@@ -207,8 +207,7 @@ def publish_final(checkpoint: Path, run_dir: Path) -> None: # raises CheckpointE
     try: copy_final(checkpoint, run_dir)
     except OSError as error:
         raise CheckpointError(
-            f"The final model could not be written into {run_dir}: {error}. {checkpoint.name} is complete and holds "
-            "the same model; "
+            f"The final model could not be written into {run_dir}: {error}. {checkpoint.name} is complete and holds the same model; "
             "see to the disk and start the run again, which publishes it without training."
         ) from error
 

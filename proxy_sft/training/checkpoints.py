@@ -154,8 +154,7 @@ def differences(
     now: dict[str, Any],
     convert: bool = False,
 ) -> list[str]: # one line each; empty when going on is the same training
-    """What has changed between a checkpoint's facts and this run's, versions left out; with `convert` also another
-    number of ranks that takes the same rows."""
+    "What has changed between a checkpoint's facts and this run's, versions left out; with `convert` also another number of ranks that takes the same rows."
     pairs = [
         (n, then["settings"].get(n), now["settings"].get(n)) for n in sorted({*then["settings"], *now["settings"]})
     ]
@@ -168,8 +167,7 @@ def rows_per_step(facts: dict[str, Any]) -> int: # blocks
     return facts["world_size"] * facts["settings"]["gradient_accumulation"] * facts["settings"]["batch_size"]
 
 def convertible(then: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether another number of ranks is the same training but for rounding: as many rows per step, which the sampler
-    gives out in the same order, and DeepSpeed on both sides."""
+    "Whether another number of ranks is the same training but for rounding: as many rows per step, which the sampler gives out in the same order, and DeepSpeed on both sides."
     sharded = any(Path(name).name.endswith("optim_states.pt") for name in then.get("files", []))
     return (
         then["world_size"] != now["world_size"]
@@ -214,8 +212,7 @@ def refuse_acting_pickles(folder: Path) -> None: # raises CheckpointError
             ) from error
         if acting := sorted(names - HARMLESS):
             raise CheckpointError(
-                f"{path} would load {', '.join(acting[:5])}, which no checkpoint of this project needs. Nothing was "
-                "executed. "
+                f"{path} would load {', '.join(acting[:5])}, which no checkpoint of this project needs. Nothing was executed. "
                 "Somebody else made or changed this file; go on from another checkpoint."
             )
 
@@ -281,8 +278,7 @@ def require_fitting(
     except AtomicFolderError as error:
         older = [f for f in found if settings.resume == "auto" and f != folder]
         instead = (
-            f" Move it away, and the run goes on from {older[-1].name}, "
-            f"{checkpoint_step(folder) - checkpoint_step(older[-1])} steps earlier."
+            f" Move it away, and the run goes on from {older[-1].name}, {checkpoint_step(folder) - checkpoint_step(older[-1])} steps earlier."
             if older
             else ""
         )
@@ -329,10 +325,8 @@ def world_size_words(then: dict[str, Any], now: dict[str, Any]) -> str: # empty 
     "Why another number of ranks is refused, and when it can be converted."
     if then["world_size"] == now["world_size"]: return ""
     return (
-        f"\nAnother number of ranks is another training unless each step takes the same rows: {rows_per_step(then)} "
-        f"then, {rows_per_step(now)} now (ranks × gradient_accumulation × "
-        "batch_size). With as many as then, DeepSpeed under torchrun, and resume_world set to convert, its states are "
-        "converted and the losses go on but for rounding."
+        f"\nAnother number of ranks is another training unless each step takes the same rows: {rows_per_step(then)} then, {rows_per_step(now)} now (ranks × gradient_accumulation × "
+        "batch_size). With as many as then, DeepSpeed under torchrun, and resume_world set to convert, its states are converted and the losses go on but for rounding."
     )
 
 BEGUN = ".begun" # holds the word of the start that began anew
@@ -437,8 +431,7 @@ def agreed_checkpoint(run_dir: Path) -> Optional[int]: # step; None: there is no
     common = set.intersection(*everywhere)
     if not common and any(everywhere):
         raise CheckpointError(
-            f"The machines have no complete checkpoint in common (by rank: {[sorted(s) for s in everywhere]}). Copy "
-            "one over, "
+            f"The machines have no complete checkpoint in common (by rank: {[sorted(s) for s in everywhere]}). Copy one over, "
             "or set resume to never to begin anew."
         )
     return max(common, default=None)
@@ -454,8 +447,7 @@ def delete_beyond(run_dir: Path, step: int) -> list[str]: # names of the deleted
 
 # %% ../../nbs/training/06_checkpoints.ipynb #in-use
 def lock_run(lock: RunLock) -> None: # raises CheckpointError
-    """Keep a second training out of this run's folder; ranks that are started again wait for the last of those before
-    them to be gone."""
+    "Keep a second training out of this run's folder; ranks that are started again wait for the last of those before them to be gone."
     try: lock.take(patience=60 if is_repetition() else 3)
     except InUseError as error: raise CheckpointError(str(error)) from error
 
@@ -467,8 +459,7 @@ def expected_bytes(
     deepspeed: bool,
     bytes_each: int,
 ) -> int: # of one checkpoint
-    """What the last checkpoint took; before the first one an estimate: weights, optimizer states, with DeepSpeed its
-    copies."""
+    "What the last checkpoint took; before the first one an estimate: weights, optimizer states, with DeepSpeed its copies."
     if found := complete_checkpoints(run_dir): return folder_bytes(found[-1])
     states = 2 if "8bit" in optimizer else 8
     return parameters * (bytes_each + states + (bytes_each + 4 if deepspeed else 0))
@@ -504,6 +495,5 @@ def require_room(
     if on_full_disk == "go_on": print(f"Warning: {problem} Training begins all the same, as on_full_disk says.")
     else:
         raise CheckpointError(
-            f"{problem} Lower save_total_limit, choose another output_dir, free space, or set on_full_disk to go_on. "
-            "Nothing was started."
+            f"{problem} Lower save_total_limit, choose another output_dir, free space, or set on_full_disk to go_on. Nothing was started."
         )

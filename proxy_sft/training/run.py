@@ -48,8 +48,7 @@ def require_parity(prepared: Prepared, settings: Settings) -> None: # raises Tra
     text = f"The parity check failed: {found['verdict']}"
     if settings.parity == "require":
         raise TrainError(
-            f"{text} Choose another template (now {settings.template}), look at the rows with "
-            "nbs/chat/10_inspector.ipynb, "
+            f"{text} Choose another template (now {settings.template}), look at the rows with nbs/chat/10_inspector.ipynb, "
             "or set parity to warn to train all the same; the model card will say so."
         )
     print(f"Warning: {text}")
@@ -129,14 +128,12 @@ def start_processes(settings: Settings) -> None:
         init_distributed(auto_mpi_discovery=False)
 
 def keep_memory_whole() -> None:
-    """Blocks differ in length; PyTorch's allocator then leaves gaps that nothing fits, unless its segments can grow.
-    Read at the first use of a GPU."""
+    "Blocks differ in length; PyTorch's allocator then leaves gaps that nothing fits, unless its segments can grow. Read at the first use of a GPU."
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 def leave_reductions_to_gloo() -> None:
-    """Without a GPU DeepSpeed would first compile C++ for shared-memory reductions; a killed compile leaves a lock that
-    hangs the next run."""
+    "Without a GPU DeepSpeed would first compile C++ for shared-memory reductions; a killed compile leaves a lock that hangs the next run."
     import deepspeed
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -174,8 +171,7 @@ def is_finished(checkpoint: Path) -> bool:
 def out_of_memory_explained(settings: Settings): # raises TrainError
     "Out of memory, wherever it happens, in words that name settings."
     try: yield
-    except torch.OutOfMemoryError as error: raise TrainError(out_of_memory(settings, uses_deepspeed(settings),
-            error)) from error
+    except torch.OutOfMemoryError as error: raise TrainError(out_of_memory(settings, uses_deepspeed(settings), error)) from error
 
 # %% ../../nbs/training/13_run.ipynb #train-from
 def train_from(start: Start, settings: Settings, prepared: Prepared) -> Optional[Path]: # the last checkpoint; None on ranks that publish nothing
@@ -225,13 +221,11 @@ def converted(
     "The checkpoint for another number of ranks, made by rank 0."
     if separate:
         raise TrainError(
-            "A checkpoint of another number of ranks cannot be converted where machines have run folders of their own: "
-            "no machine has all parts."
+            "A checkpoint of another number of ranks cannot be converted where machines have run folders of their own: no machine has all parts."
         )
     def convert():
         print(
-            f"{checkpoint.name} was written by {read_manifest(checkpoint)['world_size']} ranks; it is converted for "
-            f"{facts['world_size']}. Losses go on but for rounding.",
+            f"{checkpoint.name} was written by {read_manifest(checkpoint)['world_size']} ranks; it is converted for {facts['world_size']}. Losses go on but for rounding.",
             flush=True,
         )
         return convert_world(checkpoint, settings.run_dir)
