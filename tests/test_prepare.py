@@ -379,7 +379,8 @@ def test_what_a_dead_builder_left_holds_nobody_up_and_what_a_living_one_holds_st
     folder = settings.prepared_dir / cache_key(key_parts(settings))
     claim = preparation.claim_of(folder)
     settings.prepared_dir.mkdir()
-    for left in (b"", b"process 7 on a host that is no more, since yesterday\nrows 3\n", b"\xff" * 5000): # nothing, words, garbage
+    # nothing, words, garbage
+    for left in (b"", b"process 7 on a host that is no more, since yesterday\nrows 3\n", b"\xff" * 5000):
         claim.write_bytes(left)
         (settings.prepared_dir / f".building-{folder.name}-0123").mkdir()
         heard = []

@@ -229,7 +229,8 @@ def test_an_attention_that_leaks_is_refused_before_the_first_step(folder):
 
 def test_a_taste_and_the_whole_are_two_runs_and_evaluation_asks_what_was_held_out(tmp_path):
     "The README's commands: some conversations, then all. Then other rows are held out, and evaluation refuses."
-    given = dict(profile="demo", workspace=str(tmp_path), demo_rows=200, max_length=1024, num_proc=1, max_eval_samples=2,
+    given = dict(profile="demo", workspace=str(tmp_path), demo_rows=200, max_length=1024, num_proc=1,
+                 max_eval_samples=2,
                  control_token_turns=0)
     for more in (dict(max_train_samples=20, max_steps=1), dict(max_steps=2), dict(max_steps=2)):
         done = run_training(**given, **more)

@@ -217,7 +217,8 @@ class Soak:
         return in_child(
             lambda: [
                 len(
-                    ensure_prepared(settings_of(workspace=str(self.folder / "ws"), packing=p, run_name="blocks")).dataset(
+                    ensure_prepared(settings_of(workspace=str(self.folder / "ws"), packing=p,
+                                                run_name="blocks")).dataset(
                         "train"
                     )
                 )
