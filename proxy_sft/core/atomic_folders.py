@@ -65,7 +65,8 @@ def write_manifest(
     folder: Path, # written aside, not yet under its real name
     facts: dict[str, Any], # what the writer knows: step, settings, counts, …; JSON values
 ) -> dict[str, Any]: # the manifest: facts, then `files` with size in bytes and BLAKE3 hash
-    "Flush every file and write the manifest that describes them all; bytes are hashed while the disk is busy with them."
+    """Flush every file and write the manifest that describes them all; bytes are hashed while the disk is busy with
+    them."""
     paths = sorted(files_in(folder), key=lambda p: -p.stat().st_size)
     with ThreadPoolExecutor(16) as disk:
         flushed = [disk.submit(flush, path) for path in paths]
@@ -95,7 +96,8 @@ def publish(
     facts: dict[str, Any], # for the manifest
     mark: bool = True, # False: the caller marks it, when others have published their parts
 ) -> dict[str, Any]: # the manifest
-    "Hash, rename, mark. A target without a marker is replaced; a complete one is never overwritten: `AtomicFolderError`."
+    """Hash, rename, mark. A target without a marker is replaced; a complete one is never overwritten:
+    `AtomicFolderError`."""
     if is_complete(target):
         raise AtomicFolderError(f"{target} is complete already; a complete folder is never overwritten.")
     manifest = write_manifest(aside, facts)
@@ -126,14 +128,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     raise AtomicFolderError(f"{folder / MANIFEST} lists no files. Somebody else wrote it; delete {folder}.")
 
 # %% ../../nbs/core/04_atomic_folders.ipynb #damages
-def damages(folder: Path, manifest: dict[str, Any]) -> dict[str, str]: # file -> a sentence; `AtomicFolderError` for a link
+# file -> a sentence; `AtomicFolderError` for a link
+def damages(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
     "Every file that is not what the manifest says: gone, added, cut, or of other bytes."
     expected, found = manifest["files"], {p.relative_to(folder).as_posix(): p for p in files_in(folder)}
     def damage(name: str) -> str: # empty where the file is as it was written
         if name not in found: return f"{folder} lacks {name}, which its manifest lists."
         if name not in expected: return f"{folder} holds {name}, which its manifest does not list."
         size, written = found[name].stat().st_size, expected[name]["size"]
-        if size != written: return f"{found[name]} has {size} bytes; {written} were written. The file was cut or changed."
+        if size != written: return (f"{found[name]} has {size} bytes; {written} were written. The file was cut or "
+                                    "changed.")
         if file_hash(found[name]) == expected[name]["blake3"]: return ""
         return f"{found[name]} has the right size and other bytes than were written: the disk or a copy changed them."
     names = sorted(expected.keys() | found.keys(), key=lambda name: (name in found, name not in expected, name))
@@ -179,7 +183,8 @@ def delete_folder(folder: Path) -> bool: # as `discard`; the marker goes first: 
     return discard(folder)
 
 def discard(folder: Path) -> bool: # False: a part of it could not be deleted now
-    "Delete a folder that counts no more. What resists (a file that somebody reads on NFS, a mount) is out of the way as `.gone-…`, and is tried again the next time."
+    """Delete a folder that counts no more. What resists (a file that somebody reads on NFS, a mount) is out of the way
+    as `.gone-…`, and is tried again the next time."""
     gone = folder.with_name(f".gone-{secrets.token_hex(4)}-{folder.name}")
     os.rename(folder, gone)
     for left in folder.parent.glob(".gone-*"): shutil.rmtree(left, ignore_errors=True)

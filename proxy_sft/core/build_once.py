@@ -81,7 +81,8 @@ class Claim:
     "The right to build something: a lock that ends with its owner, and in the lock's file what is being done."
 
     def __init__(self, path: Path): # beside what is built
-        self.path, self.lock, self.id, self.written = path, FileLock(path, thread_local=False), secrets.token_hex(8), 0.0
+        self.path, self.lock, self.id, self.written = path, FileLock(path,
+                                                                     thread_local=False), secrets.token_hex(8), 0.0
 
     def take(self) -> bool: # whether it is ours now; OSError where the folder cannot be written
         "Try once."
@@ -119,7 +120,8 @@ def claim_or_wait(
             return None
         try: now = path.read_text(errors="replace")
         except OSError: continue  # released at this moment
-        if now != seen: progress(f"waiting for {now.partition(chr(10))[0]}, which builds the same: {now.partition(chr(10))[2].strip()}")
+        if now != seen: progress(f"waiting for {now.partition(chr(10))[0]}, which builds the same: "
+                                 f"{now.partition(chr(10))[2].strip()}")
         seen = now
         time.sleep(every)
     return None
@@ -172,7 +174,8 @@ class Heartbeat:
         if ranks: threading.Thread(target=self._beat, daemon=True).start()
 
     def update(self, state: str, text: str) -> None: # state: building, done or failed
-        "What the waiters get to read; an end is written at once, work under way with the next beat, so that no chunk of rows waits for the disk."
+        """What the waiters get to read; an end is written at once, work under way with the next beat, so that no chunk
+        of rows waits for the disk."""
         with self.lock:
             self.record.update(state=state, text=text)
             if state != "building": self.ended = time.monotonic()
@@ -210,7 +213,8 @@ def wait_for_owner(
     silence: float = SILENCE, # seconds without a sign of life after which a builder on another machine counts as dead
     progress: Callable[[str], None] = lambda text: None, # gets what the builder says
 ) -> str: # what the builder said at the end: the prepared folder's name
-    "Wait for a builder without a collective; `BuildFailedError` when it fails or dies, `OwnerNotFoundError` when none ever spoke."
+    """Wait for a builder without a collective; `BuildFailedError` when it fails or dies, `OwnerNotFoundError` when none
+    ever spoke."""
     folder.mkdir(parents=True, exist_ok=True)
     word, mine_file = secrets.token_hex(8), folder / f".waiting-{rank}"
     write_flushed(mine_file, word)
@@ -238,13 +242,15 @@ def follow_owner(
             progress(record["text"])
         if builder is None and quiet > answer:
             raise OwnerNotFoundError(
-                f"Rank {rank} stops: the preparing rank did not answer in {files[0].parent} within {answer:.0f} s. It was never started, "
+                f"Rank {rank} stops: the preparing rank did not answer in {files[0].parent} within {answer:.0f} s. It "
+                "was never started, "
                 "or this machine does not see its folder: then set shared_file_system to false."
             )
         if builder and (builder.is_gone if builder.can_be_seen else quiet > silence):
             how = "it is not there any more" if builder.can_be_seen else f"it has said nothing for {silence:.0f} s"
             raise BuildFailedError(
-                f"Rank {rank} stops: the builder died ({builder}; {how}). Look for its last words above; often memory ran out."
+                f"Rank {rank} stops: the builder died ({builder}; {how}). Look for its last words above; often memory "
+                "ran out."
             )
         time.sleep(0.2)
         quiet += 0.2  # not the clock: we may have been stopped ourselves

@@ -28,16 +28,19 @@ class RunLock:
     def __init__(self, path: Path): # the file that is locked; its folder must exist when it is taken
         self.path, self.lock = path, FileLock(path, thread_local=False)
 
-    def take(self, patience: float = 3) -> "RunLock": # seconds to wait for an owner that is just ending; InUseError, OSError
+    # seconds to wait for an owner that is just ending; InUseError, OSError
+    def take(self, patience: float = 3) -> "RunLock":
         "Lock, or say who has it."
         try: self.lock.acquire(timeout=patience, poll_interval=0.1)
         except Timeout:
             owner = owner_of(self.path) or "another process"
-            raise InUseError(f"The run folder {self.path.parent} is in use by {owner}. Stop that run, or choose another "
+            raise InUseError(f"The run folder {self.path.parent} is in use by {owner}. Stop that run, or choose "
+                             "another "
                              "run_name or output_dir.") from None
         except OSError as error:
             if error.errno not in NO_LOCKS: raise
-            log_line(f"Warning: {self.path.parent} lies on a file system without locks ({error.strerror}): nothing keeps "
+            log_line(f"Warning: {self.path.parent} lies on a file system without locks ({error.strerror}): nothing "
+                     "keeps "
                      "a second start of this run away.")
         write_owner(self.path, "")
         return self
@@ -52,7 +55,8 @@ class RunLock:
 # %% ../../nbs/core/03_locks.ipynb #owner
 def write_owner(path: Path, doing: str) -> None: # only for people: a full disk is no reason not to work
     "Say in a lock's file who holds it, and what is being done."
-    words = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n{doing[:1000]}\n"
+    words = (f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+             f"{doing[:1000]}\n")
     try:
         handle = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
         try: os.ftruncate(handle, os.pwrite(handle, words.encode(), 0))

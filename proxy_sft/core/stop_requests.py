@@ -30,7 +30,8 @@ class StopRequested(RuntimeError):
         return [f"StopRequested: {self}"]
 
 # %% ../../nbs/core/02_stop_requests.ipynb #log-line
-CONTROLS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]") # sequences as a whole, then the rest
+# sequences as a whole, then the rest
+CONTROLS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 def printable(text: str) -> str: # line ends, tabs and carriage returns stay
     "Text without what would move, colour or command a terminal."
@@ -43,7 +44,8 @@ def log_line(text: str, stream: Optional[TextIO] = None) -> None: # standard err
     except (OSError, ValueError, RuntimeError): unplug(stream) # hung up, closed, or interrupted in the middle of a word
 
 def unplug(stream: TextIO) -> None: # nothing happens to a stream without a descriptor
-    "Lead a stream that nobody reads into nothing: what waits in it would fail again when the process ends, and change its exit code."
+    """Lead a stream that nobody reads into nothing: what waits in it would fail again when the process ends, and change
+    its exit code."""
     try: os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except (OSError, ValueError): return
 
@@ -53,7 +55,8 @@ def append_log(path: Path, text: str) -> None:
         path.parent.mkdir(exist_ok=True) # one level: a run's folder that was deleted does not come back
         with path.open("a", encoding="utf-8", errors="replace") as file: file.write(text)
     except OSError as error:
-        if path not in _unwritable: log_line(f"Warning: {path} cannot be written ({error}); the work goes on without this log.")
+        if path not in _unwritable: log_line(f"Warning: {path} cannot be written ({error}); the work goes on without "
+                                             "this log.")
         _unwritable.add(path)
 
 _unwritable: set[Path] = set()

@@ -40,7 +40,8 @@ def torchrun_command(
     "The torchrun command for a run; without torchrun when there is one process and nothing is offloaded."
     if args.local_addr and not args.rdzv_endpoint:
         raise LaunchError(
-            "--local-addr is used with --rdzv-endpoint only; with fixed addresses --master-addr says where machine 0 is."
+            "--local-addr is used with --rdzv-endpoint only; with fixed addresses --master-addr says where machine 0 "
+            "is."
         )
     module = ["-m", "proxy_sft.launch.worker", *worker]
     if (
@@ -68,7 +69,8 @@ def torchrun_command(
     elif args.nnodes != "1" or args.master_port:
         if args.max_restarts:
             raise LaunchError(
-                "--max-restarts needs --rdzv-endpoint HOST:PORT where machines or ports are given: with fixed addresses the other machines would not learn of a restart."
+                "--max-restarts needs --rdzv-endpoint HOST:PORT where machines or ports are given: with fixed "
+                "addresses the other machines would not learn of a restart."
             )
         options += ["--node-rank", str(args.node_rank), "--master-addr", args.master_addr,
                     "--master-port", str(args.master_port or 29500)]
@@ -129,7 +131,8 @@ class Launcher:
             return Path(os.devnull)
 
     @property
-    def signalled_twice(self) -> bool: # a scheduler's USR1 and the hang-up of a terminal may come again without impatience
+    # a scheduler's USR1 and the hang-up of a terminal may come again without impatience
+    def signalled_twice(self) -> bool:
         moments = [moment for moment, number in self.signalled if number in (signal.SIGINT, signal.SIGTERM)]
         return len(moments) > 1 and moments[-1] - moments[0] > 1
 
@@ -232,7 +235,8 @@ def refuse_second_run(
 ) -> RunLock: # to hold until the end; LaunchError when the folder is in use
     "Lock the run's folder for this machine's part, and clear the states of an earlier run."
     try: lock = RunLock(folder.root / "status" / f"launcher-{args.node_rank}.lock").take(patience=0)
-    except InUseError as error: raise LaunchError(str(error).replace(str(folder.root / "status"), str(folder.root))) from None
+    except InUseError as error: raise LaunchError(str(error).replace(str(folder.root / "status"),
+                                                                     str(folder.root))) from None
     except OSError as error: raise LaunchError(f"The run folder {folder.root} cannot be written: {error.strerror}.") from None
     count = int(args.nproc) if args.nproc.isdigit() else None
     states = [s for s in folder.statuses() if count is None or s["rank"] // count == args.node_rank]
@@ -242,11 +246,13 @@ def refuse_second_run(
     ):
         lock.release()
         raise LaunchError(
-            f"The run folder {folder.root} is in use by process {found['pid']} on {found['host']}. Stop that run, or choose another run_name."
+            f"The run folder {folder.root} is in use by process {found['pid']} on {found['host']}. Stop that run, or "
+            "choose another run_name."
         )
     folder.stop_file.unlink(missing_ok=True)
     known = {folder.status(s["rank"]) for s in folder.statuses()}
-    for path in [*(folder.status(s["rank"]) for s in states), *(set((folder.root / "status").glob("rank-*.json")) - known)]: remove(path)
+    for path in [*(folder.status(s["rank"]) for s in states),
+                 *(set((folder.root / "status").glob("rank-*.json")) - known)]: remove(path)
     if args.node_rank == 0: remove(folder.failure_file)
     return lock
 
@@ -255,10 +261,12 @@ def renewed(
     states: list[dict],
     seconds: float = 30,
 ) -> Optional[dict]: # the first that is; None: they belong to the dead
-    "Of states that another machine wrote, one that is renewed while we look. Heartbeats are not compared with our clock, which may differ."
+    """Of states that another machine wrote, one that is renewed while we look. Heartbeats are not compared with our
+    clock, which may differ."""
     if states:
         log_line(
-            f"proxy-sft: rank {states[0]['rank']} on {states[0]['host']} has not said how it ended; looking for {seconds:.0f} s whether it still works"
+            f"proxy-sft: rank {states[0]['rank']} on {states[0]['host']} has not said how it ended; looking for "
+            f"{seconds:.0f} s whether it still works"
         )
     until = time.monotonic() + seconds
     while states and time.monotonic() < until:

@@ -148,9 +148,11 @@ def sweep_run(run: str) -> None: # guards end by themselves, after they have cle
 
 # %% ../../nbs/launch/03_processes.ipynb #reports
 class Reports:
-    "What the ranks of this machine tell their launcher, in memory: no full disk and no deleted folder can lose the cause of an end."
+    """What the ranks of this machine tell their launcher, in memory: no full disk and no deleted folder can lose the
+    cause of an end."""
     def __init__(self):
-        self.file = os.memfd_create("proxy-sft-reports") if hasattr(os, "memfd_create") else None # elsewhere the files must do
+        # elsewhere the files must do
+        self.file = os.memfd_create("proxy-sft-reports") if hasattr(os, "memfd_create") else None
 
     @property
     def path(self) -> str: # for the environment of the ranks; empty where there are no such files

@@ -57,7 +57,8 @@ class RankStatus:
             except OSError as error: self.values["status_error"] = str(error)
 
 def is_alive(status: dict) -> bool: # for another machine: whether the heartbeat is fresh
-    "Whether the worker that wrote a state is still there; its number alone could be somebody else's by now, as a host's name could."
+    """Whether the worker that wrote a state is still there; its number alone could be somebody else's by now, as a
+    host's name could."""
     return not Process(*status["process"]).is_gone if works_here(status) else time.time() - status["heartbeat"] < 60
 
 def works_here(status: dict) -> bool: # also where two machines have the same name
@@ -287,7 +288,8 @@ def register_engine(session: RankSession) -> None: # papermill then knows the en
                 kernel_name=kernel_name,
                 startup_timeout=start_timeout,
                 log_output=True,
-                iopub_timeout=600,  # of seconds until a cell's last output is here; after the usual 4 a busy machine would lose the run
+                # of seconds until a cell's last output is here; after the usual 4 a busy machine would lose the run
+                iopub_timeout=600,
                 extra_arguments=["--ext", "proxy_sft.launch.ranks"],
                 **session.hooks(),
             )
@@ -343,6 +345,7 @@ def kernel_words(exit_code: Optional[int]) -> str: # a sentence
     if exit_code >= 0: return f"the kernel ended itself with exit code {exit_code}, in the middle of a cell"
     hint = {
         -signal.SIGKILL: "; the system kills a process that uses too much memory this way",
-        -signal.SIGBUS: "; the system says so that a file in memory has no room (is /dev/shm full?) or cannot be read (a failing disk, a file that was cut)",
+        -signal.SIGBUS: ("; the system says so that a file in memory has no room (is /dev/shm full?) or cannot be read "
+                         "(a failing disk, a file that was cut)"),
     }.get(exit_code, "")
     return f"the kernel was killed by {signal.Signals(-exit_code).name}{hint}"

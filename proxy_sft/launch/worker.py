@@ -37,7 +37,8 @@ def watch(session: RankSession, ended: threading.Event, seconds: float = 1.0) ->
     parent, kernel = os.getppid(), KernelWatch(session)
     while not ended.wait(seconds):
         session.status.update(**kernel.look())
-        found = read_failure(session.folder, session.place.attempt, session.since) or vanished(session) or kernel.stalled()
+        found = read_failure(session.folder, session.place.attempt,
+                             session.since) or vanished(session) or kernel.stalled()
         if found and (found["rank"] != session.place.rank or found["ename"] == STALLED) and session.failure is None:
             if found["ename"] != STALLED and ended.wait(3): return  # our own error, if it comes by itself, tells more
             session.failure = dict(found, consequence=found["rank"] != session.place.rank)
@@ -50,13 +51,15 @@ def vanished(session: RankSession) -> Optional[dict]: # the failure of a rank of
         other = read_record(session.folder.status(rank), STATE) if rank != session.place.rank else None
         if other is None or (other["started"] < session.since - 2 and not is_of_this_run(other)): continue
         if other["attempt"] != session.place.attempt or other["state"] in FINAL or is_alive(other): continue
-        if (read_record(session.folder.status(rank), STATE) or other)["state"] in FINAL: continue  # ended since we read it
+        # ended since we read it
+        if (read_record(session.folder.status(rank), STATE) or other)["state"] in FINAL: continue
         return claim_for(session, other, "WorkerKilled", f"the worker process {other['pid']} was killed")
     return None
 
 def claim_for(session: RankSession, other: dict, ename: str, evalue: str) -> dict: # the failure that counts
     "Claim a failure for a rank that cannot do it itself."
-    failure = dict(rank=other["rank"], attempt=session.place.attempt, run=other["run"], host=other["host"], time=time.time(),
+    failure = dict(rank=other["rank"], attempt=session.place.attempt, run=other["run"], host=other["host"],
+                   time=time.time(),
                    cell=other["cell"], notebook=other["notebook"], ename=ename, traceback="", evalue=evalue)
     return claim_failure(session.folder, failure, session.since)
 
@@ -70,7 +73,8 @@ class KernelWatch:
         self.moved = self.beat_at = time.monotonic() # by our own clock: those of two machines differ
 
     def look(self) -> dict: # fields of the state
-        "Seconds since the kernel beat and since its work moved, and the last optimizer step; nothing before there is such a thing."
+        """Seconds since the kernel beat and since its work moved, and the last optimizer step; nothing before there is
+        such a thing."""
         private, now = self.session.private, time.monotonic()
         try: beat = (private / "beat").stat().st_mtime_ns
         except OSError: return {}
@@ -79,7 +83,8 @@ class KernelWatch:
         if note != self.last: self.last, self.moved = note, now
         found = {"kernel_quiet": round(now - self.beat_at, 1)}
         step = note.partition(" ")[2]
-        return {**found, "step": int(step), "unmoved": round(now - self.moved, 1)} if step.isdecimal() else {**found, "unmoved": 0.0}
+        return {**found, "step": int(step), "unmoved": round(now - self.moved, 1)} if step.isdecimal() else {**found,
+                "unmoved": 0.0}
 
     def stalled(self) -> Optional[dict]: # the failure that counts
         "When steps have begun and none was done for `stall_minutes`: claim it for the rank that holds up the others."
@@ -90,7 +95,8 @@ class KernelWatch:
         if works_here(culprit) and time.time() - culprit["heartbeat"] > 30: # its worker stands still as well
             with contextlib.suppress(OSError): os.kill(culprit["pid"], signal.SIGKILL)
         step = culprit.get("step", mine.get("step"))
-        return claim_for(self.session, culprit, STALLED, f"no step was done for {limit:g} minutes (stall_minutes): rank "
+        return claim_for(self.session, culprit, STALLED, f"no step was done for {limit:g} minutes (stall_minutes): "
+                                                         "rank "
                          f"{culprit['rank']} on {culprit['host']} stands still after step {step}; {why}")
 
 def who_stalls(ranks: list[dict], now: float) -> tuple[dict, str]: # its state, and what is known

@@ -52,7 +52,8 @@ def broken_tensor(model: torch.nn.Module, optimizer: Any) -> str: # empty: every
 # %% ../../nbs/training/07_checkpoint_writer.ipynb #random-state
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    "Leave the random states as they were: a stop can then cut an evaluation off, and a later start make up for it, without changing the training."
+    """Leave the random states as they were: a stop can then cut an evaluation off, and a later start make up for it,
+    without changing the training."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try: yield
@@ -65,7 +66,8 @@ class StopEvaluation(Exception):
 
 # %% ../../nbs/training/07_checkpoint_writer.ipynb #mixin
 class CompleteCheckpoints:
-    "Mix-in for a `transformers.Trainer`: checkpoints written aside, looked at, hashed, renamed, marked; then all but the last `keep` are deleted."
+    """Mix-in for a `transformers.Trainer`: checkpoints written aside, looked at, hashed, renamed, marked; then all but
+    the last `keep` are deleted."""
     run_dir: Path               # where checkpoint-N appear
     keep: int                   # complete checkpoints kept
     facts: dict[str, Any]       # for the manifests
@@ -108,11 +110,13 @@ class CompleteCheckpoints:
         self._publish(target, "weights")
 
     def _load_rng_state(self, checkpoint):
-        "The last thing that transformers loads: what was loaded is looked at, and an evaluation that a stop cut off is made up for."
+        """The last thing that transformers loads: what was loaded is looked at, and an evaluation that a stop cut off
+        is made up for."""
         super()._load_rng_state(checkpoint)
         if checkpoint is None: return
         self.began_at = self.state.global_step
-        self._require_finite(f"{Path(checkpoint).name} is broken: it holds", "Move it away; the run goes on from an older one.")
+        self._require_finite(f"{Path(checkpoint).name} is broken: it holds",
+                             "Move it away; the run goes on from an older one.")
         if self.evaluation_due: self.evaluate()
         self.evaluation_due = False
 
@@ -130,7 +134,8 @@ class CompleteCheckpoints:
         "`CheckpointError` on every rank when there is a problem on one."
         if problem := next((p for p in all_gather(problem) if p), ""): raise CheckpointError(f"{problem} {advice}")
 
-    def _require_finite(self, what: str, advice: str = "Nothing was saved after the last complete checkpoint; starting again goes on from there.") -> None:
+    def _require_finite(self, what: str, advice: str = "Nothing was saved after the last complete checkpoint; starting "
+                                                       "again goes on from there.") -> None:
         "Weights and states are looked at where they lie: what is written is what was looked at."
         bad = broken_tensor(self.model, self.optimizer)
         self._refuse(f"{what} NaN or Inf in {bad} (step {self.state.global_step}, rank {self.args.process_index})." if bad else "", advice)
@@ -139,13 +144,16 @@ class CompleteCheckpoints:
         "Whether there is room for one more; `CheckpointError` where going on would be pointless or was not asked for."
         found = complete_checkpoints(self.run_dir)
         size = folder_bytes(found[-1]) if found else 0
-        self._refuse("" if self.run_dir.is_dir() or not self.publishes else lack_of_room(self.run_dir, 0, target.name), "Nothing can be saved.")
-        problem = next((p for p in all_gather(lack_of_room(self.run_dir, size, target.name) if self.publishes else "") if p), "")
+        self._refuse("" if self.run_dir.is_dir() or not self.publishes else lack_of_room(self.run_dir, 0, target.name),
+                     "Nothing can be saved.")
+        problem = next((p for p in all_gather(lack_of_room(self.run_dir, size,
+                                                           target.name) if self.publishes else "") if p), "")
         if not problem: return True
         kept = f"The complete checkpoints stay: {', '.join(f.name for f in found)}."
         last = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
         if self.on_full_disk == "stop" or last:
-            raise CheckpointError(f"There is no room for {target.name}: {problem} {kept} Free space and start the run again.")
+            raise CheckpointError(f"There is no room for {target.name}: {problem} {kept} Free space and start the run "
+                                  "again.")
         self._leave_out(target, f"{problem} {kept}")
         return False
 
@@ -153,14 +161,16 @@ class CompleteCheckpoints:
         "Go on without a checkpoint, and say so."
         self.left_out += 1
         if self.args.process_index == 0:
-            log_line(f"Warning: no room for {target.name}, going on without it ({self.left_out} left out). {problem}", sys.stdout)
+            log_line(f"Warning: no room for {target.name}, going on without it ({self.left_out} left out). {problem}",
+                     sys.stdout)
 
     def _write_aside(self, target: Path, write: Callable[[], None]) -> None:
         "Write, and say in plain words what went wrong."
         working()
         try: write()
         except (OSError, RuntimeError, SafetensorError) as error:
-            room = lack_of_room(self.run_dir, 0, target.name) or f"{shutil.disk_usage(self.run_dir).free / 1e9:,.2f} GB were free."
+            room = lack_of_room(self.run_dir, 0, target.name) or (f"{shutil.disk_usage(self.run_dir).free / 1e9:,.2f} "
+                                                                  "GB were free.")
             shutil.rmtree(self.run_dir / ".saving", ignore_errors=True)
             raise CheckpointError(
                 f"{target.name} could not be written: {error} ({room}) The earlier checkpoints are untouched; "
@@ -172,7 +182,8 @@ class CompleteCheckpoints:
         "Hash every part, then mark every part, then prune; all ranks learn what went wrong on one."
         due = {"evaluation_due": True} if self.stop is not None and self.stop.evaluation_due else {}
         facts = {**self.facts, **due, "step": self.state.global_step}
-        rename = lambda: publish(self._completed(self.run_dir / ".saving" / target.name, kind), target, facts, mark=False)
+        rename = lambda: publish(self._completed(self.run_dir / ".saving" / target.name, kind), target, facts,
+                                 mark=False)
         for act in (rename, lambda: mark_complete(target)):
             problem = in_words(act) if self.publishes else ""
             self._refuse(f"{target.name} could not be completed: {problem}." if problem else "",
@@ -183,7 +194,8 @@ class CompleteCheckpoints:
         prune(self.run_dir, self.keep, kind)
 
     def _completed(self, aside: Path, kind: str) -> Path: # raises AtomicFolderError when a file is missing
-        "What is left to do before hashing: no pickle that nobody reads, weights and every random state there, DeepSpeed's pointer on every disk."
+        """What is left to do before hashing: no pickle that nobody reads, weights and every random state there,
+        DeepSpeed's pointer on every disk."""
         (aside / "training_args.bin").unlink(missing_ok=True) # settings.yaml says what was set
         if not [*aside.glob("*.safetensors")]: raise AtomicFolderError("the weights were not written")
         if kind == "weights": return aside
@@ -207,7 +219,8 @@ def publish_final(checkpoint: Path, run_dir: Path) -> None: # raises CheckpointE
     try: copy_final(checkpoint, run_dir)
     except OSError as error:
         raise CheckpointError(
-            f"The final model could not be written into {run_dir}: {error}. {checkpoint.name} is complete and holds the same model; "
+            f"The final model could not be written into {run_dir}: {error}. {checkpoint.name} is complete and holds "
+            "the same model; "
             "see to the disk and start the run again, which publishes it without training."
         ) from error
 
@@ -227,7 +240,8 @@ def copy_final(checkpoint: Path, run_dir: Path) -> None: # the marker comes last
     for gone in run_dir.glob(".gone-*"): shutil.rmtree(gone, ignore_errors=True) # what could not be deleted before
 
 def edited_files(manifest: dict[str, Any], run_dir: Path) -> list[str]: # names; those stay as they are
-    "The cards of a final model that was published before from the same step of the same data: they may have been edited since."
+    """The cards of a final model that was published before from the same step of the same data: they may have been
+    edited since."""
     if not is_complete(run_dir): return []
     before = read_manifest(run_dir)
     same = all(before.get(name) == manifest.get(name) for name in ("step", "data_key", "settings"))
@@ -274,4 +288,5 @@ class StopOnRequest(TrainerCallback):
 
     def on_prediction_step(self, args, state, control, **kwargs):
         working(state.global_step)
-        if self.requested and state.global_step < state.max_steps: raise StopEvaluation() # the last one is always measured
+        # the last one is always measured
+        if self.requested and state.global_step < state.max_steps: raise StopEvaluation()

@@ -28,7 +28,8 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 # %% ../../nbs/training/06_checkpoints.ipynb #imports-own
 from proxy_sft.core.atomic_folders import (
-    checkpoint_step, COMPLETE, complete_checkpoints, discard, files_in, is_complete, MANIFEST, read_manifest, folder_bytes,
+    checkpoint_step, COMPLETE, complete_checkpoints, discard, files_in, is_complete, MANIFEST, read_manifest,
+    folder_bytes,
     AtomicFolderError, delete_folder, verify, write_flushed
 )
 from ..core.distributed import any_rank, broadcast, all_gather
@@ -154,7 +155,8 @@ def differences(
     now: dict[str, Any],
     convert: bool = False,
 ) -> list[str]: # one line each; empty when going on is the same training
-    "What has changed between a checkpoint's facts and this run's, versions left out; with `convert` also another number of ranks that takes the same rows."
+    """What has changed between a checkpoint's facts and this run's, versions left out; with `convert` also another
+    number of ranks that takes the same rows."""
     pairs = [
         (n, then["settings"].get(n), now["settings"].get(n)) for n in sorted({*then["settings"], *now["settings"]})
     ]
@@ -167,7 +169,8 @@ def rows_per_step(facts: dict[str, Any]) -> int: # blocks
     return facts["world_size"] * facts["settings"]["gradient_accumulation"] * facts["settings"]["batch_size"]
 
 def convertible(then: dict[str, Any], now: dict[str, Any]) -> bool:
-    "Whether another number of ranks is the same training but for rounding: as many rows per step, which the sampler gives out in the same order, and DeepSpeed on both sides."
+    """Whether another number of ranks is the same training but for rounding: as many rows per step, which the sampler
+    gives out in the same order, and DeepSpeed on both sides."""
     sharded = any(Path(name).name.endswith("optim_states.pt") for name in then.get("files", []))
     return (
         then["world_size"] != now["world_size"]
@@ -198,7 +201,8 @@ HARMLESS = { # exact names: a prefix would let every name through that a module 
     "numpy.dtypes.UInt32DType",
     "_codecs.encode",
 }
-NO_PICKLES = (".safetensors", ".json", ".jinja", ".yaml", ".md", ".txt", ".py", "/latest", "/latest_universal", "/COMPLETE")
+NO_PICKLES = (".safetensors", ".json", ".jinja", ".yaml", ".md", ".txt", ".py", "/latest", "/latest_universal",
+              "/COMPLETE")
 
 def refuse_acting_pickles(folder: Path) -> None: # raises CheckpointError
     "See that the pickles of a checkpoint name nothing that could act; nothing is unpickled for it."
@@ -212,14 +216,16 @@ def refuse_acting_pickles(folder: Path) -> None: # raises CheckpointError
             ) from error
         if acting := sorted(names - HARMLESS):
             raise CheckpointError(
-                f"{path} would load {', '.join(acting[:5])}, which no checkpoint of this project needs. Nothing was executed. "
+                f"{path} would load {', '.join(acting[:5])}, which no checkpoint of this project needs. Nothing was "
+                "executed. "
                 "Somebody else made or changed this file; go on from another checkpoint."
             )
 
 # %% ../../nbs/training/06_checkpoints.ipynb #weights-only
 @contextmanager
 def weights_only() -> Iterator[None]:
-    "While a checkpoint is loaded: PyTorch builds tensors, plain values and what stands in HARMLESS, also where DeepSpeed asks for more."
+    """While a checkpoint is loaded: PyTorch builds tensors, plain values and what stands in HARMLESS, also where
+    DeepSpeed asks for more."""
     found = [value for name in sorted(HARMLESS) if (value := named_object(name)) is not None]
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -261,7 +267,8 @@ def require_own_name(folder: Path) -> None: # raises CheckpointError
     kind, step = folder.name.rpartition("-")[0], step_of(folder)
     if folder.name != f"{kind}-{step}":
         raise CheckpointError(
-            f"{folder} holds step {step}, as its {MANIFEST} says: the folder was renamed or copied. Name it {kind}-{step} again, "
+            f"{folder} holds step {step}, as its {MANIFEST} says: the folder was renamed or copied. Name it "
+            f"{kind}-{step} again, "
             "or move it out of the run's folder. Nothing was started."
         )
 
@@ -278,13 +285,15 @@ def require_fitting(
     except AtomicFolderError as error:
         older = [f for f in found if settings.resume == "auto" and f != folder]
         instead = (
-            f" Move it away, and the run goes on from {older[-1].name}, {checkpoint_step(folder) - checkpoint_step(older[-1])} steps earlier."
+            f" Move it away, and the run goes on from {older[-1].name}, "
+            f"{checkpoint_step(folder) - checkpoint_step(older[-1])} steps earlier."
             if older
             else ""
         )
         raise CheckpointError(f"Cannot go on from {folder}: {error}{instead}") from error
     if lacking := [n for n in ("settings", "data_key", "world_size", "step") if n not in then]:
-        raise CheckpointError(f"{folder} is no checkpoint of this project: its {MANIFEST} does not tell {', '.join(lacking)}.")
+        raise CheckpointError(f"{folder} is no checkpoint of this project: its {MANIFEST} does not tell "
+                              f"{', '.join(lacking)}.")
     if changed := differences(then, facts, settings.resume_world == "convert"):
         raise CheckpointError(
             f"{folder} belongs to another training. What differs:\n  "
@@ -299,10 +308,13 @@ def require_fitting(
     if check: refuse_acting_pickles(folder)
 
 # %% ../../nbs/training/06_checkpoints.ipynb #resume-beyond
-def require_nothing_beyond(settings: Settings, facts: dict[str, Any], step: int, limit: Optional[int] = None) -> None: # raises CheckpointError
-    "What is complete in the run's folder must lie at or before the step that is gone on from, and be of this training: later saves would meet it."
+# raises CheckpointError
+def require_nothing_beyond(settings: Settings, facts: dict[str, Any], step: int, limit: Optional[int] = None) -> None:
+    """What is complete in the run's folder must lie at or before the step that is gone on from, and be of this
+    training: later saves would meet it."""
     run_dir = settings.run_dir
-    for folder in complete_checkpoints(run_dir) + complete_checkpoints(run_dir, "weights") + [run_dir] * is_complete(run_dir):
+    for folder in complete_checkpoints(run_dir) + complete_checkpoints(run_dir,
+            "weights") + [run_dir] * is_complete(run_dir):
         found = step_of(folder)
         if limit is not None and found > limit and folder.name == f"checkpoint-{found}": continue
         same = "settings" in (then := read_manifest(folder)) and not differences(then, facts, convert=True)
@@ -311,8 +323,10 @@ def require_nothing_beyond(settings: Settings, facts: dict[str, Any], step: int,
         if not foreign and (not beyond or (same and folder.name != f"checkpoint-{found}")): continue
         what = "its final model" if folder == run_dir else folder.name
         raise CheckpointError(
-            f"{run_dir} holds {what} of step {found} and {'the same' if same else 'another'} training, and this start would go on from step {step}. "
-            "Choose another run_name; or set resume to auto, to go on from the newest checkpoint here; or to never, which moves all of it into "
+            f"{run_dir} holds {what} of step {found} and {'the same' if same else 'another'} training, and this start "
+            f"would go on from step {step}. "
+            "Choose another run_name; or set resume to auto, to go on from the newest checkpoint here; or to never, "
+            "which moves all of it into "
             "previous-N; or move it away yourself. Nothing was started."
         )
 
@@ -325,8 +339,10 @@ def world_size_words(then: dict[str, Any], now: dict[str, Any]) -> str: # empty 
     "Why another number of ranks is refused, and when it can be converted."
     if then["world_size"] == now["world_size"]: return ""
     return (
-        f"\nAnother number of ranks is another training unless each step takes the same rows: {rows_per_step(then)} then, {rows_per_step(now)} now (ranks × gradient_accumulation × "
-        "batch_size). With as many as then, DeepSpeed under torchrun, and resume_world set to convert, its states are converted and the losses go on but for rounding."
+        f"\nAnother number of ranks is another training unless each step takes the same rows: {rows_per_step(then)} "
+        f"then, {rows_per_step(now)} now (ranks × gradient_accumulation × "
+        "batch_size). With as many as then, DeepSpeed under torchrun, and resume_world set to convert, its states are "
+        "converted and the losses go on but for rounding."
     )
 
 BEGUN = ".begun" # holds the word of the start that began anew
@@ -431,23 +447,27 @@ def agreed_checkpoint(run_dir: Path) -> Optional[int]: # step; None: there is no
     common = set.intersection(*everywhere)
     if not common and any(everywhere):
         raise CheckpointError(
-            f"The machines have no complete checkpoint in common (by rank: {[sorted(s) for s in everywhere]}). Copy one over, "
+            f"The machines have no complete checkpoint in common (by rank: {[sorted(s) for s in everywhere]}). Copy "
+            "one over, "
             "or set resume to never to begin anew."
         )
     return max(common, default=None)
 
 def delete_beyond(run_dir: Path, step: int) -> list[str]: # names of the deleted ones
-    "For machines with disks of their own: delete what a save that was cut short has left complete on some of them only."
+    """For machines with disks of their own: delete what a save that was cut short has left complete on some of them
+    only."""
     newer = [f for f in complete_checkpoints(run_dir) if checkpoint_step(f) > step]
     for folder in newer: delete_folder(folder)
     if newer:
-        log_line(f"WARNING: the save of {newer[-1].name} is complete on some machines only and is deleted. The run goes on from "
+        log_line(f"WARNING: the save of {newer[-1].name} is complete on some machines only and is deleted. The run "
+                 "goes on from "
                  f"checkpoint-{step}; {checkpoint_step(newer[-1]) - step} steps are lost and trained again.")
     return [f.name for f in newer]
 
 # %% ../../nbs/training/06_checkpoints.ipynb #in-use
 def lock_run(lock: RunLock) -> None: # raises CheckpointError
-    "Keep a second training out of this run's folder; ranks that are started again wait for the last of those before them to be gone."
+    """Keep a second training out of this run's folder; ranks that are started again wait for the last of those before
+    them to be gone."""
     try: lock.take(patience=60 if is_repetition() else 3)
     except InUseError as error: raise CheckpointError(str(error)) from error
 
@@ -459,7 +479,8 @@ def expected_bytes(
     deepspeed: bool,
     bytes_each: int,
 ) -> int: # of one checkpoint
-    "What the last checkpoint took; before the first one an estimate: weights, optimizer states, with DeepSpeed its copies."
+    """What the last checkpoint took; before the first one an estimate: weights, optimizer states, with DeepSpeed its
+    copies."""
     if found := complete_checkpoints(run_dir): return folder_bytes(found[-1])
     states = 2 if "8bit" in optimizer else 8
     return parameters * (bytes_each + states + (bytes_each + 4 if deepspeed else 0))
@@ -471,7 +492,8 @@ def checkpoints_to_come(run_dir: Path, keep: int, anew: bool = False) -> int: # 
 def lack_of_room(run_dir: Path, wanted: int, what: str) -> str: # empty when there is room
     "How much is missing, in a sentence."
     try: free = shutil.disk_usage(run_dir).free
-    except OSError as error: return f"{run_dir} cannot be used any more: {error}. Was it deleted or moved while the run worked?"
+    except OSError as error: return (f"{run_dir} cannot be used any more: {error}. Was it deleted or moved while the "
+                                     "run worked?")
     if free >= wanted: return ""
     return f"{run_dir} has {free / 1e9:,.2f} GB free; {what} needs {wanted / 1e9:,.2f} GB."
 
@@ -495,5 +517,6 @@ def require_room(
     if on_full_disk == "go_on": print(f"Warning: {problem} Training begins all the same, as on_full_disk says.")
     else:
         raise CheckpointError(
-            f"{problem} Lower save_total_limit, choose another output_dir, free space, or set on_full_disk to go_on. Nothing was started."
+            f"{problem} Lower save_total_limit, choose another output_dir, free space, or set on_full_disk to go_on. "
+            "Nothing was started."
         )
