@@ -765,7 +765,7 @@ def spoil(value, where, at):
         usual = SFTTrainer.compute_loss
         def compute_loss(self, model, inputs, *args, **kwargs):
             loss = usual(self, model, inputs, *args, **kwargs)
-            if self.state.global_step + 1 != at or rank != self.args.world_size - 1: return loss
+            if not model.training or self.state.global_step + 1 != at or rank != self.args.world_size - 1: return loss
             if value == "spike": return loss * 100
             if where == "gradient": loss.register_hook(lambda g: g * float(value)); return loss
             return loss * float(value)

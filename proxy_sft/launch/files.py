@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STATE', 'FAILURE', 'DEFAULTS', 'SECRET_NAME', 'SHAPES', 'PASSWORD_IN_URL', 'SHORTEST', 'LEFT_OUT', 'LONG',
            'write_atomically', 'read_json', 'remove', 'read_record', 'checked_record', 'is_of_kind', 'secrets_of',
-           'is_secret', 'redact', 'redact_value', 'redact_outputs', 'AtomicNotebooks', 'overwrite', 'join_stream',
-           'LiveLog']
+           'is_secret', 'redact', 'redact_value', 'redact_output', 'redact_outputs', 'AtomicNotebooks', 'overwrite',
+           'join_stream', 'LiveLog']
 
 # %% ../../nbs/launch/02_files.ipynb #imports
 import json
@@ -105,20 +105,24 @@ def redact(text: str, secrets: list[str]) -> str: # the text with `***` in their
     return PASSWORD_IN_URL.sub(r"\1***", text) if "://" in text else text
 
 # %% ../../nbs/launch/02_files.ipynb #redact-outputs
-def redact_value(value: Any, secrets: list[str], key: str = "") -> Any: # of the same structure; keys stay as they are
-    "Every text in an output."
+def redact_value(value: Any, secrets: list[str]) -> Any: # of the same structure; keys stay as they are
+    "Every text in a value; lines that belong together are looked at together."
     if isinstance(value, str): return redact(value, secrets)
-    if isinstance(value, list):
-        if not all(isinstance(line, str) for line in value): return [redact_value(one, secrets) for one in value]
-        return redact("".join(value), secrets).splitlines(keepends=True) if key != "traceback" else [redact(v, secrets) for v in value]
-    if not isinstance(value, dict): return value
-    keep = ("output_type", "name", "metadata")
-    return {k: v if k in keep or k.startswith("image/") else redact_value(v, secrets, k) for k, v in value.items()}
+    if isinstance(value, dict): return {k: redact_value(v, secrets) for k, v in value.items()}
+    if not isinstance(value, list): return value
+    text = all(isinstance(line, str) for line in value) and len(value) > 1 and all(line.endswith("\n") for line in value[:-1])
+    return redact("".join(value), secrets).splitlines(keepends=True) if text else [redact_value(one, secrets) for one in value]
+
+def redact_output(output: dict, secrets: list[str]) -> dict: # pictures are not read
+    "An output of a cell, as a notebook holds it."
+    texts = {k: redact_value(v, secrets) for k, v in output.items() if k in ("text", "evalue", "traceback")}
+    data = {k: v if k.startswith("image/") else redact_value(v, secrets) for k, v in output.get("data", {}).items()}
+    return {**output, **texts, **({"data": data} if data else {})}
 
 def redact_outputs(notebook: dict, secrets: list[str]) -> dict: # changed in place
     "Hide secrets in what cells gave. Code, keys and metadata are not touched: a password may be an ordinary word."
     for cell in notebook.get("cells", []):
-        if "outputs" in cell: cell["outputs"] = [redact_value(output, secrets) for output in cell["outputs"]]
+        if "outputs" in cell: cell["outputs"] = [redact_output(output, secrets) for output in cell["outputs"]]
     return notebook
 
 # %% ../../nbs/launch/02_files.ipynb #handler

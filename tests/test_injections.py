@@ -1,0 +1,243 @@
+"""What an outsider injects: made-up pickles, renamed and foreign checkpoints, refused starts, broken weights, secrets, garbage, full disks, long lines."""
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from trainings import run_training
+
+from proxy_sft.core import atomic_folders, build_once, stop_requests
+from proxy_sft.core.settings import load_settings, SettingsError
+from proxy_sft.launch import files, launcher, parameters, processes, ranks, worker
+from proxy_sft.training import checkpoint_writer, checkpoints
+
+FACTS = checkpoints.checkpoint_facts(load_settings("demo"), "key", 1)
+TINY = dict(profile="demo", demo_rows=200, max_train_samples=64, max_eval_samples=4, max_length=512, logging_steps=1,
+            save_steps=2, eval_steps=3, max_steps=4, num_proc=1, report_to=[], preflight="warn")
+
+
+def torch_file(path: Path, pickled: bytes) -> None:
+    "A file as `torch.save` writes it, with any pickle inside."
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as archive: kept = {n: archive.read(n) for n in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in kept.items(): archive.writestr(name, pickled if name.endswith("data.pkl") else content)
+
+
+def make(folder: Path, names=("rng_state.pth",), step=None, **facts) -> Path:
+    aside = folder.with_name(".aside")
+    aside.mkdir(parents=True)
+    for name in names: torch.save({"cpu": torch.get_rng_state()}, aside / name)
+    atomic_folders.publish(aside, folder, {**FACTS, **facts, "step": int(folder.name.rpartition("-")[2]) if step is None else step})
+    return folder
+
+
+# ---- pickles
+
+def act(module: str, name: str) -> bytes: # GLOBAL and REDUCE
+    argument = b"touch CANARY"
+    return f"\x80\x02c{module}\n{name}\n(".encode("latin-1") + b"X" + len(argument).to_bytes(4, "little") + argument + b"tR."
+
+
+@pytest.mark.parametrize("module, name", [
+    ("deepspeed.runtime.config", "os.system"), ("deepspeed.runtime.zero.config", "sys.exit"), ("torch", "os.system"), ("os", "system"),
+    ("numpy", "os.system"), ("builtins", "eval"), ("deepspeed.runtime.config", "DeepSpeedConfig"), ("", "os.system")])
+def test_no_name_outside_the_list_is_loaded(tmp_path, module, name):
+    torch_file(tmp_path / "optimizer.pt", act(module, name))
+    with pytest.raises(checkpoints.CheckpointError, match="would load|cannot be read without running it"):
+        checkpoints.refuse_acting_pickles(tmp_path)
+    with checkpoints.weights_only(), pytest.raises(Exception, match="[Ww]eights.only|Unsupported|GLOBAL"):
+        torch.load(tmp_path / "optimizer.pt", weights_only=False)
+    assert not Path("CANARY").exists()
+
+
+class Acting:
+    def __reduce__(self): return os.system, ("touch CANARY",)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scaler.pt", "pytorch_model.bin", "odd.name", "global_step4/x.pt", "no-ending"])
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5]) # 4 and 5 write STACK_GLOBAL
+def test_every_file_that_might_be_unpickled_is_looked_at_whatever_its_name(tmp_path, name, protocol):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    for write in (lambda: path.write_bytes(pickle.dumps(Acting(), protocol)), lambda: torch_file(path, pickle.dumps(Acting(), protocol))):
+        write()
+        with pytest.raises(checkpoints.CheckpointError): checkpoints.refuse_acting_pickles(tmp_path)
+    assert not Path("CANARY").exists()
+
+
+# ---- which checkpoint
+
+def test_a_checkpoint_is_known_by_its_manifest_and_not_by_its_name(tmp_path):
+    settings = load_settings("demo", output_dir=str(tmp_path))
+    for step in (2, 4): make(tmp_path / f"checkpoint-{step}")
+    assert checkpoints.checkpoint_to_resume(settings, FACTS).name == "checkpoint-4"
+    for name in ("checkpoint-8", "checkpoint-1", "checkpoint-04"):
+        os.rename(tmp_path / "checkpoint-4", tmp_path / name)
+        with pytest.raises(checkpoints.CheckpointError, match=f"{name} holds step 4"): checkpoints.checkpoint_to_resume(settings, FACTS)
+        os.rename(tmp_path / name, tmp_path / "checkpoint-4")
+
+
+@pytest.mark.parametrize("kind", ["checkpoint-8", "weights-8", "final"])
+def test_what_is_complete_beyond_the_step_that_is_gone_on_from_is_refused(tmp_path, kind):
+    run_dir, other = tmp_path / "oa", make(tmp_path / "ob" / "checkpoint-4")
+    settings = load_settings("demo", output_dir=str(run_dir), resume=str(other))
+    foreign = {"settings": {**FACTS["settings"], "learning_rate": 1e-5}}
+    last = make(tmp_path / "elsewhere" / "checkpoint-8", **foreign)
+    run_dir.mkdir()
+    if kind == "final": checkpoint_writer.publish_final(last, run_dir)
+    else: make(run_dir / kind, **foreign)
+    with pytest.raises(checkpoints.CheckpointError, match="of step 8 and another training, and this start would go on from step 4"):
+        checkpoints.checkpoint_to_resume(settings, FACTS)
+
+
+def contents(folder: Path) -> dict:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+def test_a_refused_start_changes_nothing_and_a_renamed_checkpoint_is_not_published(tmp_path):
+    first = run_training(**TINY, workspace=str(tmp_path), run_name="r")
+    assert first.returncode == 0, first.stderr
+    run_dir = tmp_path / "runs" / "r"
+    before = contents(run_dir)
+    assert atomic_folders.verify(run_dir / "checkpoint-4")["step"] == 4
+    for more in (dict(learning_rate=1e-5), dict(learning_rate=1e-5, resume=str(run_dir / "checkpoint-2")), dict(max_steps=8)):
+        refused = run_training(**{**TINY, **more}, workspace=str(tmp_path), run_name="r")
+        assert refused.returncode == 1 and "CheckpointError" in refused.stderr, refused.stderr
+        assert contents(run_dir) == before
+    os.rename(run_dir / "checkpoint-4", run_dir / "checkpoint-6")
+    assert "holds step 4" in run_training(**TINY, workspace=str(tmp_path), run_name="r").stderr
+    os.rename(run_dir / "checkpoint-6", run_dir / "checkpoint-4")
+    # a card that somebody edits belongs to the final model alone, and stays when the model is published again
+    for card in (run_dir / "README.md", run_dir / "checkpoint-4" / "README.md"): card.write_text(card.read_text() + "my notes\n")
+    again = run_training(**TINY, workspace=str(tmp_path), run_name="r")
+    assert again.returncode == 0 and "README.md has" in again.stderr, again.stderr
+    assert "my notes" in (run_dir / "README.md").read_text() and atomic_folders.is_complete(run_dir)
+    (run_dir / "config.json").write_text("{}")
+    assert json.loads((run_dir / "checkpoint-4" / "config.json").read_text()) # nor does any other text share its bytes
+
+
+# ---- broken weights
+
+def spoil_weights(settings) -> None: # an `act`: NaN in a weight, none in any gradient
+    from proxy_sft.train import train
+    from proxy_sft.training.checkpoint_writer import StopOnRequest
+    usual = StopOnRequest.on_step_end
+    def on_step_end(self, args, state, control, model=None, **more):
+        if state.global_step == 2:
+            with torch.no_grad(): model.lm_head.weight[3, 3] = float("nan")
+        return usual(self, args, state, control, **more)
+    StopOnRequest.on_step_end = on_step_end
+    train(settings)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    done = run_training(act=spoil_weights, **TINY, workspace=str(tmp_path), run_name="r")
+    assert done.returncode == 1 and "checkpoint-2 would hold NaN or Inf in" in done.stderr, done.stderr
+    assert not atomic_folders.complete_checkpoints(tmp_path / "runs" / "r")
+
+
+# ---- secrets and terminals
+
+@pytest.mark.parametrize("name, value, shown", [
+    ("GITHUB_PAT", "a1b2c3d4e5f6", "a1b2c3d4e5f6"), ("DATABASE_URL", "postgres://me:s3cr3t-pw@db/x", "s3cr3t-pw"),
+    ("SSH_PRIVATE_KEY", "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n-----END OPENSSH PRIVATE KEY-----", "b3BlbnNzaC1rZXktdjEAAAAA"),
+    ("MODE", "ghp_0123456789abcdefghijABCDEFGHIJ012345", "ghp_0123456789abcdefghijABCDEFGHIJ012345"), ("DB_PASSWORD", 'quo"te\\d-pw', 'quo"te\\d-pw'),
+    ("BROKER", "amqp://u:longpassword@h", "longpassword"), ("PASSWORD", "metadata", "metadata")])
+def test_secrets_are_hidden_in_outputs_and_nowhere_else(tmp_path, name, value, shown):
+    outputs = [{"output_type": "stream", "name": "stdout", "text": [f"it is {shown}\n", "and more"]},
+               {"output_type": "error", "ename": "E", "evalue": shown, "traceback": [f"E: {shown}"]},
+               {"output_type": "display_data", "metadata": {}, "data": {"text/html": f"<b>{shown}</b>", "application/json": {"metadata": [shown]}}}]
+    notebook = {"cells": [{"cell_type": "code", "metadata": {"tags": []}, "source": ["metadata = {}"], "outputs": outputs}], "metadata": {}}
+    files.AtomicNotebooks(files.secrets_of({name: value})).write(json.dumps(notebook), str(tmp_path / "a.ipynb"))
+    found = json.loads((tmp_path / "a.ipynb").read_text())
+    assert shown not in json.dumps(found["cells"][0]["outputs"]).replace('"metadata": ', "") and json.dumps(shown)[1:-1] not in str(found["cells"][0]["outputs"][0])
+    assert found["cells"][0]["source"] == ["metadata = {}"] and set(found) == set(notebook) and "***" in json.dumps(found)
+    log = files.LiveLog(tmp_path / "log", secrets=files.secrets_of({name: value}))
+    for piece in ("x" * 20_000, shown[:5], shown[5:], "\x1b[2Jy" * 20_000, "\n"): log.write(piece)
+    log.close()
+    text = (tmp_path / "log").read_text()
+    assert shown not in text and "\x1b" not in text
+
+
+def test_no_escape_reaches_the_terminal(capsys):
+    stop_requests.log_line("a\x1b[2Jb\x9b1mc\x07\x1b]0;t\x07\rd")
+    failure = dict(rank=0, host="h\x1b[31m", cell=1, notebook="n", ename="E", evalue="\x1b[2J", traceback="")
+    stop_requests.log_line(worker.failure_words(failure))
+    said = capsys.readouterr().err
+    assert not set(said) & {"\x1b", "\x9b", "\x07", "\r"} and said.startswith("ab1mc]0;td\n")
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../../x", "a/../../b", "/abs", "./", "a\x1b[2Jb", "a\nb"])
+def test_a_run_s_name_stays_in_runs(name):
+    with pytest.raises(SettingsError, match="run_name"): load_settings("demo", run_name=name)
+
+
+# ---- garbage
+
+GARBAGE = [b"", b"null", b"[1]", b'"x"', b"\xff\xfe\x00", b"[" * 100_000, b"{}", b'{"rank": 0}', b'{"rank": "0", "state": [], "host": 1}',
+           b'{"rank": 0, "state": "running", "host": "h", "pid": 1, "heartbeat": 1e400}', b"<html>"]
+
+
+@pytest.mark.parametrize("garbage", [*GARBAGE, None], ids=range(len(GARBAGE) + 1)) # None: a folder in the file's place
+def test_garbage_in_states_and_failures_blocks_no_start_and_hides_no_cause(tmp_path, garbage):
+    folder = parameters.RunFolder(tmp_path)
+    folder.make()
+    for path in (folder.status(0), folder.failure_file, tmp_path / "prepare-0.json"):
+        path.mkdir() if garbage is None else path.write_bytes(garbage)
+    assert folder.statuses() == [] and build_once.read_record(tmp_path / "prepare-0.json") == {}
+    failure = dict(rank=1, attempt=0, time=2e9, ename="ValueError", evalue="boom", traceback="")
+    assert ranks.claim_failure(folder, failure, 1.0)["evalue"] == "boom" == ranks.read_failure(folder, 0, 1.0)["evalue"]
+    import argparse
+    parser = argparse.ArgumentParser()
+    launcher.add_run_arguments(parser)
+    launcher.refuse_second_run(parser.parse_args(["nb"]), folder).release()
+    assert not folder.status(0).exists() and not folder.failure_file.exists()
+
+
+# ---- long lines, full disks, ranks that stand still
+
+LINES = """
+from proxy_sft.launch.files import join_stream, LiveLog
+import sys
+for pieces in (["y" * 50_000_000], ["y" * 8192] * 6000, ["short line\\n" * 800] * 6000, ["\\rstep"] * 20_000, ["\\x1b[0" * 4000] * 2000):
+    log, text = LiveLog(__import__("pathlib").Path(sys.argv[1])), ""
+    for piece in pieces:
+        log.write(piece)
+        text = join_stream(text, piece)
+    assert len(text) < 210_000
+    log.close()
+"""
+
+
+def test_fifty_megabytes_in_long_and_short_lines_are_copied_and_no_more(tmp_path):
+    "What is quadratic in a line's length takes hours for this; the limit is only an end for that."
+    subprocess.run([sys.executable, "-c", LINES, str(tmp_path / "log")], check=True, timeout=600)
+
+
+def test_what_cannot_be_written_is_reported_in_memory(tmp_path, monkeypatch):
+    reports = processes.Reports()
+    monkeypatch.setenv("PROXY_SFT_REPORTS", reports.path)
+    status = ranks.RankStatus(tmp_path / "gone" / "rank-0.json", rank=0, cell=0, attempt=0, run="r", notebook="n", world_size=1)
+    status.update(state="failed", failure=dict(rank=0, attempt=0, time=1.0, ename="OSError", evalue="No space left on device", traceback=""))
+    found = [files.checked_record(one, files.STATE) for one in reports.read()]
+    assert [s["state"] for s in found] == ["starting", "failed"] and found[-1]["failure"]["evalue"] == "No space left on device"
+    folder = parameters.RunFolder(tmp_path / "deleted")
+    ranks.claim_failure(folder, dict(rank=0, attempt=0, time=1.0, ename="E", evalue="the first cause", traceback=""), 0.0)
+    assert reports.read()[-1]["evalue"] == "the first cause"
+    stop_requests.append_log(Path("/dev/full/logs/x"), "lost")
+    log = files.LiveLog(Path("/dev/full"))
+    log.write("lost\n")
+    log.close()
+
+
+def test_the_rank_that_holds_up_the_others_is_named():
+    import time
+    state = dict(rank=0, state="running", host="elsewhere", pid=7, heartbeat=time.time(), step=40, unmoved=3600.0, kernel_quiet=0.4)
+    assert worker.who_stalls([state, {**state, "rank": 1, "kernel_quiet": 3601.0}], time.time())[0]["rank"] == 1
+    assert worker.who_stalls([state, {**state, "rank": 2, "step": 39}], time.time())[0]["rank"] == 2
