@@ -7,7 +7,7 @@ __all__ = ['convert']
 
 # %% ../nbs/01_convert.ipynb #convert-imports
 from .core.build_once import one_at_a_time
-from .core.settings import Settings
+from .core.settings import is_path, Settings
 from proxy_sft.data.conversion import (
     code_version,
     convert_file,
@@ -37,6 +37,7 @@ def convert(
         if not (why := what_changed(settings.converted_dir, target, wanted)):
             return report_from(read_report(target.parent), target.parent, "nothing has changed since the last conversion")
         num_proc = process_count(settings.num_proc)
-        report = convert_file(files, target, **choices.__dict__, num_proc=num_proc, progress=progress, about=about)
+        report = convert_file(files, target, **choices.__dict__, num_proc=num_proc, progress=progress, about=about,
+                              may_repeat=is_path(settings.dataset))
     report.why = why
     return report

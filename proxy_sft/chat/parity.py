@@ -67,8 +67,10 @@ class ParityReport:
     @property
     def verdict(self) -> str:
         if self.problems: return f"Do not train on this with template {self.template}: {'; '.join(self.problems)}."
+        out = self["left out"]
+        beside = f" {out:,} more turns are left out: their first line break joins the prompt's." if out else ""
         return (f"What is trained is what a server will show: {self['exact']:,} of {self['supervised']:,} supervised "
-                f"turns in {self['rows']:,} rows, template {self.template}.")
+                f"turns in {self['rows']:,} rows, template {self.template}.{beside}")
 
 # %% ../../nbs/chat/07_parity.ipynb #parity-table-export
 def _share(part: int, whole: int) -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['decode_json', 'skip_json', 'SCHEMA_NAMES', 'RESULT_NAMES', 'NO_TOOLS', 'SUBSCHEMAS', 'read_json', 'dump_json',
-           'write_json', 'count_keys', 'repeated_keys', 'like_parameters', 'with_parameters', 'wrap_tool',
+           'write_json', 'may_repeat', 'repeated_keys', 'like_parameters', 'with_parameters', 'wrap_tool',
            'describe_parameters', 'list_tools', 'parse_tools', 'without_copies', 'functions_by_name', 'parameters_of',
            'required_of']
 
@@ -45,12 +45,13 @@ def write_json(value) -> str: # `dump_json` as text
     return dump_json(value).decode()
 
 # %% ../../nbs/data/03_tools.ipynb #keys
-def count_keys(
+def may_repeat(
     text: Union[str, bytes], # JSON
-) -> int: # as many as there are `":`; other spellings (a blank before the colon) count for less
-    "How many keys a JSON text has, as far as a search can tell."
-    mark, escaped = ('":', '\\":') if isinstance(text, str) else (b'":', b'\\":')
-    return text.count(mark) - text.count(escaped)
+    written: bytes, # its value, written again
+    added: int = 0, # keys that the value got meanwhile
+) -> bool: # False: no key stands twice
+    "Whether a text has other colons than its value; escapes of a colon count as well, and lead to a closer look."
+    return text.count(":" if isinstance(text, str) else b":") != written.count(b":") - added
 
 def repeated_keys(
     text: Union[str, bytes], # JSON that can be read
