@@ -123,7 +123,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     try: manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise AtomicFolderError(f"{folder / MANIFEST} is no JSON ({error}). Somebody else wrote it; delete {folder}.") from error
+        raise AtomicFolderError(
+            f"{folder / MANIFEST} is no JSON ({error}). Somebody else wrote it; delete {folder}.") from error
     if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict): return manifest
     raise AtomicFolderError(f"{folder / MANIFEST} lists no files. Somebody else wrote it; delete {folder}.")
 

@@ -237,7 +237,8 @@ def refuse_second_run(
     try: lock = RunLock(folder.root / "status" / f"launcher-{args.node_rank}.lock").take(patience=0)
     except InUseError as error: raise LaunchError(str(error).replace(str(folder.root / "status"),
                                                                      str(folder.root))) from None
-    except OSError as error: raise LaunchError(f"The run folder {folder.root} cannot be written: {error.strerror}.") from None
+    except OSError as error:
+        raise LaunchError(f"The run folder {folder.root} cannot be written: {error.strerror}.") from None
     count = int(args.nproc) if args.nproc.isdigit() else None
     states = [s for s in folder.statuses() if count is None or s["rank"] // count == args.node_rank]
     working = [s for s in states if s["state"] not in FINAL]

@@ -25,7 +25,8 @@ import psutil
 def marked_processes(mark: str, spare: frozenset[int] = frozenset()) -> list[int]: # process ids
     "The living processes that carry a mark in the environment they started with, without ourselves and `spare`."
     name, _, value = mark.partition("=")
-    return [p.pid for p in psutil.process_iter() if p.pid not in spare and p.pid != os.getpid() and environment_of(p).get(name) == value]
+    others = (p for p in psutil.process_iter() if p.pid not in spare and p.pid != os.getpid())
+    return [process.pid for process in others if environment_of(process).get(name) == value]
 
 def environment_of(process: psutil.Process) -> dict[str, str]: # empty: ended meanwhile, or somebody else's
     "What a process was started with."

@@ -29,7 +29,9 @@ from .parameters import add_notebook_arguments, LaunchError, read_request, Reque
 from proxy_sft.launch.processes import (
     die_with_parent, kill_marked, process_began, quiet, rank_from_environment, read_text, report, start_guard
 )
-from .ranks import claim_failure, FINAL, is_alive, is_of_this_run, RankSession, read_failure, run_rank, works_here
+from proxy_sft.launch.ranks import (
+    claim_failure, FINAL, is_alive, is_of_this_run, RankSession, read_failure, run_rank, works_here
+)
 
 # %% ../../nbs/launch/05_worker.ipynb #watch
 def watch(session: RankSession, ended: threading.Event, seconds: float = 1.0) -> None: # in a thread, until `ended`
@@ -90,7 +92,8 @@ class KernelWatch:
         "When steps have begun and none was done for `stall_minutes`: claim it for the rank that holds up the others."
         mine, limit = self.session.status.values, self.session.request.settings.stall_minutes
         if not limit or mine.get("unmoved", 0.0) < limit * 60: return None
-        ranks = [s for s in self.session.folder.statuses() if s["state"] not in FINAL and s["attempt"] == self.session.place.attempt]
+        attempt = self.session.place.attempt
+        ranks = [s for s in self.session.folder.statuses() if s["state"] not in FINAL and s["attempt"] == attempt]
         culprit, why = who_stalls(ranks or [mine], time.time())
         if works_here(culprit) and time.time() - culprit["heartbeat"] > 30: # its worker stands still as well
             with contextlib.suppress(OSError): os.kill(culprit["pid"], signal.SIGKILL)
@@ -149,7 +152,8 @@ def report_to_torchrun(session: RankSession) -> None: # does nothing without tor
     if not path or not session.failure or session.failure.get("consequence"): return
     extra = {"py_callstack": failure_words(session.failure), "timestamp": str(int(session.failure["time"]))}
     with contextlib.suppress(OSError):
-        write_atomically(Path(path), json.dumps({"message": {"message": session.failure["evalue"], "extraInfo": extra}}))
+        message = {"message": session.failure["evalue"], "extraInfo": extra}
+        write_atomically(Path(path), json.dumps({"message": message}))
 
 # %% ../../nbs/launch/05_worker.ipynb #failure-words
 def failure_words(failure: dict) -> str: # several lines, the error itself last
@@ -193,7 +197,8 @@ def run_worker(request: Request) -> int: # exit code of this rank
 def report_end(error: BaseException) -> None: # nothing happens without a launcher
     "Tell the launcher what ended this process before its notebook could."
     rank = int(os.environ.get("RANK", "0"))
-    report("failure", dict(rank=rank, attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), host=socket.gethostname(),
+    report("failure", dict(rank=rank, attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+                           host=socket.gethostname(),
                            run=os.environ.get("PROXY_SFT_RUN", ""), time=time.time(), ename=type(error).__name__,
                            evalue=str(error)[:2000], traceback=""))
 

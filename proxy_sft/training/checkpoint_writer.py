@@ -28,7 +28,9 @@ from proxy_sft.core.atomic_folders import (
 )
 from ..core.distributed import any_rank, all_gather
 from ..core.stop_requests import log_line, stop_reason, working
-from .checkpoints import CheckpointError, lack_of_room, matters_for_training, prune, random_state_files
+from proxy_sft.training.checkpoints import (
+    CheckpointError, lack_of_room, matters_for_training, prune, random_state_files
+)
 
 # %% ../../nbs/training/07_checkpoint_writer.ipynb #finite
 def is_finite(value: torch.Tensor) -> bool: # no copy of the tensor is made unless its sum overflows
@@ -106,7 +108,8 @@ class CompleteCheckpoints:
         if not self.weights_every or step % self.weights_every: return
         if any_rank(is_complete(target) or is_complete(self.run_dir / f"checkpoint-{step}")): return
         self._require_finite(f"{target.name} would hold")
-        self._write_aside(target, lambda: self.save_model(str(self.run_dir / ".saving" / target.name), _internal_call=True))
+        aside = str(self.run_dir / ".saving" / target.name)
+        self._write_aside(target, lambda: self.save_model(aside, _internal_call=True))
         self._publish(target, "weights")
 
     def _load_rng_state(self, checkpoint):
@@ -138,7 +141,8 @@ class CompleteCheckpoints:
                                                        "again goes on from there.") -> None:
         "Weights and states are looked at where they lie: what is written is what was looked at."
         bad = broken_tensor(self.model, self.optimizer)
-        self._refuse(f"{what} NaN or Inf in {bad} (step {self.state.global_step}, rank {self.args.process_index})." if bad else "", advice)
+        place = f"step {self.state.global_step}, rank {self.args.process_index}"
+        self._refuse(f"{what} NaN or Inf in {bad} ({place})." if bad else "", advice)
 
     def _has_room_for(self, target: Path) -> bool: # False: go on without this one
         "Whether there is room for one more; `CheckpointError` where going on would be pointless or was not asked for."

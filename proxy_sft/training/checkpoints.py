@@ -184,7 +184,8 @@ def convertible(then: dict[str, Any], now: dict[str, Any]) -> bool:
 def matters_for_training(name: str) -> bool: # a file's name, or its path within the checkpoint
     "Whether going on depends on a file; a card may be edited, and an editor leaves copies."
     last = Path(name).name
-    return not last.endswith((".md", ".txt", ".log", ".pyc", "~")) and not last.startswith(".") and last != "smoke_test.py"
+    notes = (".md", ".txt", ".log", ".pyc", "~")
+    return not last.endswith(notes) and not last.startswith(".") and last != "smoke_test.py"
 
 # %% ../../nbs/training/06_checkpoints.ipynb #pickles
 HARMLESS = { # exact names: a prefix would let every name through that a module has imported, `os.system` among them
