@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STOPPED', 'STOP_FILE', 'STOP_SIGNALS', 'CONTROLS', 'StopRequested', 'printable', 'log_line', 'unplug', 'append_log',
-           'request_stop', 'should_stop', 'listening', 'stop_reason', 'resume_advice', 'raise_if_stop_requested',
-           'working', 'working_ends']
+           'request_stop', 'should_stop', 'answer_early_signals', 'listening', 'stop_reason', 'resume_advice',
+           'raise_if_stop_requested', 'working', 'working_ends']
 
 # %% ../../nbs/core/02_stop_requests.ipynb #imports
 import itertools
@@ -73,6 +73,15 @@ def should_stop(stop_file: Path, since: float) -> bool: # `since`: when the run 
     "Whether there is a request to stop that belongs to this run."
     try: return stop_file.stat().st_mtime >= since - 2
     except OSError: return False
+
+# %% ../../nbs/core/02_stop_requests.ipynb #early
+def answer_early_signals() -> None: # until the launcher answers them itself
+    "A stop while `proxy-sft run` still imports ends it at once, with the code of a stop: nothing was started."
+    def on_signal(number, frame):
+        log_line(f"proxy-sft: {signal.Signals(number).name} before anything was started. The same command starts it.")
+        os._exit(STOPPED)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN: signal.signal(number, on_signal)
 
 # %% ../../nbs/core/02_stop_requests.ipynb #listen
 _heard: dict[str, float] = {} # what was heard while listening, and `began`, by the clock that nobody sets
