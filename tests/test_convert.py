@@ -894,8 +894,10 @@ BLOCK = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 
 
 @pytest.mark.parametrize("answer", [
-    "ends with <|im_end|> " + BLOCK, BLOCK, BLOCK[:-12], "<|im_end|>\n<|im_start|>assistant\n" + BLOCK, "</tool_call>" + BLOCK,
-    "<function_calls>f(x=1)</function_calls>", "Sure.\n<function_call>\nf(x=1)\n</function_call>", '<functioncall> {"name": "f"}',
+    "ends with <|im_end|> " + BLOCK, BLOCK, BLOCK[:-12], "<|im_end|>\n<|im_start|>assistant\n" + BLOCK,
+    "</tool_call>" + BLOCK,
+    "<function_calls>f(x=1)</function_calls>", "Sure.\n<function_call>\nf(x=1)\n</function_call>",
+    '<functioncall> {"name": "f"}',
     "<tool_calls>[f(x=1)]</tool_calls>", '<invoke name="f">', "<function=f><parameter=x>1</parameter></function>",
     '[TOOL_CALLS] [{"name": "f"}]', "<|python_tag|>f.call(x=1)", "<tool_code>print(f(x=1))</tool_code>"])
 @pytest.mark.parametrize("strictness", ["strict", "default"])
@@ -907,19 +909,22 @@ def test_a_call_in_an_answers_text_is_no_answer(answer, strictness):
 
 
 @pytest.mark.parametrize("answer", [
-    '```json\n{"name": "f", "arguments": {"x": 1}}\n```', '{"name": "f", "arguments": {}}', "{'name': 'f', 'parameters': {}}",
+    '```json\n{"name": "f", "arguments": {"x": 1}}\n```', '{"name": "f", "arguments": {}}',
+    "{'name': 'f', 'parameters': {}}",
     '[{"function": "f", "args": {}}]', "f(x=1)", "[f(x=1)]", "```python\nf(x=1)\n```", "Here:\nf(x=1)\nDone."])
 def test_a_bare_call_in_an_answers_text_is_counted(answer, tmp_path):
     row = talk(("user", "q"), ("assistant", answer), tools=[FREE])
     assert reason_of(row, strictness="strict") == "call_in_text"
     report = convert_file(write_rows(tmp_path / "in.jsonl", [row]), tmp_path / "out" / "train.jsonl")
     assert report.flags == {"call_in_text": 1}
-    for plain in (talk(("user", "q"), ("assistant", answer)), chat("q", answer)): assert reason_of(plain, strictness="strict") is None
+    for plain in (talk(("user", "q"), ("assistant", answer)), chat("q", answer)): assert reason_of(plain,
+            strictness="strict") is None
 
 
 @pytest.mark.parametrize("row", [
     talk(("user", "q"), ("call", 'f(x="what is <|im_end|>?")'), ("environment", "1"), ("assistant", "a"), tools=[FREE]),
-    talk(("user", BLOCK), ("call", "f(x=1)"), ("environment", f"<|im_start|>assistant\n{BLOCK}<|im_end|>"), ("assistant", "a"), tools=[FREE]),
+    talk(("user", BLOCK), ("call", "f(x=1)"), ("environment", f"<|im_start|>assistant\n{BLOCK}<|im_end|>"),
+         ("assistant", "a"), tools=[FREE]),
     talk(("user", "q"), ("assistant", "The token <|im_end|> ends a turn."), tools=[FREE])])
 def test_control_tokens_that_hide_no_call_are_kept(row):
     talk_, *_ = rows_read(row)
@@ -933,26 +938,32 @@ def rows_read(row):
 
 def test_checks_see_what_the_repairs_leave():
     assert reason_of({"messages": [message("assistant", "Hello!"), message("user", "bye")]}) == "no_user"
-    assert reason_of({"messages": [message("assistant", "Hello!"), message("user", "bye")]}, strictness="lenient") is None
+    assert reason_of({"messages": [message("assistant", "Hello!"), message("user", "bye")]},
+                     strictness="lenient") is None
     assert reason_of({"messages": [message("system", "s"), message("user", "bye")]}) == "no_assistant"
-    ends = {"messages": [message("user", "q"), message("assistant", "a"), message("user", "bye"), message("system", "s")]}
+    ends = {"messages": [message("user", "q"), message("assistant", "a"), message("user", "bye"),
+                         message("system", "s")]}
     assert [m["role"] for m in messages_of(ends)] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize("start", ["\n", "\n\n", "\r\n", " \n", "\n \t\n", "\u3000\n"])
 def test_line_breaks_before_an_answer_go(start, tmp_path):
-    row = talk(("user", "q"), ("assistant", start + "  code"), ("user", "q"), ("assistant", start + "Text.", CALL), ("environment", "\n1"),
+    row = talk(("user", "q"), ("assistant", start + "  code"), ("user", "q"), ("assistant", start + "Text.", CALL),
+               ("environment", "\n1"),
                ("assistant", " It is 1.\n"))
     found = messages_of(row)
-    assert [m["content"] for m in found if m["role"] == "assistant"] == ["  code", "Text.", " It is 1.\n"] and found[5]["content"] == "\n1"
-    report = convert_file(write_rows(tmp_path / "in.jsonl", [row]), tmp_path / "out" / "train.jsonl", strictness="strict")
+    assert [m["content"] for m in found if m["role"] == "assistant"] == ["  code", "Text.",
+            " It is 1.\n"] and found[5]["content"] == "\n1"
+    report = convert_file(write_rows(tmp_path / "in.jsonl", [row]), tmp_path / "out" / "train.jsonl",
+                          strictness="strict")
     assert report.repaired == {"leading_line_break": 1}
 
 
 def test_the_verdict_says_what_is_left_out(tokenizer):
     from proxy_sft.chat.parity import check_parity
     made = convert_row(chat("q", "a"))
-    odd = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "\na"}, {"role": "user", "content": "r"},
+    odd = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "\na"},
+                        {"role": "user", "content": "r"},
                         {"role": "assistant", "content": "b"}]}
     assert "left out" not in check_parity([made], tokenizer).verdict
     verdict = check_parity([made, odd], tokenizer).verdict
@@ -965,20 +976,25 @@ def test_the_verdict_says_what_is_left_out(tokenizer):
 @pytest.mark.parametrize("place", ["row", "message"])
 def test_a_row_that_cannot_be_read_is_that_rows_fault(tmp_path, extra, place):
     good = json.dumps(simple())
-    bad = good[:-1] + ", " + extra + "}" if place == "row" else good.replace('{"role": "user"', "{" + extra + ', "role": "user"')
+    bad = good[:-1] + ", " + extra + "}" if place == "row" else good.replace('{"role": "user"',
+            "{" + extra + ', "role": "user"')
     long_id = good.replace('"id": "t"', '"id": ' + "7" * 5_000)
     (tmp_path / "in.jsonl").write_text("\n".join([good, bad, long_id, good]) + "\n")
     report = convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl")
     assert (report.rows, report.kept, report.rejected) == (4, 2, {"unreadable_row": 2})
     assert [entry["line"] for entry in read_rows(tmp_path / "out" / "rejected.jsonl")] == [2, 3]
     (tmp_path / "in.jsonl").write_text(good + "\n" + '{"n": ' + "9" * 5_000 + ', "messages": [')
-    with pytest.raises(ConvertError, match="line 2.*cut off"): convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl")
+    with pytest.raises(ConvertError, match="line 2.*cut off"): convert_file(tmp_path / "in.jsonl",
+            tmp_path / "out" / "train.jsonl")
 
 
-TWICE = [('"id": "t"', '"id": "s", "id": "t"'), ('"role": "user"', '"role": "system", "role": "user"'), ('"content": "AAPL?"', '"content": "x", "content": "AAPL?"'),
-         ('"messages": [', '"messages": [], "messages": ['), ('"source_dataset"', '"source_dataset": "a", "source_dataset"'),
+TWICE = [('"id": "t"', '"id": "s", "id": "t"'), ('"role": "user"', '"role": "system", "role": "user"'),
+         ('"content": "AAPL?"', '"content": "x", "content": "AAPL?"'),
+         ('"messages": [', '"messages": [], "messages": ['), ('"source_dataset"', '"source_dataset": "a", '
+                                                                                  '"source_dataset"'),
          ('\\"name\\": \\"stock.quote\\"', '\\"name\\": \\"x\\", \\"name\\": \\"stock.quote\\"'),
-         ('\\"symbol\\": {', '\\"symbol\\": {\\"type\\": \\"integer\\"}, \\"symbol\\": {'), ('"id": "t"', '"meta": {"a": 1, "a": 2}, "id": "t"'),
+         ('\\"symbol\\": {', '\\"symbol\\": {\\"type\\": \\"integer\\"}, \\"symbol\\": {'),
+         ('"id": "t"', '"meta": {"a": 1, "a": 2}, "id": "t"'),
          ('"function_calls": null, "functions": null}', '"function_calls": null, "functions": null, "functions": null}')]
 
 

@@ -566,19 +566,26 @@ def chosen(paths, *more): return [f["path"] for f in choose_data_files(listed(*p
 
 
 @pytest.mark.parametrize("paths, wanted", [
-    (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"], [0, 1]),
-    (["constraints/test-0.parquet", "constraints/train-0.parquet"], [1]), (["post-training/test-0.parquet", "post-training/train-0.parquet"], [1]),
-    (["train.parquet", "latest.parquet", "validation.parquet"], [0]), (["a.parquet", "b.parquet"], [0, 1]), (["Train-1.parquet", "val-1.parquet"], [0]),
-    (["train/0000.parquet", "test/0000.parquet"], [0]), (["data/train/a.parquet", "data/dev/a.parquet"], [0]), (["training_3.parquet", "eval.parquet"], [0]),
-    (["default/partial-train/0000.parquet", "default/test/0000.parquet"], [0]), (["train_sft-00000-of-00001.parquet", "test_sft-00000-of-00001.parquet"], [0]),
+    (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"],
+     [0, 1]),
+    (["constraints/test-0.parquet", "constraints/train-0.parquet"], [1]),
+    (["post-training/test-0.parquet", "post-training/train-0.parquet"], [1]),
+    (["train.parquet", "latest.parquet", "validation.parquet"], [0]), (["a.parquet", "b.parquet"], [0, 1]),
+    (["Train-1.parquet", "val-1.parquet"], [0]),
+    (["train/0000.parquet", "test/0000.parquet"], [0]), (["data/train/a.parquet", "data/dev/a.parquet"], [0]),
+    (["training_3.parquet", "eval.parquet"], [0]),
+    (["default/partial-train/0000.parquet", "default/test/0000.parquet"], [0]),
+    (["train_sft-00000-of-00001.parquet", "test_sft-00000-of-00001.parquet"], [0]),
     (["train-00000-of-00001-0123456789abcdef.parquet", "test-00000-of-00001-0123456789abcdef.parquet"], [0])])
 def test_the_training_split_is_taken(paths, wanted): assert chosen(paths) == [paths[i] for i in wanted]
 
 
 @pytest.mark.parametrize("paths, words", [
-    (["train_sft-0.parquet", "train_gen-0.parquet"], "train_gen, train_sft.*dataset_split"), (["test.parquet", "validation.parquet"], "splits are test, validation"),
+    (["train_sft-0.parquet", "train_gen-0.parquet"], "train_gen, train_sft.*dataset_split"),
+    (["test.parquet", "validation.parquet"], "splits are test, validation"),
     (["constraints/test-0.parquet"], "splits are test"), (["en/train.parquet", "fr/train.parquet"], "configs are en, fr.*dataset_config"),
-    (["post-training/test-0.parquet", "constraints/test-0.parquet"], "configs are"), (["eval/0.parquet"], "splits are test"), (["a.parquet", "test.parquet"], "say none")])
+    (["post-training/test-0.parquet", "constraints/test-0.parquet"], "configs are"),
+    (["eval/0.parquet"], "splits are test"), (["a.parquet", "test.parquet"], "say none")])
 def test_a_choice_among_several_is_a_persons(paths, words):
     with pytest.raises(DownloadError, match=f"(?s){words}"): chosen(paths)
 
@@ -589,20 +596,24 @@ def test_the_settings_choose():
     assert chosen(paths, "en", "train_gen+train_sft") == [paths[1], paths[0]]
     for wrong in (("de",), ("en", "dev"), ("en", "train")):
         with pytest.raises(DownloadError, match="there is no (config|split)"): chosen(paths, *wrong)
-    card = [{"config_name": "small", "data_files": "fr/*", "default": True}, {"config_name": "big", "data_files": [{"split": "train", "path": ["en/train_*"]}]}]
+    card = [{"config_name": "small", "data_files": "fr/*", "default": True},
+            {"config_name": "big", "data_files": [{"split": "train", "path": ["en/train_*"]}]}]
     assert chosen(paths, None, None, card) == paths[3:] and chosen(paths, "big", None, card) == [paths[1], paths[0]]
 
 
 def test_another_split_of_the_hub_is_another_download(tmp_path):
-    files = {f"data/{split}-00000-of-00001.parquet": parquet(rows(n)) for split, n in (("train_sft", 3), ("train_gen", 4), ("test_sft", 5))}
+    files = {f"data/{split}-00000-of-00001.parquet": parquet(rows(n)) for split,
+             n in (("train_sft", 3), ("train_gen", 4), ("test_sft", 5))}
     with HubServer({"ex/data": Repo(files, kind="dataset")}) as hub:
         options = dict(endpoint=hub.url, token=False, margin=0)
         with pytest.raises(DownloadError, match="dataset_split"): download_dataset("ex/data", tmp_path / "d", **options)
         for split, count in (("train_sft", 3), ("train_gen", 4), ("train_gen+train_sft", 7)):
             assert download_dataset("ex/data", tmp_path / "d", split=split, **options)["train"]["rows"] == count
         hub.requests.clear()
-        assert download_dataset("ex/data", tmp_path / "d", split="train_gen+train_sft", **options)["train"]["rows"] == 7 and not hub.requests
-    one, two = (load_settings("qwen3_8b", workspace=str(tmp_path), dataset="ex/data", dataset_split=split) for split in ("a", None))
+        assert download_dataset("ex/data", tmp_path / "d", split="train_gen+train_sft",
+                                **options)["train"]["rows"] == 7 and not hub.requests
+    one, two = (load_settings("qwen3_8b", workspace=str(tmp_path), dataset="ex/data",
+                              dataset_split=split) for split in ("a", None))
     assert one.data_dir != two.data_dir and one.converted_dir != two.converted_dir
 
 
@@ -618,7 +629,8 @@ def test_local_data_of_every_ending_is_read_by_both_steps(tmp_path, name, named)
     if name.endswith(".parquet"): place.write_bytes(parquet(rows(9)))
     else: place.write_bytes({".gz": gzip.compress, ".zst": zstandard.compress}.get(place.suffix, bytes)(text))
     before = {p: p.stat().st_mtime_ns for p in place.parent.rglob("*")}
-    settings = load_settings("qwen3_8b", workspace=str(tmp_path / "w"), dataset=str(place if named == "file" else place.parent), strictness="lenient", max_rows=5)
+    settings = load_settings("qwen3_8b", workspace=str(tmp_path / "w"),
+                             dataset=str(place if named == "file" else place.parent), strictness="lenient", max_rows=5)
     from proxy_sft.data.local import dataset_job
     from contextlib import ExitStack
     with ExitStack() as stack: record = dataset_job(settings, stack, False, False, 0)[1]()

@@ -1,4 +1,5 @@
-"""What an outsider injects: made-up pickles, renamed and foreign checkpoints, refused starts, broken weights, secrets, garbage, full disks, long lines."""
+"""What an outsider injects: made-up pickles, renamed and foreign checkpoints, refused starts, broken weights, secrets,
+garbage, full disks, long lines."""
 import json
 import os
 import pickle
@@ -41,11 +42,13 @@ def make(folder: Path, names=("rng_state.pth",), step=None, **facts) -> Path:
 
 def act(module: str, name: str) -> bytes: # GLOBAL and REDUCE
     argument = b"touch CANARY"
-    return f"\x80\x02c{module}\n{name}\n(".encode("latin-1") + b"X" + len(argument).to_bytes(4, "little") + argument + b"tR."
+    return f"\x80\x02c{module}\n{name}\n(".encode("latin-1") + b"X" + len(argument).to_bytes(4,
+            "little") + argument + b"tR."
 
 
 @pytest.mark.parametrize("module, name", [
-    ("deepspeed.runtime.config", "os.system"), ("deepspeed.runtime.zero.config", "sys.exit"), ("torch", "os.system"), ("os", "system"),
+    ("deepspeed.runtime.config", "os.system"), ("deepspeed.runtime.zero.config", "sys.exit"), ("torch", "os.system"),
+    ("os", "system"),
     ("numpy", "os.system"), ("builtins", "eval"), ("deepspeed.runtime.config", "DeepSpeedConfig"), ("", "os.system")])
 def test_no_name_outside_the_list_is_loaded(tmp_path, module, name):
     torch_file(tmp_path / "optimizer.pt", act(module, name))
@@ -65,7 +68,8 @@ class Acting:
 def test_every_file_that_might_be_unpickled_is_looked_at_whatever_its_name(tmp_path, name, protocol):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    for write in (lambda: path.write_bytes(pickle.dumps(Acting(), protocol)), lambda: torch_file(path, pickle.dumps(Acting(), protocol))):
+    for write in (lambda: path.write_bytes(pickle.dumps(Acting(), protocol)),
+                  lambda: torch_file(path, pickle.dumps(Acting(), protocol))):
         write()
         with pytest.raises(checkpoints.CheckpointError): checkpoints.refuse_acting_pickles(tmp_path)
     assert not Path("CANARY").exists()
@@ -92,7 +96,8 @@ def test_what_is_complete_beyond_the_step_that_is_gone_on_from_is_refused(tmp_pa
     run_dir.mkdir()
     if kind == "final": checkpoint_writer.publish_final(last, run_dir)
     else: make(run_dir / kind, **foreign)
-    with pytest.raises(checkpoints.CheckpointError, match="of step 8 and another training, and this start would go on from step 4"):
+    with pytest.raises(checkpoints.CheckpointError, match="of step 8 and another training, and this start would go on "
+                                                          "from step 4"):
         checkpoints.checkpoint_to_resume(settings, FACTS)
 
 
@@ -106,7 +111,8 @@ def test_a_refused_start_changes_nothing_and_a_renamed_checkpoint_is_not_publish
     run_dir = tmp_path / "runs" / "r"
     before = contents(run_dir)
     assert atomic_folders.verify(run_dir / "checkpoint-4")["step"] == 4
-    for more in (dict(learning_rate=1e-5), dict(learning_rate=1e-5, resume=str(run_dir / "checkpoint-2")), dict(max_steps=8)):
+    for more in (dict(learning_rate=1e-5), dict(learning_rate=1e-5, resume=str(run_dir / "checkpoint-2")),
+                 dict(max_steps=8)):
         refused = run_training(**{**TINY, **more}, workspace=str(tmp_path), run_name="r")
         assert refused.returncode == 1 and "CheckpointError" in refused.stderr, refused.stderr
         assert contents(run_dir) == before
@@ -146,17 +152,22 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
 
 @pytest.mark.parametrize("name, value, shown", [
     ("GITHUB_PAT", "a1b2c3d4e5f6", "a1b2c3d4e5f6"), ("DATABASE_URL", "postgres://me:s3cr3t-pw@db/x", "s3cr3t-pw"),
-    ("SSH_PRIVATE_KEY", "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n-----END OPENSSH PRIVATE KEY-----", "b3BlbnNzaC1rZXktdjEAAAAA"),
-    ("MODE", "ghp_0123456789abcdefghijABCDEFGHIJ012345", "ghp_0123456789abcdefghijABCDEFGHIJ012345"), ("DB_PASSWORD", 'quo"te\\d-pw', 'quo"te\\d-pw'),
+    ("SSH_PRIVATE_KEY", "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n-----END OPENSSH PRIVATE "
+                        "KEY-----", "b3BlbnNzaC1rZXktdjEAAAAA"),
+    ("MODE", "ghp_0123456789abcdefghijABCDEFGHIJ012345", "ghp_0123456789abcdefghijABCDEFGHIJ012345"),
+    ("DB_PASSWORD", 'quo"te\\d-pw', 'quo"te\\d-pw'),
     ("BROKER", "amqp://u:longpassword@h", "longpassword"), ("PASSWORD", "metadata", "metadata")])
 def test_secrets_are_hidden_in_outputs_and_nowhere_else(tmp_path, name, value, shown):
     outputs = [{"output_type": "stream", "name": "stdout", "text": [f"it is {shown}\n", "and more"]},
                {"output_type": "error", "ename": "E", "evalue": shown, "traceback": [f"E: {shown}"]},
-               {"output_type": "display_data", "metadata": {}, "data": {"text/html": f"<b>{shown}</b>", "application/json": {"metadata": [shown]}}}]
-    notebook = {"cells": [{"cell_type": "code", "metadata": {"tags": []}, "source": ["metadata = {}"], "outputs": outputs}], "metadata": {}}
+               {"output_type": "display_data", "metadata": {},
+                "data": {"text/html": f"<b>{shown}</b>", "application/json": {"metadata": [shown]}}}]
+    notebook = {"cells": [{"cell_type": "code", "metadata": {"tags": []}, "source": ["metadata = {}"],
+                           "outputs": outputs}], "metadata": {}}
     files.AtomicNotebooks(files.secrets_of({name: value})).write(json.dumps(notebook), str(tmp_path / "a.ipynb"))
     found = json.loads((tmp_path / "a.ipynb").read_text())
-    assert shown not in json.dumps(found["cells"][0]["outputs"]).replace('"metadata": ', "") and json.dumps(shown)[1:-1] not in str(found["cells"][0]["outputs"][0])
+    assert shown not in json.dumps(found["cells"][0]["outputs"]).replace('"metadata": ',
+            "") and json.dumps(shown)[1:-1] not in str(found["cells"][0]["outputs"][0])
     assert found["cells"][0]["source"] == ["metadata = {}"] and set(found) == set(notebook) and "***" in json.dumps(found)
     log = files.LiveLog(tmp_path / "log", secrets=files.secrets_of({name: value}))
     for piece in ("x" * 20_000, shown[:5], shown[5:], "\x1b[2Jy" * 20_000, "\n"): log.write(piece)
@@ -180,7 +191,8 @@ def test_a_run_s_name_stays_in_runs(name):
 
 # ---- garbage
 
-GARBAGE = [b"", b"null", b"[1]", b'"x"', b"\xff\xfe\x00", b"[" * 100_000, b"{}", b'{"rank": 0}', b'{"rank": "0", "state": [], "host": 1}',
+GARBAGE = [b"", b"null", b"[1]", b'"x"', b"\xff\xfe\x00", b"[" * 100_000, b"{}", b'{"rank": 0}',
+           b'{"rank": "0", "state": [], "host": 1}',
            b'{"rank": 0, "state": "running", "host": "h", "pid": 1, "heartbeat": 1e400}', b"<html>"]
 
 
@@ -223,12 +235,14 @@ def test_fifty_megabytes_in_long_and_short_lines_are_copied_and_no_more(tmp_path
 def test_what_cannot_be_written_is_reported_in_memory(tmp_path, monkeypatch):
     reports = processes.Reports()
     monkeypatch.setenv("PROXY_SFT_REPORTS", reports.path)
-    status = ranks.RankStatus(tmp_path / "gone" / "rank-0.json", rank=0, cell=0, attempt=0, run="r", notebook="n", world_size=1)
+    status = ranks.RankStatus(tmp_path / "gone" / "rank-0.json", rank=0, cell=0, attempt=0, run="r", notebook="n",
+                              world_size=1)
     status.update(state="failed", failure=dict(rank=0, attempt=0, time=1.0, ename="OSError", evalue="No space left on device", traceback=""))
     found = [files.checked_record(one, files.STATE) for one in reports.read()]
     assert [s["state"] for s in found] == ["starting", "failed"] and found[-1]["failure"]["evalue"] == "No space left on device"
     folder = parameters.RunFolder(tmp_path / "deleted")
-    ranks.claim_failure(folder, dict(rank=0, attempt=0, time=1.0, ename="E", evalue="the first cause", traceback=""), 0.0)
+    ranks.claim_failure(folder, dict(rank=0, attempt=0, time=1.0, ename="E", evalue="the first cause", traceback=""),
+                        0.0)
     assert reports.read()[-1]["evalue"] == "the first cause"
     stop_requests.append_log(Path("/dev/full/logs/x"), "lost")
     log = files.LiveLog(Path("/dev/full"))
@@ -238,6 +252,7 @@ def test_what_cannot_be_written_is_reported_in_memory(tmp_path, monkeypatch):
 
 def test_the_rank_that_holds_up_the_others_is_named():
     import time
-    state = dict(rank=0, state="running", host="elsewhere", pid=7, heartbeat=time.time(), step=40, unmoved=3600.0, kernel_quiet=0.4)
+    state = dict(rank=0, state="running", host="elsewhere", pid=7, heartbeat=time.time(), step=40, unmoved=3600.0,
+                 kernel_quiet=0.4)
     assert worker.who_stalls([state, {**state, "rank": 1, "kernel_quiet": 3601.0}], time.time())[0]["rank"] == 1
     assert worker.who_stalls([state, {**state, "rank": 2, "step": 39}], time.time())[0]["rank"] == 2

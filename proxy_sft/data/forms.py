@@ -23,7 +23,8 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 READ_FIELDS = DOLCI_FIELDS.union(SWITCHES, REASONING, ("tools", "tool_calls", "function_call", "tool_call_id"))
 BOOKKEEPING = frozenset((
     "id", "message_id", "uuid", "parent_id", "conversation_id", "turn", "turn_id", "turn_identifier", "index",
-    "timestamp", "date", "created", "created_at", "updated_at", "create_time", "model", "model_name", "provider", "source",
+    "timestamp", "date", "created", "created_at", "updated_at", "create_time", "model", "model_name", "provider",
+    "source",
     "language", "lang", "country", "state", "hashed_ip", "header", "toxic", "redacted", "openai_id", "temperature",
     "top_p", "finish_reason", "stop_reason", "usage", "token_count", "num_tokens", "length"))
 ROW_TOOLS = ("tools", "functions")  # columns of a row
@@ -92,7 +93,8 @@ def read_arguments(
     "The arguments of one call."
     if arguments is None or isinstance(arguments, str) and not arguments.strip(): return {}
     if isinstance(arguments, str): arguments = read_text(arguments)
-    if type(arguments) is not dict: raise ValueError(f"arguments of {name} are a {type(arguments).__name__}, not an object")
+    if type(arguments) is not dict: raise ValueError(f"arguments of {name} are a {type(arguments).__name__}, not an "
+                                                     "object")
     write_value(arguments)
     return arguments
 
@@ -140,7 +142,8 @@ def read_switch(
     said = {field: message[field] for field in SWITCHES if message.get(field) is not None}
     if not said: return None
     odd = [field for field, value in said.items() if type(value) not in (bool, int, float) or value not in (0, 1)]
-    if odd: raise DefectError("loss_switch", f"{odd[0]} is {str(said[odd[0]])[:40]}, expected 0, 1, true or false", index)
+    if odd: raise DefectError("loss_switch", f"{odd[0]} is {str(said[odd[0]])[:40]}, expected 0, 1, true or false",
+                              index)
     values = {bool(value) for value in said.values()}
     if len(values) > 1: raise DefectError("loss_switch", f"{' and '.join(said)} contradict each other", index)
     return values.pop()
@@ -148,7 +151,8 @@ def read_switch(
 # %% ../../nbs/data/06_forms.ipynb #message
 def read_reasoning(message: dict, index: int) -> str: # "" for none
     "What an assistant thought, apart from its text."
-    found = {message[field]: field for field in REASONING if isinstance(message.get(field), str) and message[field].strip()}
+    found = {message[field]: field for field in REASONING if isinstance(message.get(field),
+            str) and message[field].strip()}
     odd = [field for field in REASONING if not isinstance(message.get(field), str) and not is_empty(message.get(field))]
     if odd or len(found) > 1 or found and message.get("role") != "assistant":
         where = odd or list(found.values())
@@ -192,7 +196,8 @@ def order_results(
     if len(order) != len(calls): return order
     for at, (_, name) in zip(order, calls):
         given = results[at].get("name")
-        if given and given != name: raise DefectError("count_mismatch", f"a result of {given!r} for a call of {name!r}", index + at)
+        if given and given != name: raise DefectError("count_mismatch", f"a result of {given!r} for a call of {name!r}",
+                                                      index + at)
     return order
 
 def with_results_in_order(

@@ -66,8 +66,10 @@ def carded(
         for entry in listed if isinstance(listed, list) else [listed] if listed else ():
             entry = entry if isinstance(entry, dict) else {"path": entry}
             patterns = entry.get("path") if isinstance(entry.get("path"), list) else [entry.get("path")]
-            files = [path for path in paths if any(fnmatch.fnmatchcase(path, str(p).removeprefix("./")) for p in patterns)]
-            found += [DataFile(path, str(config.get("config_name", "default")), str(entry.get("split") or placed(path).split))
+            files = [path for path in paths if any(fnmatch.fnmatchcase(path,
+                    str(p).removeprefix("./")) for p in patterns)]
+            found += [DataFile(path, str(config.get("config_name", "default")),
+                               str(entry.get("split") or placed(path).split))
                       for path in files]
     return list(dict.fromkeys(found))
 
@@ -93,7 +95,8 @@ def pick(
         raise ChoiceError(f"the {what}s are {listed}, none of them named", f"set dataset_{what} to one of them")
     chosen = wanted.split("+") if wanted not in names else [wanted]
     if missing := [name for name in chosen if name not in names]:
-        raise ChoiceError(f"there is no {what} {missing[0]!r}; the {what}s are {listed}", f"set dataset_{what} to one of them")
+        raise ChoiceError(f"there is no {what} {missing[0]!r}; the {what}s are {listed}",
+                          f"set dataset_{what} to one of them")
     return chosen
 
 def usual_split(splits: list[str]) -> Optional[str]: # None when a person has to choose
@@ -133,7 +136,8 @@ def row_files(folder: Path) -> list[str]: # paths below it, with slashes
 def two_forms(paths: list[str]) -> bool:
     "Whether lines and parquet files seem to hold the same rows."
     def name(path): return placed(path).split or PurePosixPath(path).name.split(".")[0].lower()
-    forms = [{name(path) for path in paths if path.lower().endswith(".parquet") == parquet} for parquet in (False, True)]
+    forms = [{name(path) for path in paths if path.lower().endswith(".parquet") == parquet} for parquet in (False,
+            True)]
     return bool(forms[0] & forms[1])
 
 def files_of_folder(
@@ -147,5 +151,6 @@ def files_of_folder(
     if not paths: return []
     chosen = choose_files(paths, config, split, configs)
     if two_forms(chosen):
-        raise ChoiceError(f"lines and parquet files of one split: {', '.join(chosen[:4])}", "name the file that is meant")
+        raise ChoiceError(f"lines and parquet files of one split: {', '.join(chosen[:4])}",
+                          "name the file that is meant")
     return [folder / path for path in chosen]
