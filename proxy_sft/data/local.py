@@ -24,7 +24,7 @@ from .hub import DownloadError, plain_words
 from .model_files import check_model_folder, finish_model
 from .plans import is_untouched, make_plan, one_at_a_time, read_manifest, write_manifest, write_whole
 from .rows import ConvertError
-from .transfer import check_disk, file_hash, is_the_file, MARGIN
+from .transfer import file_hash, is_the_file
 
 # %% ../../nbs/data/18_local.ipynb #local
 def check_lines(
@@ -80,7 +80,8 @@ def local_words(error: ConvertError) -> tuple[str, str]: # what came back, what 
     "Why a local path is no dataset."
     if error.reason == "missing_file" and "no " in error.found.split(".")[0]:
         return "there is no such file, and no folder with rows", "check the path, or name a hub dataset as owner/name"
-    if error.reason == "empty_file": return "the file is empty", "name a file with one JSON object with `messages` per line"
+    if error.reason == "empty_file": 
+        return "the file is empty", "name a file with one JSON object with `messages` per line"
     return error.found, "name one of them, or set dataset_config and dataset_split"
 
 # %% ../../nbs/data/18_local.ipynb #demo-record

@@ -61,12 +61,14 @@ CALL_TAG = re.compile(r"""(?: <\|?(?:\w+:)?(?:start_)?(?:function|tool)[ _-]?(?:
     | <(?:\w+:)?invoke\s+name= | <function=[^<>]{1,80}> | <\|python_tag\|> | \[TOOL_CALLS\] )
     (?P<body> [^<]{0,400} )""", re.X | re.I)
 CALL_BODY = re.compile(r"[{(]|<\w*(?:parameter|arg)|\bname\b", re.I)
-JSON_CALL = re.compile(r"""["'](?:name|function|function_name|tool|tool_name|action|recipient_name)["']\s*:\s*["']([^"']{1,200})["']""")
+JSON_CALL = re.compile(r"""["'](?:name|function|function_name|tool|tool_name|action|recipient_name)["']
+    \s*:\s*["']([^"']{1,200})["']""", re.X)
 
 def tagged_call(text: str) -> str: # "" when there is none
     "A call in tags, as models write it."
     for match in CALL_TAG.finditer(text):
-        if match[0].lower().startswith(("<invoke", "<function=")) or CALL_BODY.search(match["body"]): return match[0][:120]
+        is_named = match[0].lower().startswith(("<invoke", "<function="))
+        if is_named or CALL_BODY.search(match["body"]): return match[0][:120]
     return ""
 
 def bare_call(text: str, functions: dict) -> str: # functions: by name; "" when there is none

@@ -174,5 +174,6 @@ def required_of(
     listed, properties = parameters.get("required"), parameters.get("properties")
     names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     if isinstance(properties, dict):
-        names += [name for name, value in properties.items() if isinstance(value, dict) and value.get("required") is True]
+        names += [name for name, value in properties.items()
+                  if isinstance(value, dict) and value.get("required") is True]
     return list(dict.fromkeys(names))

@@ -152,7 +152,7 @@ def fetch_file(
 ) -> None: # raises DownloadError after a second wrong hash
     "Fetch one file, check its hash, give it its name."
     part = part_of(entry, folder)
-    for attempt in (1, 2):
+    for _ in range(2):
         with plain_words(f"{entry['path']} of {source}"): transfer_all(source, entry, part, progress)
         if is_the_file(part, entry): break
         part.unlink()
