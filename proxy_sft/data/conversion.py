@@ -144,12 +144,7 @@ def split_facts(choices: Choices) -> dict:
 FLUSHED_BYTES = 8 << 20  # of one file, before the disk is asked for them
 
 class Output:
-<<<<<<< HEAD
-    """A file that is written in order, and flushed while it grows; what `report.json` says of it is known with its last
-    line."""
-=======
     "A file that is written in order, and flushed while it grows; its facts are known with its last line."
->>>>>>> f1734b9 (Data notebooks within 120 columns)
     def __init__(self, path: Path, disk: ThreadPoolExecutor):
         self.path, self.stream, self.hasher, self.lines = path, open(path, "wb"), blake3(), 0
         self.disk, self.flushing, self.waiting = disk, None, 0  # waiting: bytes that no flush was asked for
@@ -223,12 +218,7 @@ def publish(aside: Path, target: Path, facts: dict) -> None:
 
 @contextlib.contextmanager
 def folder_aside(target: Path):
-<<<<<<< HEAD
-    """An empty folder beside the target that is gone afterwards, whatever happens; who converts into the same folder
-    waits."""
-=======
     "An empty folder beside the target, gone afterwards; who converts into the same folder waits."
->>>>>>> f1734b9 (Data notebooks within 120 columns)
     try:
         with one_at_a_time(target.parent / ".claim-files"):
             for left in target.parent.glob(".convert-*.part"): shutil.rmtree(left, ignore_errors=True)  # a killed run's
@@ -335,12 +325,7 @@ def check_choices(choices: Choices, target: Path, files: list[Path]) -> None:
             "up to, not including, 1, or a list of names.",
         )
     if choices.max_rows is not None and choices.max_rows < 1:
-<<<<<<< HEAD
-        raise ConvertError("bad_choice", f"max_rows is {choices.max_rows}; expected at least 1, or nothing for all "
-                                         "rows.")
-=======
         raise ConvertError("bad_choice", f"max_rows is {choices.max_rows}; expected at least 1, or none for all.")
->>>>>>> f1734b9 (Data notebooks within 120 columns)
     if choices.tool_chat_ratio is not None and not choices.tool_chat_ratio > 0:
         raise ConvertError(
             "bad_choice", f"tool_chat_ratio is {choices.tool_chat_ratio}; expected tool rows per chat row, more than 0."
@@ -381,17 +366,10 @@ def damaged_files(folder: Path, facts: dict) -> list[str]: # sentences without a
     def damage(entry):
         path = folder / Path(entry["name"]).name
         try:
-<<<<<<< HEAD
-            if path.stat().st_size != entry["bytes"]: return (f"{path.name} has {path.stat().st_size} bytes, "
-                                                              f"{entry['bytes']} were written, and it")
-            return "" if file_hash(path) == entry["blake3"] else (f"{path.name} has other bytes than were written, and "
-                                                                  "it")
-=======
             size = path.stat().st_size
             if size != entry["bytes"]: return f"{path.name} has {size} bytes, {entry['bytes']} were written, and it"
             if file_hash(path) == entry["blake3"]: return ""
             return f"{path.name} has other bytes than were written, and it"
->>>>>>> f1734b9 (Data notebooks within 120 columns)
         except OSError: return f"{path.name} is missing, and it"
     return [text for text in map(damage, facts["files"]) if text]
 

@@ -175,12 +175,7 @@ def keep_memory() -> None:
     bytes(31 << 20)  # never touched, freed at once; glibc takes the size of such a block as its new limit, up to 32 MiB
 
 def convert_apart(part: tuple, choices: tuple, path: str) -> tuple: # for `piece_from`
-<<<<<<< HEAD
-    """`convert_part` in another process: lines go through a file, which costs less than a pipe; the rest are plain
-    values."""
-=======
     "`convert_part` in another process: lines go through a file, cheaper than a pipe; the rest are plain values."
->>>>>>> f1734b9 (Data notebooks within 120 columns)
     piece = convert_part(Part(*part), Choices(*choices))
     with open(path, "wb") as stream: stream.writelines(piece.files.values())
     return {name: len(lines) for name, lines in piece.files.items()}, piece.marks, piece.facts, dict(piece.counts)
@@ -231,12 +226,7 @@ def input_files(
 
 # %% ../../nbs/data/11_files.ipynb #convert-zstd
 class ZstdBytes(io.RawIOBase):
-<<<<<<< HEAD
-    """The decompressed bytes of a zstd file; EOFError when its last frame is cut off, which the library's own reader
-    takes for the end."""
-=======
     "The decompressed bytes of a zstd file; EOFError when its last frame is cut, for the library's reader its end."
->>>>>>> f1734b9 (Data notebooks within 120 columns)
     def __init__(self, raw): # a binary file
         self.raw, self.frame, self.left, self.ready = raw, None, b"", memoryview(b"")
 
@@ -302,13 +292,8 @@ def text_parts(path: Path, line: int, hashers: Optional[dict]):
             block += stream.readline()
             hasher.update(block)
             ends = line_ends(block)
-<<<<<<< HEAD
-            yield Part(str(path), line, block, 0, str(path) if plain else "", at, len(block),
-                       ends), len(ends) or 1, None
-=======
             part = Part(str(path), line, block, 0, str(path) if plain else "", at, len(block), ends)
             yield part, len(ends) or 1, None
->>>>>>> f1734b9 (Data notebooks within 120 columns)
             line, at = line + (len(ends) or 1), at + len(block)
     if plain and hashers is not None: hashers[path] = hasher
 

@@ -93,13 +93,8 @@ def read_arguments(
     "The arguments of one call."
     if arguments is None or isinstance(arguments, str) and not arguments.strip(): return {}
     if isinstance(arguments, str): arguments = read_text(arguments)
-<<<<<<< HEAD
-    if type(arguments) is not dict: raise ValueError(f"arguments of {name} are a {type(arguments).__name__}, not an "
-                                                     "object")
-=======
     if type(arguments) is not dict:
         raise ValueError(f"arguments of {name} are a {type(arguments).__name__}, not an object")
->>>>>>> f1734b9 (Data notebooks within 120 columns)
     write_value(arguments)
     return arguments
 
@@ -147,14 +142,9 @@ def read_switch(
     said = {field: message[field] for field in SWITCHES if message.get(field) is not None}
     if not said: return None
     odd = [field for field, value in said.items() if type(value) not in (bool, int, float) or value not in (0, 1)]
-<<<<<<< HEAD
-    if odd: raise DefectError("loss_switch", f"{odd[0]} is {str(said[odd[0]])[:40]}, expected 0, 1, true or false",
-                              index)
-=======
     if odd:
         found = f"{odd[0]} is {str(said[odd[0]])[:40]}, expected 0, 1, true or false"
         raise DefectError("loss_switch", found, index)
->>>>>>> f1734b9 (Data notebooks within 120 columns)
     values = {bool(value) for value in said.values()}
     if len(values) > 1: raise DefectError("loss_switch", f"{' and '.join(said)} contradict each other", index)
     return values.pop()
@@ -162,13 +152,8 @@ def read_switch(
 # %% ../../nbs/data/06_forms.ipynb #message
 def read_reasoning(message: dict, index: int) -> str: # "" for none
     "What an assistant thought, apart from its text."
-<<<<<<< HEAD
-    found = {message[field]: field for field in REASONING if isinstance(message.get(field),
-            str) and message[field].strip()}
-=======
     found = {message[field]: field for field in REASONING
              if isinstance(message.get(field), str) and message[field].strip()}
->>>>>>> f1734b9 (Data notebooks within 120 columns)
     odd = [field for field in REASONING if not isinstance(message.get(field), str) and not is_empty(message.get(field))]
     if odd or len(found) > 1 or found and message.get("role") != "assistant":
         where = odd or list(found.values())
@@ -212,13 +197,8 @@ def order_results(
     if len(order) != len(calls): return order
     for at, (_, name) in zip(order, calls):
         given = results[at].get("name")
-<<<<<<< HEAD
-        if given and given != name: raise DefectError("count_mismatch", f"a result of {given!r} for a call of {name!r}",
-                                                      index + at)
-=======
         if given and given != name:
             raise DefectError("count_mismatch", f"a result of {given!r} for a call of {name!r}", index + at)
->>>>>>> f1734b9 (Data notebooks within 120 columns)
     return order
 
 def with_results_in_order(

@@ -108,12 +108,7 @@ def read_calls(talk: Talk,
     index: int, # position of the message
     text: Optional[str], # its `function_calls`
 ) -> list[dict]: # `{"name", "arguments"}`
-<<<<<<< HEAD
-    """The checked calls of a message in Dolci's spelling; [] when it has none, DefectError when they contradict
-    something."""
-=======
     "The checked calls of a message in Dolci's spelling; [] for none, DefectError when they contradict something."
->>>>>>> f1734b9 (Data notebooks within 120 columns)
     if not text: return []
     if type(text) is not str: raise DefectError("malformed_calls", f"expected text, found a {kind(text)}", index)
     if "\0" in text:
@@ -197,13 +192,8 @@ def switched_off(talk: Talk, start: int, end: int) -> bool: # DefectError(loss_s
     "Whether a turn is not to be trained."
     wanted = {talk.source[index].get("train", True) for index in range(start, end)
               if any(talk.source[index].get(field) for field in ("content", "calls", "function_calls", "reasoning"))}
-<<<<<<< HEAD
-    if len(wanted) > 1: raise DefectError("loss_switch", "two messages of one answer, one to be trained, one not",
-                                          start)
-=======
     if len(wanted) > 1:
         raise DefectError("loss_switch", "two messages of one answer, one to be trained, one not", start)
->>>>>>> f1734b9 (Data notebooks within 120 columns)
     return False in wanted
 
 def add_turn(talk: Talk, start: int, end: int, after: int) -> None: # `after`: first message behind the results
@@ -310,13 +300,8 @@ def read_tools(talk: Talk, given) -> None: # given: tools in the row's own colum
     if type(functions) not in (str, list, dict):
         raise DefectError("malformed_tools", f"expected text, found a {kind(functions)}", index)
     if any(other != functions and not same_tools(other, functions) for _, other in lists):
-<<<<<<< HEAD
-        raise DefectError("tools_elsewhere", f"two {'places' if given else 'messages'} bring different tools",
-                          lists[1][0])
-=======
         where = "places" if given else "messages"
         raise DefectError("tools_elsewhere", f"two {where} bring different tools", lists[1][0])
->>>>>>> f1734b9 (Data notebooks within 120 columns)
     if index >= 0 and role_of(talk.source[index]) != "system": talk.apply_policy("tools_elsewhere", index)
     tools = parse_tools(functions, notes := [])
     for code, found in notes: talk.apply_policy(code, index, found)
@@ -369,13 +354,8 @@ def check_controls(talk: Talk, written: bytes) -> None:
         if odd := [call["name"] for call in calls if ODD_NAME.search(call["name"])]:
             talk.apply_policy("unwritable_name", -1, f"the name {odd[0]!r}")
         elif parsed_back(message) != calls:
-<<<<<<< HEAD
-            talk.apply_policy("tool_call_in_text", -1, "read back, an answer has other calls: "
-                                                       f"{message['content'][:120]!r}")
-=======
             found = f"read back, an answer has other calls: {message['content'][:120]!r}"
             talk.apply_policy("tool_call_in_text", -1, found)
->>>>>>> f1734b9 (Data notebooks within 120 columns)
 
 # %% ../../nbs/data/08_rows.ipynb #convert-row-read
 def mended(message: dict) -> dict:

@@ -67,18 +67,10 @@ def carded(
         for entry in listed if isinstance(listed, list) else [listed] if listed else ():
             entry = entry if isinstance(entry, dict) else {"path": entry}
             patterns = entry.get("path") if isinstance(entry.get("path"), list) else [entry.get("path")]
-<<<<<<< HEAD
-            files = [path for path in paths if any(fnmatch.fnmatchcase(path,
-                    str(p).removeprefix("./")) for p in patterns)]
-            found += [DataFile(path, str(config.get("config_name", "default")),
-                               str(entry.get("split") or placed(path).split))
-                      for path in files]
-=======
             patterns = [str(pattern).removeprefix("./") for pattern in patterns]
             files = [path for path in paths if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)]
             name = str(config.get("config_name", "default"))
             found += [DataFile(path, name, str(entry.get("split") or placed(path).split)) for path in files]
->>>>>>> f1734b9 (Data notebooks within 120 columns)
     return list(dict.fromkeys(found))
 
 # %% ../../nbs/data/10_splits.ipynb #choose
@@ -144,13 +136,8 @@ def row_files(folder: Path) -> list[str]: # paths below it, with slashes
 def two_forms(paths: list[str]) -> bool:
     "Whether lines and parquet files seem to hold the same rows."
     def name(path): return placed(path).split or PurePosixPath(path).name.split(".")[0].lower()
-<<<<<<< HEAD
-    forms = [{name(path) for path in paths if path.lower().endswith(".parquet") == parquet} for parquet in (False,
-            True)]
-=======
     forms = [{name(path) for path in paths if path.lower().endswith(".parquet") == parquet}
              for parquet in (False, True)]
->>>>>>> f1734b9 (Data notebooks within 120 columns)
     return bool(forms[0] & forms[1])
 
 def files_of_folder(

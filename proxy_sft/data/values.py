@@ -323,13 +323,8 @@ def refuse_date(
     while start > max(0, pos - 10) and reader.text[start - 1] in "0123456789-/": start -= 1
     match = DATE_LIKE.match(reader.text, start)
     if match and re.search(r"[-/]0[0-9]", match[0]): return  # the leading zero is refused where it stands
-<<<<<<< HEAD
-    if match and match.end() > pos: raise reader.fail(start, "expression",
-                                                      f"a date or a number with dashes, {match[0]!r}")
-=======
     if match and match.end() > pos: 
         raise reader.fail(start, "expression", f"a date or a number with dashes, {match[0]!r}")
->>>>>>> f1734b9 (Data notebooks within 120 columns)
 
 # %% ../../nbs/data/01_values.ipynb #calls-element
 def finish_element(
