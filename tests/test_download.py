@@ -76,7 +76,7 @@ def environment(monkeypatch, tmp_path):
     "No address, token or log-in of this machine reaches a test; no bars in the logs."
     for name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"): monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(plans, "get_token", lambda: os.environ.get("HF_TOKEN"))
-    for module in (transfer, model_files, dataset_files, local): monkeypatch.setattr(module, "MARGIN", 0)
+    for module in (transfer, model_files, dataset_files): monkeypatch.setattr(module, "MARGIN", 0)
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
