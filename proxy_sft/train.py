@@ -33,7 +33,7 @@ def train(
     settings: Settings,
     prepared: Optional[Prepared] = None, # what `prepare(settings)` gave; made here when not given
 ) -> TrainResult: # the same on every rank
-    "Prepare, check_parity, train, checkpoint, publish. `StopRequested` after a stop that was asked for."
+    "Prepare, check parity, train, save checkpoints, publish. `StopRequested` after a stop that was asked for."
     with listening(), RunLock(settings.run_dir / ".lock") as lock:
         keep_memory_whole()
         if World.from_environment().rank == 0: require_health(settings, World.from_environment().size)
