@@ -21,23 +21,11 @@ import orjson
 # %% ../../nbs/chat/03_encoder.ipynb #imports-own
 from .masks import generation_prompt, IGNORED, supervise, turns_to_train
 from proxy_sft.chat.templates import (
-    apply_template, chat_template, control_pattern, control_tokens, encode_text, HEADER, ROW_ERRORS, serving_options,
-    STOP_TOKEN
+    apply_template, chat_template, control_pattern, control_tokens, encode_text, HEADER, json_text, ROW_ERRORS,
+    serving_options, STOP_TOKEN, tool_text
 )
 
 # %% ../../nbs/chat/03_encoder.ipynb #json-export
-_encoder = json.JSONEncoder(ensure_ascii=False)
-if json.encoder.c_make_encoder is None: json_text = _encoder.encode
-else:  # the compiled encoder, made once instead of at every call
-    _compiled = json.encoder.c_make_encoder(None, _encoder.default, json.encoder.c_encode_basestring, None, ": ", ", ",
-                                            False, False, True)
-    def json_text(
-        value: Any, # what JSON can say
-    ) -> str: # on one line; what `json.dumps(value, ensure_ascii=False)` writes, and what a template's `tojson` does
-        "A value as JSON text."
-        return "".join(_compiled(value, 0))
-
-
 def row_parts(
     row: dict, # a converted row as on disk (JSON text columns) or in memory (`messages`, `tools`)
 ) -> tuple[list, list]: # messages, tools
@@ -49,21 +37,22 @@ def row_parts(
 def _tools_frame(source: str) -> tuple[str, str]:
     "What the template writes before and after the tools."
     from transformers.utils.chat_template_utils import render_jinja_template
-    text = render_jinja_template([[{"role": "user", "content": "?"}]], tools=[{"a": 0}], chat_template=source)[0][0]
-    return tuple(text[len("<|im_start|>system\n"):text.index("<|im_start|>user")].split('\n{"a": 0}'))
+    chat, tool = [{"role": "user", "content": "?"}], {"name": "a"}
+    text = render_jinja_template([chat], tools=[tool], chat_template=source)[0][0]
+    return tuple(text[len("<|im_start|>system\n"):text.index("<|im_start|>user")].split("\n" + tool_text(tool)))
 
 
 def _tools_text(frame: tuple, tools: Optional[list]) -> str:
     "The tools' part of the system turn; empty for none."
-    return f"{frame[0]}{''.join([chr(10) + json_text(tool) for tool in tools])}{frame[1]}" if tools else ""
+    return f"{frame[0]}{''.join([chr(10) + tool_text(tool) for tool in tools])}{frame[1]}" if tools else ""
 
 
 def _call_turn(call: dict) -> str:
     "A call in an answer."
     function = call["function"]
     name, arguments = function["name"], function["arguments"]
-    if not isinstance(name, str): raise TypeError("a name that is no text")
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments if isinstance(arguments, str) else json_text(arguments)}}}\n</tool_call>'
+    if not isinstance(name, str) or type(arguments) is not dict: raise TypeError("a call out of the ordinary")
+    return f'<tool_call>\n{{"name": {json_text(name)}, "arguments": {json_text(arguments)}}}\n</tool_call>'
 
 # %% ../../nbs/chat/03_encoder.ipynb #chatml-export
 def chatml_text(
@@ -87,6 +76,7 @@ def chatml_text(
             if last == "tool": out.append("<|im_end|>\n")
             if role == "assistant":
                 if calls := message.get("tool_calls"):
+                    content = content.strip()
                     content = "\n".join([content] * bool(content) + [_call_turn(c) for c in calls])
                 out.append(f"<|im_start|>assistant\n{think}{content}<|im_end|>\n")
             elif role == "user" or role == "system": out.append(f"<|im_start|>{role}\n{content}<|im_end|>\n")
@@ -149,6 +139,7 @@ class Renderer(Coder):
         self._jinja = minijinja.Environment(templates={"chat": self.source}, trim_blocks=True, lstrip_blocks=True,
                                             auto_escape_callback=lambda name: False)
         self._jinja.add_filter("tojson", json_text)
+        self._jinja.add_filter("trim", str.strip)  # Rust knows fewer white spaces than Python
         self._jinja.render_template("chat", messages=[{"role": "user", "content": ""}], **self.options)
         thoughts = {chat_template("nothink"): "", chat_template("empty_think"): "<think>\n\n</think>\n\n"}
         if direct: self._think = thoughts.get(self.source)

@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'Inspection', 'server_prompts', 'TurnParity', 'turn_parity', 'normal_form', 'call_text', 'parse_back',
-           'lost_parts']
+           'lost_parts', 'ServerTurn', 'server_turns', 'misread_turns']
 
 # %% ../../nbs/chat/05_parity_turns.ipynb #imports
 import json
 import unicodedata
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 
 # %% ../../nbs/chat/05_parity_turns.ipynb #imports-own
-from .encoder import ChatEncoder, json_text, Renderer
+from .encoder import ChatEncoder, Renderer
 from .masks import answer_is_on, generation_prompt
+from .replies import misread
+from .servers import api_messages, RefusedRequest, server_models, SERVERS
 from proxy_sft.chat.templates import (
-    ChatError, control_tokens, encode_text, render_marked, served_template, serving_options, STOP_TOKEN
+    chat_template, ChatError, control_tokens, encode_text, json_text, render_marked, ROW_ERRORS,
+    served_template, serving_options, STOP_TOKEN, tool_text
 )
 
 # %% ../../nbs/chat/05_parity_turns.ipynb #inspection-export
@@ -27,10 +30,13 @@ ROLES = ("system", "user", "assistant", "tool")
 
 class Inspection:
     "What is needed to measure rows under a template; making it takes a second, so it is made once."
-    def __init__(self, tokenizer: Any, template: str = "nothink", train_on: str = "all", fast: bool = True):
+    def __init__(self, tokenizer: Any, template: str = "nothink", train_on: str = "all", fast: bool = True,
+                 servers: tuple = tuple(SERVERS)): # whose prompts are compared, keys of `SERVERS`
         self.tokenizer, self.template, self.train_on = tokenizer, template, train_on
         self.encoder = ChatEncoder(tokenizer, template, train_on, fast)
         self.server = Renderer(tokenizer, served_template(template), serving_options(template), fast, direct=False)
+        self.servers, self.known_tools = server_models(servers), {}
+        self.writes_fields = self.server.source in (chat_template("nothink"), chat_template("empty_think"))
         control = control_tokens(tokenizer)
         self.start, self.stop = control["<|im_start|>"], control[STOP_TOKEN]
         self.open, self.close = control.get("<tool_call>", -1), control.get("</tool_call>", -1)
@@ -148,12 +154,90 @@ def lost_parts(
     "What the data says and the model does not read."
     text, lost = inspection.server.decode(ids), []
     for i, message in enumerate(messages):
-        if isinstance(message.get("content"), str) and normal_form(message["content"]) not in text:
-            lost.append(("content", i, message["content"]))
+        content = message.get("content")
+        if message.get("tool_calls") and inspection.writes_fields: content = (content or "").strip()  # see the template
+        if isinstance(content, str) and normal_form(content) not in text: lost.append(("content", i, content))
+    written = tool_text if inspection.writes_fields else json_text
     for i, tool in enumerate(tools or []):
-        if normal_form(json_text(tool)) not in text: lost.append(("tool", i, json_text(tool)))
+        if normal_form(written(tool)) not in text: lost.append(("tool", i, written(tool)))
     for turn in turns:
         calls = [normal_form(call_text(call)) for call in messages[turn.message].get("tool_calls") or []]
         if calls == parse_back(inspection, ids[slice(*turn.body)]): continue
         lost.append(("calls", turn.message, "; ".join(calls)))
     return lost
+
+# %% ../../nbs/chat/05_parity_turns.ipynb #server-turn-export
+@dataclass(frozen=True)
+class ServerTurn:
+    "A supervised turn at one server."
+    message: int  # index into messages
+    outcome: str  # same, differs, changed, refused
+    reason: str   # in words; empty when it is the same
+
+
+def _said(messages: list, tools: Optional[list]) -> list:
+    "What a conversation says, apart from the spelling: (what it is, its value) in order."
+    out = [("tools", [tool_text(tool) for tool in tools or []])]
+    for message in messages:
+        content, calls = message.get("content") or "", message.get("tool_calls") or []
+        text = content if isinstance(content, str) else " ".join(part["text"] for part in content)
+        functions = [call.get("function", call) for call in calls]
+        role = message["role"].replace("developer", "system")
+        out += [("roles", role), ("text beside a call" if calls else "a text", text.strip() if calls else text),
+                ("arguments", json_text([[f["name"], f["arguments"]] for f in functions]))]
+    return out
+
+
+def _changed(data: tuple, view: tuple) -> str:
+    "What a server changed; empty when it says what the data say."
+    pairs = zip(_said(*data), _said(*view), strict=False)
+    return next((what for (what, ours), (_, theirs) in pairs if ours != theirs), "")
+
+# %% ../../nbs/chat/05_parity_turns.ipynb #server-turns-export
+def server_turns(
+    inspection: Inspection, # template, tokenizer, servers
+    server: str, # a key of `SERVERS`
+    messages: list[dict], # one conversation
+    tools: list[dict], # its tools
+    turns: list[TurnParity], # of `turn_parity`
+) -> list[ServerTurn]: # one for each supervised turn
+    "What a server's prompt of each supervised turn is, beside the one that the template makes of the data."
+    view, render, out = inspection.servers[server].view, inspection.server.text, []
+    sent, known = api_messages(messages), json.loads(json_text(tools)) if tools else None
+    for turn in turns:
+        if not turn.supervised: continue
+        try:
+            given = view(sent[:turn.message], known, inspection.server.source)
+            theirs, ours = render(*given, generate=True), render(messages[:turn.message], tools, generate=True)
+        except RefusedRequest as error: outcome, reason = "refused", str(error)
+        except ROW_ERRORS: outcome, reason = "refused", "the template refuses it"
+        else: outcome, reason = _compared(inspection, ours, theirs, (messages[:turn.message], tools), given)
+        out.append(ServerTurn(turn.message, outcome, reason))
+    return out
+
+
+def _compared(inspection: Inspection, ours: str, theirs: str, data: tuple, given: tuple) -> tuple[str, str]:
+    "Outcome and reason."
+    if ours == theirs: return "same", ""
+    ids, offsets = inspection.server.ids([ours, theirs])
+    if np.array_equal(ids[:offsets[1]], ids[offsets[1]:]): return "same", ""
+    reason = _changed(data, given)
+    return ("changed", reason) if reason else ("differs", "the template writes the same in another way")
+
+# %% ../../nbs/chat/05_parity_turns.ipynb #misread-export
+def misread_turns(
+    inspection: Inspection, # template, tokenizer, servers
+    server: str, # a key of `SERVERS`
+    messages: list[dict], # one conversation
+    tools: list[dict], # its tools
+    ids: np.ndarray, # its training ids
+    turns: list[TurnParity], # of `turn_parity`
+) -> list[tuple]: # (message, reason) of each supervised turn whose calls the server's parser reads otherwise
+    "Which calls do not come back."
+    out = []
+    for turn in turns:
+        calls = messages[turn.message].get("tool_calls")
+        if not (calls and turn.supervised): continue
+        text = inspection.server.decode(ids[slice(*turn.body)]).removesuffix(STOP_TOKEN)
+        if reason := misread(server, text, calls, tools): out.append((turn.message, reason))
+    return out

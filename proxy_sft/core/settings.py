@@ -119,6 +119,9 @@ class Rendering(Group):
         "auto", description="whether all machines see one workspace; auto probes"
     )
     parity: Literal["require", "warn"] = Field("require", description="what a failed parity check does to the run")
+    parity_servers: list[Literal["vllm", "sglang", "transformers"]] = Field(
+        ["vllm", "sglang", "transformers"], description="servers whose prompts the parity check compares with what is trained"
+    )
 
 # %% ../../nbs/core/01_settings.ipynb #training
 class Training(Group):

@@ -105,7 +105,8 @@ def parity_html(settings: Settings, folder: Path) -> str: # empty when no prepar
     found = read_json(settings.prepared_dir / key / "parity.json") if key else None
     if not found: return ""
     parity = ParityReport(
-        found["template"], found["train_on"], found["counts"], found["examples"], found.get("fallback", "")
+        found["template"], found["train_on"], found["counts"], found["examples"], found.get("fallback", ""),
+        tuple(found.get("servers", ()))
     )
     return (f"<p><strong>{'passed' if found['passed'] else 'FAILED'}</strong>: {html.escape(found['verdict'])}</p>"
             + html_table(parity_table(parity), ("counted", "")))

@@ -37,12 +37,15 @@ KEY_SETTINGS = (
     "max_eval_samples",
     "full_sequence_loss",
     "seed",
+    "parity_servers",
 )
 KEY_MODULES = (
     "chat/templates",
     "chat/masks",
     "chat/encoder",
     "chat/saving",
+    "chat/servers",
+    "chat/replies",
     "chat/parity_turns",
     "chat/parity_counts",
     "chat/parity",

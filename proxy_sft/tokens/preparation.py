@@ -165,7 +165,8 @@ def check_train_parity(
             bar.update(rows - bar.n)
             progress(f"train: {rows:,} of {count:,} rows certified")
         found = check_parity(
-            rows, tokenizer, settings.template, settings.train_on, processes, lines=lines, starts=starts, progress=told
+            rows, tokenizer, settings.template, settings.train_on, processes, lines=lines, starts=starts,
+            servers=tuple(settings.parity_servers), progress=told
         )
     (aside / "parity.json").write_text(found.to_json(), encoding="utf-8")
     return found.passed
