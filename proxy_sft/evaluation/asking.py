@@ -251,6 +251,8 @@ def ask_server(
 ) -> tuple[list[Reply], list, list]: # replies; no losses
     "The same questions over HTTP; rank 0 asks."
     from proxy_sft.evaluation.generation import gathered, place
+    if name == "tuned" and place()[0] == 0:  # the base model's server has a template of its own
+        if found := server.compare_prompts(questions.turns, questions.prompts): print(found)
     with progress(name, len(questions.turns), " turns") as bar:
         def told(count):
             bar.update(count)
