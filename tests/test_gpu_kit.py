@@ -23,3 +23,14 @@ def test_its_scripts_are_sound_and_name_what_exists():
     text = (ROOT / "benchmarks" / "gpu" / "run.sh").read_text(encoding="utf-8")
     assert all((ROOT / name).is_file() for name in ("benchmarks/train.py",
                                                     "tests/test_gpu.py")) and "proxy_sft.training.attention" in text
+
+
+def test_an_attention_that_raises_what_nobody_expected_is_named_with_its_error():
+    "As with PyTorch 2.11, whose packed attention lacked an argument: the slower choice must not be a quiet one."
+    from proxy_sft.training.attention import UNEXPECTED, tried, warn_of
+
+    def packed_attention(query): return query
+    problem, found = tried(lambda: packed_attention(query=0, enable_gqa=True), "torch_varlen")
+    assert found is None and UNEXPECTED in problem
+    with pytest.warns(RuntimeWarning, match="torch_varlen is installed.*TypeError.*enable_gqa"):
+        warn_of("torch_varlen", problem)
