@@ -37,7 +37,8 @@ def convert(
     with one_at_a_time(settings.converted_dir / ".claim-conversion"):
         wanted = {"inputs": hashes(files), "choices": choices.__dict__, **about}
         if not (why := what_changed(settings.converted_dir, target, wanted)):
-            return report_from(read_report(target.parent), target.parent, "nothing has changed since the last conversion")
+            return report_from(read_report(target.parent), target.parent,
+                               "nothing has changed since the last conversion")
         num_proc = process_count(settings.num_proc)
         report = convert_file(files, target, **choices.__dict__, num_proc=num_proc, progress=progress, about=about,
                               may_repeat=is_path(settings.dataset))
@@ -50,7 +51,8 @@ def rejections(report: ConvertReport) -> Table:
     rows = []
     for reason, count in sorted(report.rejected.items(), key=lambda pair: -pair[1]):
         example, = report.examples(reason)
-        rows.append([reason, meaning(reason), count, f"line {example['line']}: {example['message'][:100]}", action(reason, "strict"), action(reason, "lenient")])
+        rows.append([reason, meaning(reason), count, f"line {example['line']}: {example['message'][:100]}",
+                     action(reason, "strict"), action(reason, "lenient")])
     return Table(rows, ("reason", "what is found", "rows", "an example", "under strict", "under lenient"))
 
 def source_figure(report: ConvertReport): # a matplotlib figure

@@ -13,7 +13,8 @@ from .core.settings import Settings
 from .core.stop_requests import listening
 from .evaluation.answers import choose_turns
 from proxy_sft.evaluation.asking import (
-    ask_model, ask_server, forget_answers, model_folders, prepare_questions, require_same_heldout, save_evaluation, shown
+    ask_model, ask_server, forget_answers, model_folders, prepare_questions, require_same_heldout, save_evaluation,
+    shown
 )
 from .evaluation.scores import Evaluation, judge
 
@@ -28,7 +29,8 @@ def evaluate(
     batch_size: int = 32, # turns per batch at most
     batch_tokens: int = 65536, # prompt and answer tokens per batch at most, for the memory's sake
     max_chat_rows: int = 100, # plain conversations of the forgetting check
-    servers: Optional[dict[str, Any]] = None, # `base` or `tuned` -> a `servers.Server` that is asked instead of the folder's model
+    # `base` or `tuned` -> a `servers.Server` that is asked instead of the folder's model
+    servers: Optional[dict[str, Any]] = None,
 ) -> Evaluation: # on every rank; also written to run_dir/evaluation.json; EvaluateError when something is missing
     "Base and tuned model on the same held-out turns; goes on where a killed one was."
     from transformers import AutoTokenizer

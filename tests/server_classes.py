@@ -1,7 +1,9 @@
-"""What the published request classes of vLLM and SGLang make of requests: python server_classes.py NAME FOLDER < requests > answers
+"""What the published request classes of vLLM and SGLang make of requests: python server_classes.py NAME FOLDER <
+requests > answers
 
-FOLDER holds the unpacked wheel (and `openai_harmony`, `partial_json_parser`, `pybase64`), which was not installed: only the modules named here are imported as they are. What they import besides
-(kernels, engines, other servers) is a stand-in that does nothing, since nothing of it is called. Each line in and out is JSON."""
+FOLDER holds the unpacked wheel (and `openai_harmony`, `partial_json_parser`, `pybase64`), which was not installed: only
+the modules named here are imported as they are. What they import besides (kernels, engines, other servers) is a
+stand-in that does nothing, since nothing of it is called. Each line in and out is JSON."""
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -17,8 +19,10 @@ REAL = {
              "entrypoints.serve.engine.protocol", "renderers.chat_utils", "renderers.chat_utils.chat_message",
              "renderers.chat_utils.content_parser", "renderers.chat_utils.item_tracker", "renderers.chat_utils.types",
              "renderers.hf", "tool_parsers.abstract_tool_parser", "tool_parsers.hermes_tool_parser"],
-    "sglang": ["srt.entrypoints.openai.protocol", "srt.entrypoints.openai.serving_chat", "srt.parser.jinja_template_utils",
-               "srt.function_call.base_format_detector", "srt.function_call.core_types", "srt.function_call.qwen25_detector",
+    "sglang": ["srt.entrypoints.openai.protocol", "srt.entrypoints.openai.serving_chat",
+               "srt.parser.jinja_template_utils",
+               "srt.function_call.base_format_detector", "srt.function_call.core_types",
+               "srt.function_call.qwen25_detector",
                "srt.function_call.utils"],
 }
 
@@ -66,8 +70,10 @@ class Wheel(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if name.split(".")[0] not in (self.package, "xgrammar"): return None
         if name not in self.real: return importlib.machinery.ModuleSpec(name, self, is_package=True)
         base = self.folder / name.replace(".", "/")
-        if base.with_suffix(".py").exists(): return importlib.util.spec_from_file_location(name, base.with_suffix(".py"))
-        return importlib.util.spec_from_file_location(name, base / "__init__.py", submodule_search_locations=[str(base)])
+        if base.with_suffix(".py").exists(): return importlib.util.spec_from_file_location(name,
+                base.with_suffix(".py"))
+        return importlib.util.spec_from_file_location(name, base / "__init__.py",
+                                                      submodule_search_locations=[str(base)])
 
     def create_module(self, spec): return StandInModule(spec.name)
     def exec_module(self, module): pass
@@ -80,8 +86,10 @@ def vllm():
     parser = importlib.import_module("vllm.tool_parsers.hermes_tool_parser").Hermes2ProToolParser
     class Model: multimodal_config, enable_prompt_embeds = None, False
     def view(messages, tools, source):
-        request = protocol.ChatCompletionRequest(model="m", messages=messages, **({} if tools is None else {"tools": tools}))
-        out, _, _ = utils.parse_chat_messages(request.messages, Model(), hf._detect_content_format(source, default="string"))
+        request = protocol.ChatCompletionRequest(model="m", messages=messages,
+                                                 **({} if tools is None else {"tools": tools}))
+        out, _, _ = utils.parse_chat_messages(request.messages, Model(),
+                                              hf._detect_content_format(source, default="string"))
         if any(m["role"] == "developer" for m in out) and not hf._detect_developer_role_support(source):
             out = hf._consolidate_system_messages(hf._convert_developer_to_system(out))
         return out, None if request.tools is None else [tool.model_dump() for tool in request.tools]
@@ -98,9 +106,11 @@ def sglang():
     template = importlib.import_module("sglang.srt.parser.jinja_template_utils")
     detector = importlib.import_module("sglang.srt.function_call.qwen25_detector")
     base = importlib.import_module("sglang.srt.function_call.base_format_detector")
-    base.envs = types.SimpleNamespace(SGLANG_FORWARD_UNKNOWN_TOOLS=types.SimpleNamespace(get=lambda: False)) # its default
+    # its default
+    base.envs = types.SimpleNamespace(SGLANG_FORWARD_UNKNOWN_TOOLS=types.SimpleNamespace(get=lambda: False))
     def view(messages, tools, source):
-        request = protocol.ChatCompletionRequest(model="m", messages=messages, **({} if tools is None else {"tools": tools}))
+        request = protocol.ChatCompletionRequest(model="m", messages=messages,
+                                                 **({} if tools is None else {"tools": tools}))
         if not request.messages: raise ValueError("Messages cannot be empty.")
         for tool in request.tools or []: # as `_validate_request` does
             if tool.function.parameters is None: continue
@@ -121,7 +131,8 @@ def sglang():
 
 
 def plain(message): # what a template may read
-    calls = [{"function": {key: call["function"].get(key) for key in ("name", "arguments")}} for call in message.get("tool_calls") or []]
+    calls = [{"function": {key: call["function"].get(key) for key in ("name",
+                                                                      "arguments")}} for call in message.get("tool_calls") or []]
     return {"role": message["role"], "content": message.get("content"), "tool_calls": calls}
 
 

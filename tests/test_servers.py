@@ -1,5 +1,5 @@
-"""What servers hand to the template and read from answers: our models against recorded answers of the published request classes, and against the classes themselves (PROXY_SFT_SOAK=1);
-every spelling of tools and messages gives one text."""
+"""What servers hand to the template and read from answers: our models against recorded answers of the published request
+classes, and against the classes themselves (PROXY_SFT_SOAK=1); every spelling of tools and messages gives one text."""
 import copy
 import json
 import os
@@ -26,7 +26,7 @@ from proxy_sft.demo.rows import demo_rows
 from proxy_sft.demo.tokenizer import build_demo_tokenizer, demo_texts
 from server_classes import plain
 from server_requests import requests, spelt_tool
-from test_chat import random_chat, REAL, SHARED
+from test_chat import random_chat, SHARED
 
 HERE = Path(__file__).resolve().parent
 RECORDED = HERE / "server_answers.json"
@@ -43,7 +43,8 @@ def ours(server, asked):
     if "text" in asked:
         content, calls = READERS[server](asked["text"], asked["tools"])
         return [content, [list(call) for call in calls]]
-    try: messages, tools = SERVERS[server].view(copy.deepcopy(asked["messages"]), copy.deepcopy(asked["tools"]), asked["source"])
+    try: messages, tools = SERVERS[server].view(copy.deepcopy(asked["messages"]), copy.deepcopy(asked["tools"]),
+                                                asked["source"])
     except RefusedRequest: return "refused"
     return [[plain(message) for message in messages], tools]
 
@@ -53,10 +54,12 @@ def theirs(answer): return "refused" if "refused" in answer else answer
 
 def equal(one, other):
     "Equal with the order of keys inside tools (a template may write them in that order)."
-    return json.dumps(one) == json.dumps(other) or (one == other and [*map(ordered, one[1] or [])] == [*map(ordered, other[1] or [])])
+    return json.dumps(one) == json.dumps(other) or (one == other and [*map(ordered, one[1] or [])] == [*map(ordered,
+            other[1] or [])])
 
 
-def ordered(tool): return json.dumps(tool["function"]) if isinstance(tool, dict) and "function" in tool else json.dumps(tool)
+def ordered(tool): return json.dumps(tool["function"]) if isinstance(tool,
+                                                                     dict) and "function" in tool else json.dumps(tool)
 
 
 def questions(count, seed):
@@ -68,12 +71,19 @@ def questions(count, seed):
 def answers(count, seed):
     "Answers of a model, ordinary and odd."
     chance = random.Random(seed)
-    tools = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("f", "weather.forecast")]
-    pieces = ('<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>', '<tool_call>\n{"name": "weather.forecast", "arguments": {"city": "Z\u00fcrich \\"\u6771\\""}}\n</tool_call>',
-              '<tool_call>\n{"name": "other", "arguments": {}}\n</tool_call>', '<tool_call>{"name": "f", "arguments": {}}</tool_call>',
-              '<tool_call>\n{"name": "f", "arguments": {"t": "</tool_call>"}}\n</tool_call>', "<tool_call>\n{nonsense}\n</tool_call>",
-              '<tool_call>\n{"name": "f", "arguments": {"big": 123456789012345678901234567890, "y": 1e22}}', "Let me see.", " \n", "</tool_call>",
-              '<tool_call>\n{"name": "f"}\n</tool_call>', '<tool_call>\n{"name": "f", "parameters": {"x": 2}, "arguments": {}}\n</tool_call>')
+    tools = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("f",
+            "weather.forecast")]
+    pieces = ('<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>',
+              '<tool_call>\n{"name": "weather.forecast", "arguments": {"city": "Z\u00fcrich \\"\u6771\\""}}\n'
+              '</tool_call>',
+              '<tool_call>\n{"name": "other", "arguments": {}}\n</tool_call>',
+              '<tool_call>{"name": "f", "arguments": {}}</tool_call>',
+              '<tool_call>\n{"name": "f", "arguments": {"t": "</tool_call>"}}\n</tool_call>',
+              "<tool_call>\n{nonsense}\n</tool_call>",
+              '<tool_call>\n{"name": "f", "arguments": {"big": 123456789012345678901234567890, "y": 1e22}}',
+              "Let me see.", " \n", "</tool_call>",
+              '<tool_call>\n{"name": "f"}\n</tool_call>', '<tool_call>\n{"name": "f", "parameters": {"x": 2}, '
+                                                          '"arguments": {}}\n</tool_call>')
     for _ in range(count): yield "\n".join(chance.choice(pieces) for _ in range(chance.randint(1, 3))), tools
 
 
@@ -93,7 +103,8 @@ def published(server, folder):
     kept = os.environ.get("PROXY_SFT_WHEELS")
     if kept and (Path(kept) / server).is_dir(): return Path(kept)
     wanted = [f"{server}=={SERVERS[server].version}", "openai_harmony", "partial-json-parser", "pybase64"]
-    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", folder, *wanted], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "-d", folder,
+                    *wanted], check=True)
     for wheel in Path(folder).glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             big = wheel.name.startswith(("vllm", "sglang"))
@@ -105,7 +116,8 @@ def published(server, folder):
 def answered(server, asked, folder):
     "What the published classes say to each question."
     lines = "".join(json.dumps(question) + "\n" for question in asked)
-    done = subprocess.run([sys.executable, HERE / "server_classes.py", server, folder], input=lines, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, HERE / "server_classes.py", server, folder], input=lines,
+                          capture_output=True, text=True)
     assert not done.returncode, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -131,7 +143,8 @@ def without_differences(message):
 
 
 def test_every_spelling_of_a_request_gives_one_text_at_every_server(tokenizer):
-    "2,000 requests: contents as text, null and lists of parts, ids, names, developer, white space, arguments in any spelling, tools in any order with any keys."
+    """2,000 requests: contents as text, null and lists of parts, ids, names, developer, white space, arguments in any
+    spelling, tools in any order with any keys."""
     source, served = chat_template(), Counter()
     for request in requests(2000, 7):
         messages, tools, texts = [without_differences(message) for message in copy.deepcopy(request["messages"])], request["tools"], {}
@@ -160,7 +173,8 @@ def test_two_thousand_spellings_of_a_tool_give_one_line(tokenizer):
     assert len(seen) > 50
 
 
-REFUSED = ({"role": "function", "content": "x"}, {"role": "user", "content": [{"type": "image"}]}, {"role": "user", "content": ["x"]},
+REFUSED = ({"role": "function", "content": "x"}, {"role": "user", "content": [{"type": "image"}]},
+           {"role": "user", "content": ["x"]},
            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": None, "arguments": {}}}]})
 
@@ -175,7 +189,8 @@ def test_what_the_template_cannot_write_is_refused_by_every_engine(tokenizer, me
 
 def converted():
     "The demo's rows, and those beside the checkout."
-    for row in [*demo_rows()][::12] + [json.loads(line) for name in ("real_rows", "bfcl_rows") if (SHARED / "dolci").exists()
+    for row in [*demo_rows()][::12] + [json.loads(line) for name in ("real_rows",
+                                                                     "bfcl_rows") if (SHARED / "dolci").exists()
                                        for line in (SHARED / "dolci" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]:
         try: yield convert_row(row)
         except ConvertError: pass # planted
@@ -213,7 +228,8 @@ def test_the_table_of_the_default_template(tokenizer, tmp_path):
         assert found[f"same {server}"] + found[f"changed {server}"] + found[f"refused {server}"] == found["supervised"], found
         assert not found[f"differs {server}"]
     assert found["same vllm"] == found["supervised"]
-    (tmp_path / "trl.jinja").write_text(__import__("proxy_sft.chat.templates", fromlist=["_"])._trl_template("qwen3_instruct_2507.jinja"))
+    (tmp_path / "trl.jinja").write_text(__import__("proxy_sft.chat.templates",
+                                                   fromlist=["_"])._trl_template("qwen3_instruct_2507.jinja"))
     before = check_parity([row for row in rows if row["tools_json"] != "[]"], tokenizer, str(tmp_path / "trl.jinja"))
     assert not before.passed and before["differs sglang"] > 0 and "SGLang builds" in before.verdict
 
@@ -222,13 +238,15 @@ def test_servers_are_chosen_and_named(tokenizer):
     row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "tools": []}
     found = check_parity([row], tokenizer, servers=("vllm",))
     assert found.servers == ("vllm",) and "SGLang" not in repr(found) and json.loads(found.to_json())["servers"] == {"vllm": "0.33.0"}
-    with pytest.raises(ChatError, match="no model of a server ollama"): check_parity([row], tokenizer, servers=("ollama",))
+    with pytest.raises(ChatError, match="no model of a server ollama"): check_parity([row], tokenizer,
+            servers=("ollama",))
 
 
 def test_what_a_server_changes_is_counted_with_its_reason(tokenizer):
     call = {"function": {"name": "f", "arguments": {"n": 2**70}}}
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"n": {"type": "any"}}}}}
-    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Hm.", "tool_calls": [call]}, {"role": "tool", "content": "1"},
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Hm.", "tool_calls": [call]},
+            {"role": "tool", "content": "1"},
             {"role": "assistant", "content": "y"}]
     found = check_parity([{"messages": chat, "tools": []}, {"messages": chat, "tools": [tool]}], tokenizer)
     assert found.passed and found["changed transformers: text beside a call"] == 2 and found["changed sglang: arguments"] == 1
@@ -251,12 +269,15 @@ def test_white_space_between_text_and_call_comes_back_as_it_went(tokenizer):
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
     for text in ("Let me see.", " Let me see. \n\n", "\n", ""):
         calls = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": {"x": [1, "\u00e9"]}}}]
-        chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": text, "tool_calls": calls}, {"role": "tool", "content": "1"}]
+        chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": text, "tool_calls": calls},
+                {"role": "tool", "content": "1"}]
         trained = render_chat(chat, tools, tokenizer)
         answer = trained[trained.index("assistant\n") + 10:].split("<|im_end|>")[0]
         for server in ("vllm", "sglang"):
             content, found = READERS[server](answer, tools)
             back = {"role": "assistant", "content": content, "tool_calls": [
-                {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in found]}
-            given = SERVERS[server].view([*api_messages(chat[:1]), back, *api_messages(chat)[2:]], tools, chat_template())
+                {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}} for name,
+                arguments in found]}
+            given = SERVERS[server].view([*api_messages(chat[:1]), back, *api_messages(chat)[2:]], tools,
+                                         chat_template())
             assert render_chat(*given, tokenizer) == trained, (server, text)

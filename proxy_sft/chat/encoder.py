@@ -180,7 +180,8 @@ def _written_controls(messages: list, answers: list, tools: bool, weights: list)
 
 
 def _control_weights(pattern: re.Pattern, think: str, frame: tuple) -> list:
-    "Control tokens in a turn, in what stands before an answer, in a call, in a result, and in the tools' part (without its turn's)."
+    """Control tokens in a turn, in what stands before an answer, in a call, in a result, and in the tools' part
+    (without its turn's)."""
     texts = ("<|im_start|><|im_end|>", think, "<tool_call></tool_call>", "<tool_response></tool_response>",
              "".join(frame).removesuffix(f"{STOP_TOKEN}\n"))
     return [len(pattern.findall(text)) for text in texts]
@@ -207,7 +208,8 @@ def _row_text(row: dict, renderer: Renderer) -> tuple[Optional[str], list, int]:
         controls = _written_controls(messages, answers, bool(tools), renderer._weights)
     except orjson.JSONDecodeError: return None, [], -1  # NaN, lone surrogates
     except (KeyError, IndexError, TypeError): return _parsed_text(renderer, *row_parts(row))  # out of the ordinary
-    if (True in answers or None in answers) and "e+" in text: text = renderer.text(*row_parts(row))  # orjson may have rounded a big integer
+    # orjson may have rounded a big integer
+    if (True in answers or None in answers) and "e+" in text: text = renderer.text(*row_parts(row))
     return text, answers, controls
 
 
@@ -278,7 +280,8 @@ def _count_literals(ids: np.ndarray, offsets: np.ndarray, written: list, control
 
 
 def _trained_tokens(encoder: Any, ids: np.ndarray, offsets: np.ndarray, answers: list) -> tuple[np.ndarray, set, dict]:
-    "Which tokens are trained; rows that need the reference path; rows to divide, in front of which answer. `answers`: of each row, as `_answers_of` has them."
+    """Which tokens are trained; rows that need the reference path; rows to divide, in front of which answer. `answers`:
+    of each row, as `_answers_of` has them."""
     heads, starts, ends, joined = _answers(ids, encoder.header, encoder.prompt, encoder.stop)
     row, count = np.searchsorted(offsets, heads, side="right") - 1, len(answers)
     other = np.bincount(row, minlength=count) != [*map(len, answers)]

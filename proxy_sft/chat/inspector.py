@@ -269,7 +269,8 @@ def inspect_command(
     path = Path(args.file or Path(settings.converted_dir) / "train.jsonl")
     folder = Path(args.tokenizer or settings.model_dir)
     try: rows = RowFile(path)
-    except OSError as error: return _complain(f"cannot read {path}: {error.strerror}. {'Name another file.' if args.file else 'Run nbs/01_convert.ipynb first, or name a file.'}")
+    except OSError as error: return _complain(f"cannot read {path}: {error.strerror}. "
+                                              f"{'Name another file.' if args.file else 'Run nbs/01_convert.ipynb first, or name a file.'}")
     query = Query(text=args.search, source=args.source, reason=args.reason, calls=args.calls)
     found = args.row
     if query != Query(): found, _ = find_row(rows, query, args.row, stretch=len(rows))

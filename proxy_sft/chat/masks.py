@@ -110,7 +110,8 @@ def _supervise_as_trl(messages: list[dict], tools: Optional[list[dict]], tokeniz
         run += trained and not before
         labels.append(index if trained and switches[run] else IGNORED)
     if run + 1 != len(switches) and False in switches:
-        raise ChatError(f"TRL's template marks {run + 1} answers of {len(switches)}: which are switched off is not known")
+        raise ChatError(f"TRL's template marks {run + 1} answers of {len(switches)}: which are switched off is not "
+                        "known")
     return {"input_ids": out["input_ids"], "labels": labels}
 
 # %% ../../nbs/chat/02_masks.ipynb #spans-of-export

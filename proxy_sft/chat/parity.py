@@ -55,7 +55,8 @@ class ParityReport:
             (self["unrendered"], f"of {rows:,} rows cannot be rendered"),
             (empty, f"of {rows:,} rows have nothing supervised"),
             (turns - self["exact"], f"of {turns:,} supervised turns follow another prompt than a server builds"),
-            *((self[f"differs {server}"], f"of {turns:,} supervised turns follow another prompt than {SERVERS[server].name} builds")
+            *((self[f"differs {server}"], f"of {turns:,} supervised turns follow another prompt than "
+                                          f"{SERVERS[server].name} builds")
               for server in self.servers),
             (turns - self["stops"], f"of {turns:,} supervised turns do not train their stop token"),
             (self["outside"], "trained tokens of assistant turns are not part of an answer"),
@@ -254,7 +255,8 @@ def check_parity(
     lines: Any = None, # numbers of the rows to measure, from 0, as an array or list; None for all
     starts: Optional[np.ndarray] = None, # of a file: its `line_starts`, where they are known already
     servers: tuple = tuple(SERVERS), # whose prompts are compared, keys of `SERVERS`
-    progress: Callable[[int], None] = lambda rows: None, # receives how many rows are measured; what it raises ends the work
+    # receives how many rows are measured; what it raises ends the work
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> ParityReport: # see its `verdict`, `passed`, `problems`, `to_json()`
     "Measure a data set: is what would be trained what a server would show?"
     rows, starts, numbers = _selected(rows, lines, starts)
@@ -300,7 +302,8 @@ def _not_alike(inspection: Inspection, messages: list, tools: list) -> str:
         for k in range(1, len(messages)):
             if messages[k]["role"] != "assistant" or server == "transformers" and k > same: continue
             given = model.view(api_messages(messages[:k]), tools or None, inspection.server.source)
-            if inspection.server.text(*given, generate=True) != inspection.server.text(messages[:k], tools, generate=True):
+            if inspection.server.text(*given, generate=True) != inspection.server.text(messages[:k], tools,
+                    generate=True):
                 return f"a row that was taken for the same at {model.name} is not"
     return ""
 

@@ -134,7 +134,8 @@ def _clean_parts(row: dict, pattern: Any) -> Optional[tuple[list, list]]: # None
 
 
 def _shows_all(messages: list, tools: list, text: str, written: Callable) -> bool: # written: a tool as text
-    "Whether every content and every tool is in the text; contents are looked for where they should stand, then anywhere."
+    """Whether every content and every tool is in the text; contents are looked for where they should stand, then
+    anywhere."""
     at = 0
     for message in messages:
         content = message.get("content")
@@ -167,10 +168,13 @@ def _prompts_begin(
 _TEXT_WORDS = {"description", "title", "format", "pattern", "$comment"}
 _NUMBERS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _OTHER_WORDS = {  # of JSON Schema: a schema that uses them goes through the models
-    "$id", "$schema", "$ref", "$anchor", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor", "$vocabulary",
-    "$defs", "definitions", "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas", "dependentRequired",
+    "$id", "$schema", "$ref", "$anchor", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor",
+    "$vocabulary",
+    "$defs", "definitions", "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas",
+    "dependentRequired",
     "dependencies", "prefixItems", "contains", "patternProperties", "propertyNames", "unevaluatedItems", "minLength",
-    "unevaluatedProperties", "maxLength", "minItems", "maxItems", "uniqueItems", "minContains", "maxContains", "multipleOf",
+    "unevaluatedProperties", "maxLength", "minItems", "maxItems", "uniqueItems", "minContains", "maxContains",
+    "multipleOf",
     "minProperties", "maxProperties", "contentEncoding", "contentMediaType", "contentSchema", "deprecated", "readOnly",
     "writeOnly", "examples", "nullable"}
 _TYPES = {*STANDARD_TYPES, *TYPE_NAMES}
@@ -244,7 +248,8 @@ def same_at_servers(
     tools: list[dict], # its tools
     column: str = "", # the tools as JSON text, where it is at hand; rows often share them
 ) -> Optional[int]: # index of the first message with text beside a call, or the number of messages; None: unknown
-    "Up to which message every server plainly builds the template's prompt; behind it one that drops text builds another."
+    """Up to which message every server plainly builds the template's prompt; behind it one that drops text builds
+    another."""
     if tools and not inspection.writes_fields: return None
     if (known := _known_tools(inspection, tools, column)) is None: return None
     first = len(messages)
@@ -294,7 +299,9 @@ def _turns_in_order(
     calls: list,
     on: list,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Of each row whether its tokens are in order; of its answers the first token behind the header, and the one behind the stop. `sums`: trained tokens before each; `calls`, `on`: for each answer of a row whether it has calls, and whether the data want it trained; None: not asked."
+    """Of each row whether its tokens are in order; of its answers the first token behind the header, and the one behind
+    the stop. `sums`: trained tokens before each; `calls`, `on`: for each answer of a row whether it has calls, and
+    whether the data want it trained; None: not asked."""
     (row, _, start, end), ids = (column[spans.role == 2] for column in spans), tokens.ids
     fine = np.bincount(row, minlength=len(tokens)) == [-1 if some is None else len(some) for some in calls]
     known = fine[row]

@@ -284,7 +284,8 @@ TABS = ("text", "tokens", "parity", "messages", "raw")
 class RowView:
     "All views of one row; in a notebook it shows the static ones named in `views`."
     def __init__(self, row: dict, inspection: Optional[Inspection] = None, raw: Optional[dict] = None,
-                 convert: Optional[Callable] = None, views: tuple = ("text",), known: Optional[dict] = None): # of `RowFile.known`
+                 # of `RowFile.known`
+                 convert: Optional[Callable] = None, views: tuple = ("text",), known: Optional[dict] = None):
         self.row, self.raw, self.views, self.problem = row, raw or raw_row(row), views, ""
         self.facts, self.messages, self.tools, self.reading = (
             row_facts({"row": self.raw, **row, **(known or {})}),

@@ -51,7 +51,8 @@ class Places(Group):
         "workspace", min_length=1, description="folder for models, data and runs; relative to the repository"
     )
     run_name: Optional[str] = Field(
-        None, min_length=1, description="name of the run's folder; when not set the profile's name, with max_train_samples where that is set"
+        None, min_length=1, description="name of the run's folder; when not set the profile's name, with "
+                                        "max_train_samples where that is set"
     )
     output_dir: Optional[str] = Field(
         None, min_length=1, description="folder of the run; workspace/runs/<run_name> when not set"
@@ -60,7 +61,8 @@ class Places(Group):
         None, min_length=1, description="which of the dataset's configurations; needed where it has several"
     )
     dataset_split: Optional[str] = Field(
-        None, min_length=1, description="which of its splits; train when not set, or what the only training split is called"
+        None, min_length=1, description="which of its splits; train when not set, or what the only training split is "
+                                        "called"
     )
     max_rows: Optional[int] = Field(None, ge=1, description="only so many rows of the dataset, for a taste")
     bfcl: Optional[str] = Field(
@@ -120,7 +122,8 @@ class Rendering(Group):
     )
     parity: Literal["require", "warn"] = Field("require", description="what a failed parity check does to the run")
     parity_servers: list[Literal["vllm", "sglang", "transformers"]] = Field(
-        ["vllm", "sglang", "transformers"], description="servers whose prompts the parity check compares with what is trained"
+        ["vllm", "sglang", "transformers"], description="servers whose prompts the parity check compares with what is "
+                                                        "trained"
     )
 
 # %% ../../nbs/core/01_settings.ipynb #training
@@ -239,7 +242,8 @@ class Record(Group):
         None, gt=0, description="save and stop, to be started again, after so many hours"
     )
     stall_minutes: float = Field(
-        60, ge=0, description="end the run when no step, save or held-out batch was done for so long, and name the rank that stands still; 0: never"
+        60, ge=0, description="end the run when no step, save or held-out batch was done for so long, and name the "
+                              "rank that stands still; 0: never"
     )
     skip_loss_spikes: Optional[float] = Field(
         None, gt=1, description="skip steps whose loss is so many times the median of the last 50; counted"
@@ -280,7 +284,8 @@ class Settings(Record, Hardware, Training, Rendering, Conversion, Places):
         "A run's folder lies in workspace/runs, and its name can be printed."
         parts = Path(name or "run").parts
         if name is None or (parts and ".." not in parts and parts[0] != "/" and name.isprintable()): return name
-        raise ValueError("Input should be a name inside workspace/runs, without .. and control characters; output_dir takes any folder")
+        raise ValueError("Input should be a name inside workspace/runs, without .. and control characters; output_dir "
+                         "takes any folder")
 
     @property
     def is_demo(self) -> bool:

@@ -93,7 +93,8 @@ class Server:
 
     @cached_property
     def name(self) -> str:
-        "The model's name at the server; EvaluateError when the server does not answer, is another thing, or has several."
+        """The model's name at the server; EvaluateError when the server does not answer, is another thing, or has
+        several."""
         try: names = [str(m.id) for m in self.client.models.list().data]
         except Exception as error:
             problem = list_problem(error)
@@ -167,9 +168,12 @@ def compare_prompts(
         theirs = self.prompt_ids(turn)
         if theirs is None: return ""
         if theirs == list(prompt): continue
-        at = next((i for i, (a, b) in enumerate(zip(theirs, prompt, strict=False)) if a != b), min(len(theirs), len(prompt)))
-        return (f"The prompt of turn {number} at {self.url} differs from the trained one at token {at} of {len(prompt)} "
-                f"(theirs {theirs[at:at + 3]}, trained {list(prompt)[at:at + 3]}). Does it serve the saved chat template?")
+        at = next((i for i, (a, b) in enumerate(zip(theirs, prompt, strict=False)) if a != b),
+                  min(len(theirs), len(prompt)))
+        return (f"The prompt of turn {number} at {self.url} differs from the trained one at token {at} of "
+                f"{len(prompt)} "
+                f"(theirs {theirs[at:at + 3]}, trained {list(prompt)[at:at + 3]}). Does it serve the saved chat "
+                "template?")
     return f"{min(most, len(turns))} prompts at {self.url} are token for token those of the parity check."
 
 # %% ../../nbs/evaluation/04_servers.ipynb #ask-all-export

@@ -71,11 +71,14 @@ def is_of_kind(value: Any, kind: type) -> bool: # numbers are finite, and counts
 
 # %% ../../nbs/launch/02_files.ipynb #secrets
 SECRET_NAME = re.compile(
-    r"(?i)token|secret|passw|passphrase|pwd|credential|auth(?!or)|cookie|webhook|signature|(api|access|private|account|master|"
-    r"encryption|session|ssh|deploy|license)_?key|(^|_)(pat|key|dsn|jwt|pin|sas)($|_)|(database|db|redis|mongo\w*|broker|proxy|connection)_?(url|uri|string)"
+    r"(?i)token|secret|passw|passphrase|pwd|credential|auth(?!or)|cookie|webhook|signature|(api|access|private|account"
+    r"|master|"
+    r"encryption|session|ssh|deploy|license)_?key|(^|_)(pat|key|dsn|jwt|pin|sas)($|_)|(database|db|redis|mongo\w*"
+    r"|broker|proxy|connection)_?(url|uri|string)"
 )
 SHAPES = re.compile( # values that are secrets whatever they are called
-    r"\b(?:gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|hf_[A-Za-z0-9]{16,}|sk-[\w-]{20,}|xox[abprs]-[\w-]{10,}"
+    r"\b(?:gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|hf_[A-Za-z0-9]{16,}|sk-[\w-]{20,}"
+    r"|xox[abprs]-[\w-]{10,}"
     r"|A[KS]IA[A-Z0-9]{16}|AIza[\w-]{30,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{40,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,})"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(?:-----END [A-Z ]*PRIVATE KEY-----)?"
 )
@@ -95,12 +98,14 @@ def secrets_of(environment: dict[str, str]) -> list[str]: # longest first
 def is_secret(value: str) -> bool: # a path, a number or a switch under such a name is none
     "Whether a value looks like one that somebody keeps to himself."
     plain = value.strip().isdigit() or value.lower() in ("true", "false", "none", "required", "optional", "disabled")
-    return len(value) >= SHORTEST and not plain and not (value.startswith(("/", "~", ".")) and os.path.exists(os.path.expanduser(value)))
+    return len(value) >= SHORTEST and not plain and not (value.startswith(("/", "~",
+            ".")) and os.path.exists(os.path.expanduser(value)))
 
 def redact(text: str, secrets: list[str]) -> str: # the text with `***` in their place
     "Hide secrets: plain, as they look inside JSON, a Python string or a URL, and what has the shape of one."
     for secret in secrets:
-        for form in {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], quote(secret, safe="")}: text = text.replace(form, "***")
+        for form in {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1],
+                     quote(secret, safe="")}: text = text.replace(form, "***")
     if "-" in text or "_" in text or "A" in text or "eyJ" in text: text = SHAPES.sub("***", text)
     return PASSWORD_IN_URL.sub(r"\1***", text) if "://" in text else text
 
@@ -128,7 +133,8 @@ def redact_outputs(notebook: dict, secrets: list[str]) -> dict: # changed in pla
 # %% ../../nbs/launch/02_files.ipynb #handler
 class AtomicNotebooks:
     "A papermill IO handler: notebooks appear whole, without the secrets of the environment."
-    def __init__(self, secrets: list[str]): self.secrets, self.problem = secrets, None # problem: why the last write failed
+    # problem: why the last write failed
+    def __init__(self, secrets: list[str]): self.secrets, self.problem = secrets, None
     def read(self, path: str) -> str: return Path(path).read_text(encoding="utf-8")
     def listdir(self, path: str) -> list[str]: return sorted(str(p) for p in Path(path).iterdir())
     def pretty_path(self, path: str) -> str: return path
@@ -137,7 +143,8 @@ class AtomicNotebooks:
         text = json.dumps(redact_outputs(json.loads(buf), self.secrets), indent=1, ensure_ascii=False) + "\n"
         try: write_atomically(Path(path), text)
         except OSError as error:
-            if self.problem is None: log_line(f"Warning: the notebook {path} cannot be written ({error}); the run goes on.")
+            if self.problem is None: log_line(f"Warning: the notebook {path} cannot be written ({error}); the run goes "
+                                              "on.")
             self.problem = error
         else: self.problem = None
 
@@ -190,7 +197,8 @@ class LiveLog:
         if shown: self.last_shown = time.monotonic()
         shown = printable(redact(shown, self.secrets))
         self.put_file(shown)
-        if self.terminal is not None: self.put_terminal(printable(redact(text, self.secrets)) if self.terminal.isatty() else shown)
+        if self.terminal is not None: self.put_terminal(printable(redact(text,
+                self.secrets)) if self.terminal.isatty() else shown)
 
     def put_file(self, text: str) -> None:
         try:

@@ -57,7 +57,8 @@ def read_progress(folder: Path) -> list[dict[str, Any]]: # in the order they wer
     path, found = folder / "logs" / "progress.jsonl", {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try: record = json.loads(line)
-        except (ValueError, RecursionError): continue  # half a line: the process was killed while it wrote, or is writing now
+        except (ValueError, RecursionError): continue
+            # half a line: the process was killed while it wrote, or is writing now
         if not isinstance(record, dict) or not isinstance(record.get("step"), int): continue
         key = record["step"], *(record.get(name) is not None for name in ("eval_loss", "train_runtime"))
         found.pop(key, None)

@@ -77,7 +77,8 @@ def dataset_differences(settings: Settings) -> list[str]: # sentences
 def record_differences(folder: Path, kind: str, name: str, revision: str) -> list[str]: # sentences
     "How a folder's `download.json` differs from a name and a revision."
     record = record_of(folder / "download.json")
-    if not record: return [f"{folder} has no record (download.json) of what it holds; a {kind} of one's own is named by its path."]
+    if not record: return [(f"{folder} has no record (download.json) of what it holds; a {kind} of one's own is named "
+                            "by its path.")]
     found = [] if record.get("repo") == name else [f"{kind}: {record.get('repo')} lies in {folder}, {name} is wanted."]
     if revision not in (record.get("revision"), record.get("commit")):
         found.append(f"{kind}_revision: {record.get('revision')} was downloaded, {revision} is wanted.")

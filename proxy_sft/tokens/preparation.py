@@ -60,13 +60,16 @@ def require_whole_inputs(settings: Settings, parts: dict[str, Any]) -> None: # r
     facts = read_report(folder)
     if facts is None:
         what = "cannot be read" if (folder / "report.json").exists() else "is not there"
-        raise PrepareError(f"{folder / 'report.json'} {what}, so nobody can tell whether the conversations are whole. Run nbs/01_convert.ipynb again.")
+        raise PrepareError(f"{folder / 'report.json'} {what}, so nobody can tell whether the conversations are whole. "
+                           "Run nbs/01_convert.ipynb again.")
     written = {f"data/{entry['name']}": entry["blake3"] for entry in facts["files"]}
-    read = {name for name in written if Path(name).name.startswith(("train.", "heldout."))} | {n for n in parts if n.startswith("data/")}
+    read = {name for name in written if Path(name).name.startswith(("train.",
+                                                                    "heldout."))} | {n for n in parts if n.startswith("data/")}
     for name in sorted(read):
         if written.get(name) == parts.get(name): continue
         found = "is missing" if name not in parts else "is not listed there" if name not in written else "has other bytes than were written"
-        raise PrepareError(f"{folder / Path(name).name} {found}, by {folder / 'report.json'}: it was changed or damaged after the "
+        raise PrepareError(f"{folder / Path(name).name} {found}, by {folder / 'report.json'}: it was changed or "
+                           "damaged after the "
                            "conversion. Run nbs/01_convert.ipynb again with the same profile. Nothing was prepared.")
 
 # %% ../../nbs/tokens/05_preparation.ipynb #build
@@ -79,7 +82,8 @@ def build(settings: Settings, progress: Callable[[str], None] = lambda text: Non
         settings.prepared_dir.mkdir(parents=True, exist_ok=True)
         claim = claim_or_wait(claim_of(folder), lambda: is_complete(folder), progress)
     except OSError as error:
-        raise PrepareError(f"{settings.prepared_dir} cannot be written: {error}. Free space, or choose another workspace.") from error
+        raise PrepareError(f"{settings.prepared_dir} cannot be written: {error}. Free space, or choose another "
+                           "workspace.") from error
     if claim is None: return folder
     def say(text):
         claim.update(text)
@@ -174,8 +178,10 @@ def check_train_parity(
 # %% ../../nbs/tokens/05_preparation.ipynb #abandoned
 KEY = re.compile(r"(?:\.claim-|\.building-)?([0-9a-f]{20})(?:-[0-9a-f]+)?")
 
-def remove_abandoned(prepared_dir: Path, mine: Optional[Claim] = None) -> list[Path]: # what was removed; mine: already held
-    "Delete what killed builders left. Only who holds a folder's lock looks whether it is complete: nobody can be publishing it then."
+# what was removed; mine: already held
+def remove_abandoned(prepared_dir: Path, mine: Optional[Claim] = None) -> list[Path]:
+    """Delete what killed builders left. Only who holds a folder's lock looks whether it is complete: nobody can be
+    publishing it then."""
     names = [p.name for p in prepared_dir.glob("*")] if prepared_dir.is_dir() else []
     removed = []
     for key in sorted({found[1] for name in names if (found := KEY.fullmatch(name))}):
@@ -184,7 +190,8 @@ def remove_abandoned(prepared_dir: Path, mine: Optional[Claim] = None) -> list[P
         claim = Claim(claim_of(folder))
         if not (held := mine is not None and mine.path == claim.path) and not claim.take(): continue
         try:
-            left = [*prepared_dir.glob(f".building-{key}-*"), *([folder] if folder.is_dir() and not is_complete(folder) else [])]
+            left = [*prepared_dir.glob(f".building-{key}-*"),
+                    *([folder] if folder.is_dir() and not is_complete(folder) else [])]
             for path in left: shutil.rmtree(path, ignore_errors=True)
             removed += left
         finally:

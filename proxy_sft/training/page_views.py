@@ -50,10 +50,12 @@ class Block:
                 begun = at
 
     def __str__(self) -> str:
-        return f"{len(self.lengths)} conversations of {', '.join(map(str, self.lengths))} tokens in a block of {self.size}; {self.trained} tokens are trained."
+        return (f"{len(self.lengths)} conversations of {', '.join(map(str, self.lengths))} tokens in a block of "
+                f"{self.size}; {self.trained} tokens are trained.")
 
     def __repr__(self) -> str: # ⟦…⟧ is trained
-        return "".join((f"⟦{text}⟧" if trained else text) + ("\n" + "-" * 60 + "\n" if ends else "") for text, trained, ends in self.parts)
+        return "".join((f"⟦{text}⟧" if trained else text) + ("\n" + "-" * 60 + "\n" if ends else "") for text, trained,
+                       ends in self.parts)
 
     def _repr_html_(self) -> str:
         shown = "".join((f"<mark>{escape(text)}</mark>" if trained else escape(text)) + ("<hr>" if ends else "") for text, trained, ends in self.parts)
@@ -66,10 +68,12 @@ def loss_figure(records: list[dict[str, Any]]) -> Any: # a matplotlib figure
     def points(name): return [(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))]
     speed = points("tokens_per_second")
     figure = Figure(figsize=(9, 3.6 if speed else 2.6), dpi=64, layout="constrained")
-    axes = figure.subplots(2 if speed else 1, 1, sharex=True, height_ratios=[2, 1] if speed else None, squeeze=False)[:, 0]
+    axes = figure.subplots(2 if speed else 1, 1, sharex=True, height_ratios=[2, 1] if speed else None, squeeze=False)[:,
+            0]
     values = [value for name in ("loss", "eval_loss") for _, value in points(name)]
     for name, label, colour, mark in (("loss", "training", "#777777", "-"), ("eval_loss", "held out", "#0072B2", ".-")):
-        if found := thinned(points(name), 400): axes[0].plot(*zip(*found, strict=True), mark, color=colour, lw=1.2, label=label)
+        if found := thinned(points(name), 400): axes[0].plot(*zip(*found, strict=True), mark, color=colour, lw=1.2,
+                                                             label=label)
     if values and min(values) > 0 and max(values) > 10 * sorted(values)[len(values) // 2]: axes[0].set_yscale("log")
     axes[0].set_ylabel("loss per token, nats")
     if axes[0].lines: axes[0].legend(frameon=False)
@@ -95,7 +99,8 @@ def result_card(
             ["time of this start", f"{seconds / 60:.1f} min" if seconds else "not measured"],
             ["speed at the end", f"{speed:,.0f} tokens/s" if speed else "not measured"],
             ["peak memory", f"{memory:.1f} GiB" if memory else "no GPU"],
-            ["final model", folder], ["checkpoints", f"{folder}/checkpoint-*"], ["log", f"{folder}/logs/progress.jsonl"]]
+            ["final model", folder], ["checkpoints", f"{folder}/checkpoint-*"],
+            ["log", f"{folder}/logs/progress.jsonl"]]
     return Table(rows, ("", ""))
 
 def shown_path(path: Path, settings: Settings) -> str:
@@ -105,7 +110,9 @@ def shown_path(path: Path, settings: Settings) -> str:
 def next_commands(settings: Settings, profile: str) -> str: # lines for a terminal
     "What one does with a trained model."
     name = settings.run_dir.name
-    return (f"papermill nbs/03_evaluate.ipynb out-03.ipynb -p profile {profile or settings.profile} -p run_name {name}\n"
+    return (f"papermill nbs/03_evaluate.ipynb out-03.ipynb -p profile {profile or settings.profile} -p run_name "
+            f"{name}\n"
             f"proxy-sft report {name}\n"
-            f"less {shown_path(settings.run_dir, settings)}/SERVING.md     # commands for vLLM, SGLang and transformers serve\n"
+            f"less {shown_path(settings.run_dir, settings)}/SERVING.md     # commands for vLLM, SGLang and "
+            "transformers serve\n"
             "The page again, with the same parameters, resumes from the newest complete checkpoint.")

@@ -150,7 +150,8 @@ class Progress(TrainerCallback):
 
 # %% ../../nbs/training/08_progress.ipynb #loggers
 def guard_loggers(callbacks: list[TrainerCallback]) -> None: # changed in place
-    "Logging never ends a run: a logger of transformers whose disk is full, or whose server is gone, is said once and left out."
+    """Logging never ends a run: a logger of transformers whose disk is full, or whose server is gone, is said once and
+    left out."""
     for callback in callbacks:
         if not type(callback).__module__.startswith("transformers.integrations"): continue
         for name in [n for n in dir(TrainerCallback) if n.startswith("on_")]:
@@ -163,7 +164,8 @@ def guarded(callback: TrainerCallback, act: Callable) -> Callable:
         try: return act(args, state, control, **kwargs)
         except (OSError, ValueError) as error:
             callback.failed = True
-            log_line(f"Warning: {type(callback).__name__} cannot log any more ({error}); the training goes on without it.")
+            log_line(f"Warning: {type(callback).__name__} cannot log any more ({error}); the training goes on without "
+                     "it.")
     return event
 
 # %% ../../nbs/training/08_progress.ipynb #plot

@@ -48,7 +48,8 @@ def require_parity(prepared: Prepared, settings: Settings) -> None: # raises Tra
     text = f"The parity check failed: {found['verdict']}"
     if settings.parity == "require":
         raise TrainError(
-            f"{text} Choose another template (now {settings.template}), look at the rows with nbs/chat/10_inspector.ipynb, "
+            f"{text} Choose another template (now {settings.template}), look at the rows with "
+            "nbs/chat/10_inspector.ipynb, "
             "or set parity to warn to train all the same; the model card will say so."
         )
     print(f"Warning: {text}")
@@ -62,7 +63,8 @@ class Start(NamedTuple):
     resume: str # as this start means it: auto, never, or a path
 
 def begin_run(settings: Settings, prepared: Prepared, lock: RunLock) -> Start: # raises TrainError, CheckpointError
-    "Settle with all ranks what is trained and where it goes on. Nothing is written: a start that is refused changes no run."
+    """Settle with all ranks what is trained and where it goes on. Nothing is written: a start that is refused changes
+    no run."""
     world = World.from_environment()
     key = broadcast(prepared.key)
     if key != prepared.key:
@@ -87,7 +89,8 @@ def begin_run(settings: Settings, prepared: Prepared, lock: RunLock) -> Start: #
     if separate and not tidies: checkpoint = find(check=False)
     return Start(facts, checkpoint if separate else broadcast(checkpoint), separate, resume)
 
-def begin_writing(settings: Settings, start: Start, needed: int) -> dict[str, str]: # what `sweep` gave; raises CheckpointError
+# what `sweep` gave; raises CheckpointError
+def begin_writing(settings: Settings, start: Start, needed: int) -> dict[str, str]:
     "Everything is checked; now tidy the run's folder and write down the settings. `needed`: bytes of a checkpoint."
     swept = sweep(settings.run_dir)
     if start.separate and start.resume == "auto" and start.checkpoint:
@@ -128,12 +131,14 @@ def start_processes(settings: Settings) -> None:
         init_distributed(auto_mpi_discovery=False)
 
 def keep_memory_whole() -> None:
-    "Blocks differ in length; PyTorch's allocator then leaves gaps that nothing fits, unless its segments can grow. Read at the first use of a GPU."
+    """Blocks differ in length; PyTorch's allocator then leaves gaps that nothing fits, unless its segments can grow.
+    Read at the first use of a GPU."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 def leave_reductions_to_gloo() -> None:
-    "Without a GPU DeepSpeed would first compile C++ for shared-memory reductions; a killed compile leaves a lock that hangs the next run."
+    """Without a GPU DeepSpeed would first compile C++ for shared-memory reductions; a killed compile leaves a lock that
+    hangs the next run."""
     import deepspeed
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -171,10 +176,12 @@ def is_finished(checkpoint: Path) -> bool:
 def out_of_memory_explained(settings: Settings): # raises TrainError
     "Out of memory, wherever it happens, in words that name settings."
     try: yield
-    except torch.OutOfMemoryError as error: raise TrainError(out_of_memory(settings, uses_deepspeed(settings), error)) from error
+    except torch.OutOfMemoryError as error: raise TrainError(out_of_memory(settings, uses_deepspeed(settings),
+            error)) from error
 
 # %% ../../nbs/training/13_run.ipynb #train-from
-def train_from(start: Start, settings: Settings, prepared: Prepared) -> Optional[Path]: # the last checkpoint; None on ranks that publish nothing
+# the last checkpoint; None on ranks that publish nothing
+def train_from(start: Start, settings: Settings, prepared: Prepared) -> Optional[Path]:
     "Train until the last step; `StopRequested` after a stop."
     checkpoint, facts = start.checkpoint, start.facts
     due = checkpoint is not None and read_manifest(checkpoint).get("evaluation_due", False)
@@ -196,7 +203,8 @@ def train_from(start: Start, settings: Settings, prepared: Prepared) -> Optional
     finally: working_ends()
     if trainer.stop.stopped: raise StopRequested(stop_words(trainer, settings))
     if trainer.publishes and not trainer.written:
-        raise TrainError(f"The training ended at step {trainer.state.global_step} without a checkpoint; there is nothing to publish.")
+        raise TrainError(f"The training ended at step {trainer.state.global_step} without a checkpoint; there is "
+                         "nothing to publish.")
     return trainer.written[-1] if trainer.publishes else None
 
 def stop_words(trainer: Any, settings: Settings) -> str:
@@ -210,7 +218,8 @@ def bytes_of_checkpoint(trainer: Any, settings: Settings) -> int: # an estimate
     "What one checkpoint will take."
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
     count = sum(getattr(p, "ds_numel", p.numel()) for p in weights)
-    return expected_bytes(settings.run_dir, count, settings.optimizer, uses_deepspeed(settings), weights[0].element_size())
+    return expected_bytes(settings.run_dir, count, settings.optimizer, uses_deepspeed(settings),
+                          weights[0].element_size())
 
 def converted(
     checkpoint: Path,
@@ -221,11 +230,13 @@ def converted(
     "The checkpoint for another number of ranks, made by rank 0."
     if separate:
         raise TrainError(
-            "A checkpoint of another number of ranks cannot be converted where machines have run folders of their own: no machine has all parts."
+            "A checkpoint of another number of ranks cannot be converted where machines have run folders of their own: "
+            "no machine has all parts."
         )
     def convert():
         print(
-            f"{checkpoint.name} was written by {read_manifest(checkpoint)['world_size']} ranks; it is converted for {facts['world_size']}. Losses go on but for rounding.",
+            f"{checkpoint.name} was written by {read_manifest(checkpoint)['world_size']} ranks; it is converted for "
+            f"{facts['world_size']}. Losses go on but for rounding.",
             flush=True,
         )
         return convert_world(checkpoint, settings.run_dir)

@@ -111,7 +111,8 @@ def broken_step(
     numbers = lines(blocks)
     shown = f"{', '.join(map(str, numbers[:40]))}{' …' if len(numbers) > 40 else ''}"
     return (
-        f"{what} at step {step}. Losses by rank: {[losses for losses, _, _ in found]}. Nothing was saved after the last "
+        f"{what} at step {step}. Losses by rank: {[losses for losses, _, _ in found]}. Nothing was saved after the "
+        "last "
         f"complete checkpoint. Blocks {blocks} were trained, rows {shown} (from 0) of train.jsonl: open them with "
         f"`proxy-sft inspect FILE --row {numbers[0] if numbers else 'N'}`. Lower the learning rate, or leave them out; "
         "starting again goes on from that checkpoint."
