@@ -50,11 +50,15 @@ def first_row(
     width: int = 600, # characters of a value that are shown
 ) -> str: # JSON
     "A raw row of the data set, long values cut."
-    with settings.train_file.open(encoding="utf-8") as lines: some = [json.loads(line) for line in itertools.islice(lines, most)]
+    with settings.train_file.open(encoding="utf-8") as lines:
+        some = [json.loads(line) for line in itertools.islice(lines, most)]
     row = next((row for row in some if any(m.get("functions") for m in row.get("messages") or [])),
                some[0] if some else {})
     cut = lambda value: f"{value[:width]} … ({len(value):,} characters)" if isinstance(value,
             str) and len(value) > width else value
-    messages = [{name: cut(value) for name, value in message.items() if value is not None} for message in row.get("messages") or []]
+    messages = [
+        {name: cut(value) for name, value in message.items() if value is not None}
+        for message in row.get("messages") or []
+    ]
     return json.dumps({**{name: cut(value) for name, value in row.items()}, "messages": messages}, indent=1,
                       ensure_ascii=False)

@@ -47,8 +47,16 @@ def stand_in(name):
         if key.startswith("__"): raise AttributeError(key)
         return lambda *args, **kw: args[0] if args and callable(args[0]) else None
     def call(self, *args, **kw): return args[0] if len(args) == 1 and callable(args[0]) else self
-    return StandInType(name, (), {"__get_pydantic_core_schema__": classmethod(any_schema), "__init__": lambda *a, **k: None,
-                                  "__call__": call, "__getattr__": attribute})
+    return StandInType(
+        name,
+        (),
+        {
+            "__get_pydantic_core_schema__": classmethod(any_schema),
+            "__init__": lambda *a, **k: None,
+            "__call__": call,
+            "__getattr__": attribute,
+        },
+    )
 
 
 class StandInModule(types.ModuleType):
@@ -131,8 +139,10 @@ def sglang():
 
 
 def plain(message): # what a template may read
-    calls = [{"function": {key: call["function"].get(key) for key in ("name",
-                                                                      "arguments")}} for call in message.get("tool_calls") or []]
+    calls = [
+        {"function": {key: call["function"].get(key) for key in ("name", "arguments")}}
+        for call in message.get("tool_calls") or []
+    ]
     return {"role": message["role"], "content": message.get("content"), "tool_calls": calls}
 
 

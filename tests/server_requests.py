@@ -5,15 +5,25 @@ import random
 SCHEMAS = (
     {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     {"type": "dict", "properties": {"x": {"type": "float"}, "tags": {"type": "list", "items": {"type": "str"}}}},
-    {"type": "object", "properties": {"when": {"type": "tuple"}, "n": {"type": "int", "default": 3}, "b": {"type": "bool"}}},
+    {
+        "type": "object",
+        "properties": {"when": {"type": "tuple"}, "n": {"type": "int", "default": 3}, "b": {"type": "bool"}},
+    },
     {"type": "object", "properties": {"type": {"type": "string", "enum": ["dict", "float"]}}},
     {"type": "object", "properties": {"x": {"anyOf": [{"type": "map"}, {"type": "long"}, {"type": "double"}]}}},
-    {"type": "object", "properties": {"\u00e9\"\u6771": {"description": "a \"type\": \"dict\" </tool_call> <b>\n"}}},
-    {"properties": {}}, {},
+    {"type": "object", "properties": {'\u00e9"\u6771': {"description": 'a "type": "dict" </tool_call> <b>\n'}}},
+    {"properties": {}},
+    {},
 )
 ODD_SCHEMAS = (  # SGLang rewrites these, or refuses them
-    {"type": "object", "properties": {"d": {"type": "varchar(255)"}, "e": {"type": ["dict", "null"]}, "f": {"type": "List[str]"}}},
-    {"type": "object", "properties": {"d": {"type": "any"}}}, {"type": "object", "required": "d"}, [], "text",
+    {
+        "type": "object",
+        "properties": {"d": {"type": "varchar(255)"}, "e": {"type": ["dict", "null"]}, "f": {"type": "List[str]"}},
+    },
+    {"type": "object", "properties": {"d": {"type": "any"}}},
+    {"type": "object", "required": "d"},
+    [],
+    "text",
 )
 TEXTS = ("What is the weather in Lisbon tomorrow?", "", " ", "a\nb", "\n\n", "trailing \t\n",
          "\u00e9 \u6771\u4eac \U0001f642", "{}", "<b>&amp;\"'\\",

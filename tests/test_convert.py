@@ -972,7 +972,8 @@ def test_the_verdict_says_what_is_left_out(tokenizer):
 
 # Lines that Python's readers of JSON refuse, and keys that stand twice
 
-@pytest.mark.parametrize("extra", ['"meta": ' + "[" * 3_000 + "]" * 3_000, '"meta": ' + '{"a":' * 3_000 + "1" + "}" * 3_000, '"n": ' + "9" * 5_000])
+@pytest.mark.parametrize("extra", ['"meta": ' + "[" * 3_000 + "]" * 3_000,
+                                   '"meta": ' + '{"a":' * 3_000 + "1" + "}" * 3_000, '"n": ' + "9" * 5_000])
 @pytest.mark.parametrize("place", ["row", "message"])
 def test_a_row_that_cannot_be_read_is_that_rows_fault(tmp_path, extra, place):
     good = json.dumps(simple())
@@ -988,14 +989,17 @@ def test_a_row_that_cannot_be_read_is_that_rows_fault(tmp_path, extra, place):
             tmp_path / "out" / "train.jsonl")
 
 
-TWICE = [('"id": "t"', '"id": "s", "id": "t"'), ('"role": "user"', '"role": "system", "role": "user"'),
-         ('"content": "AAPL?"', '"content": "x", "content": "AAPL?"'),
-         ('"messages": [', '"messages": [], "messages": ['), ('"source_dataset"', '"source_dataset": "a", '
-                                                                                  '"source_dataset"'),
-         ('\\"name\\": \\"stock.quote\\"', '\\"name\\": \\"x\\", \\"name\\": \\"stock.quote\\"'),
-         ('\\"symbol\\": {', '\\"symbol\\": {\\"type\\": \\"integer\\"}, \\"symbol\\": {'),
-         ('"id": "t"', '"meta": {"a": 1, "a": 2}, "id": "t"'),
-         ('"function_calls": null, "functions": null}', '"function_calls": null, "functions": null, "functions": null}')]
+TWICE = [
+    ('"id": "t"', '"id": "s", "id": "t"'),
+    ('"role": "user"', '"role": "system", "role": "user"'),
+    ('"content": "AAPL?"', '"content": "x", "content": "AAPL?"'),
+    ('"messages": [', '"messages": [], "messages": ['),
+    ('"source_dataset"', '"source_dataset": "a", "source_dataset"'),
+    ('\\"name\\": \\"stock.quote\\"', '\\"name\\": \\"x\\", \\"name\\": \\"stock.quote\\"'),
+    ('\\"symbol\\": {', '\\"symbol\\": {\\"type\\": \\"integer\\"}, \\"symbol\\": {'),
+    ('"id": "t"', '"meta": {"a": 1, "a": 2}, "id": "t"'),
+    ('"function_calls": null, "functions": null}', '"function_calls": null, "functions": null, "functions": null}'),
+]
 
 
 @pytest.mark.parametrize("old, new", TWICE)
@@ -1025,4 +1029,6 @@ def test_only_so_many_rows(tmp_path, ending, rows, wanted):
     else: path.write_bytes({".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)(text))
     report = convert_file(path, tmp_path / "out" / "train.jsonl", max_rows=rows)
     assert report.rows == report.kept == wanted and report.facts["choices"]["max_rows"] == rows
-    assert [json.loads(row["messages_json"])[0]["content"] for row in read_rows(tmp_path / "out" / "train.jsonl")] == [f"q{i}" for i in range(wanted)]
+    assert [json.loads(row["messages_json"])[0]["content"] for row in read_rows(tmp_path / "out" / "train.jsonl")] == [
+        f"q{i}" for i in range(wanted)
+    ]

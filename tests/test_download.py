@@ -562,7 +562,8 @@ def test_unwritable_workspace(hub, tmp_path, monkeypatch):
 def listed(*paths): return [{"path": path, "size": 1, "git_sha1": "0" * 40} for path in paths]
 
 
-def chosen(paths, *more): return [f["path"] for f in choose_data_files(listed(*paths), *more) if f["path"].endswith(".parquet")]
+def chosen(paths, *more):
+    return [f["path"] for f in choose_data_files(listed(*paths), *more) if f["path"].endswith(".parquet")]
 
 
 @pytest.mark.parametrize("paths, wanted", [
@@ -583,7 +584,8 @@ def test_the_training_split_is_taken(paths, wanted): assert chosen(paths) == [pa
 @pytest.mark.parametrize("paths, words", [
     (["train_sft-0.parquet", "train_gen-0.parquet"], "train_gen, train_sft.*dataset_split"),
     (["test.parquet", "validation.parquet"], "splits are test, validation"),
-    (["constraints/test-0.parquet"], "splits are test"), (["en/train.parquet", "fr/train.parquet"], "configs are en, fr.*dataset_config"),
+    (["constraints/test-0.parquet"], "splits are test"),
+    (["en/train.parquet", "fr/train.parquet"], "configs are en, fr.*dataset_config"),
     (["post-training/test-0.parquet", "constraints/test-0.parquet"], "configs are"),
     (["eval/0.parquet"], "splits are test"), (["a.parquet", "test.parquet"], "say none")])
 def test_a_choice_among_several_is_a_persons(paths, words):
@@ -617,7 +619,10 @@ def test_another_split_of_the_hub_is_another_download(tmp_path):
     assert one.data_dir != two.data_dir and one.converted_dir != two.converted_dir
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "rows.parquet", "own.v1.jsonl", "v1.5/train.jsonl", "v1.5/rows.jsonl.gz", "v1.5/a.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    ["rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "rows.parquet", "own.v1.jsonl",
+     "v1.5/train.jsonl", "v1.5/rows.jsonl.gz", "v1.5/a.parquet"])
 @pytest.mark.parametrize("named", ["file", "folder"])
 def test_local_data_of_every_ending_is_read_by_both_steps(tmp_path, name, named):
     import gzip
@@ -648,5 +653,6 @@ def test_a_local_folder_with_several_kinds_is_a_question(tmp_path):
     (tmp_path / "train.jsonl").unlink()
     (tmp_path / "de").mkdir()
     (tmp_path / "de" / "train.parquet").write_bytes(parquet(rows(1)))
-    with pytest.raises(DownloadError, match="configs are de, default.*\n.*dataset_config"): local.local_dataset(tmp_path)
+    with pytest.raises(DownloadError, match="configs are de, default.*\n.*dataset_config"):
+        local.local_dataset(tmp_path)
     assert local.local_dataset(tmp_path, config="de")["train"]["rows"] == 1

@@ -34,7 +34,9 @@ def make(folder: Path, names=("rng_state.pth",), step=None, **facts) -> Path:
     aside = folder.with_name(".aside")
     aside.mkdir(parents=True)
     for name in names: torch.save({"cpu": torch.get_rng_state()}, aside / name)
-    atomic_folders.publish(aside, folder, {**FACTS, **facts, "step": int(folder.name.rpartition("-")[2]) if step is None else step})
+    atomic_folders.publish(
+        aside, folder, {**FACTS, **facts, "step": int(folder.name.rpartition("-")[2]) if step is None else step}
+    )
     return folder
 
 
@@ -63,7 +65,8 @@ class Acting:
     def __reduce__(self): return os.system, ("touch CANARY",)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scaler.pt", "pytorch_model.bin", "odd.name", "global_step4/x.pt", "no-ending"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scaler.pt",
+                                   "pytorch_model.bin", "odd.name", "global_step4/x.pt", "no-ending"])
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5]) # 4 and 5 write STACK_GLOBAL
 def test_every_file_that_might_be_unpickled_is_looked_at_whatever_its_name(tmp_path, name, protocol):
     path = tmp_path / name
@@ -83,7 +86,8 @@ def test_a_checkpoint_is_known_by_its_manifest_and_not_by_its_name(tmp_path):
     assert checkpoints.checkpoint_to_resume(settings, FACTS).name == "checkpoint-4"
     for name in ("checkpoint-8", "checkpoint-1", "checkpoint-04"):
         os.rename(tmp_path / "checkpoint-4", tmp_path / name)
-        with pytest.raises(checkpoints.CheckpointError, match=f"{name} holds step 4"): checkpoints.checkpoint_to_resume(settings, FACTS)
+        with pytest.raises(checkpoints.CheckpointError, match=f"{name} holds step 4"):
+            checkpoints.checkpoint_to_resume(settings, FACTS)
         os.rename(tmp_path / name, tmp_path / "checkpoint-4")
 
 
@@ -102,7 +106,11 @@ def test_what_is_complete_beyond_the_step_that_is_gone_on_from_is_refused(tmp_pa
 
 
 def contents(folder: Path) -> dict:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 def test_a_refused_start_changes_nothing_and_a_renamed_checkpoint_is_not_published(tmp_path):
@@ -120,7 +128,8 @@ def test_a_refused_start_changes_nothing_and_a_renamed_checkpoint_is_not_publish
     assert "holds step 4" in run_training(**TINY, workspace=str(tmp_path), run_name="r").stderr
     os.rename(run_dir / "checkpoint-6", run_dir / "checkpoint-4")
     # a card that somebody edits belongs to the final model alone, and stays when the model is published again
-    for card in (run_dir / "README.md", run_dir / "checkpoint-4" / "README.md"): card.write_text(card.read_text() + "my notes\n")
+    for card in (run_dir / "README.md", run_dir / "checkpoint-4" / "README.md"):
+        card.write_text(card.read_text() + "my notes\n")
     again = run_training(**TINY, workspace=str(tmp_path), run_name="r")
     assert again.returncode == 0 and "README.md has" in again.stderr, again.stderr
     assert "my notes" in (run_dir / "README.md").read_text() and atomic_folders.is_complete(run_dir)
@@ -168,7 +177,9 @@ def test_secrets_are_hidden_in_outputs_and_nowhere_else(tmp_path, name, value, s
     found = json.loads((tmp_path / "a.ipynb").read_text())
     assert shown not in json.dumps(found["cells"][0]["outputs"]).replace('"metadata": ',
             "") and json.dumps(shown)[1:-1] not in str(found["cells"][0]["outputs"][0])
-    assert found["cells"][0]["source"] == ["metadata = {}"] and set(found) == set(notebook) and "***" in json.dumps(found)
+    assert (
+        found["cells"][0]["source"] == ["metadata = {}"] and set(found) == set(notebook) and "***" in json.dumps(found)
+    )
     log = files.LiveLog(tmp_path / "log", secrets=files.secrets_of({name: value}))
     for piece in ("x" * 20_000, shown[:5], shown[5:], "\x1b[2Jy" * 20_000, "\n"): log.write(piece)
     log.close()
@@ -217,7 +228,8 @@ def test_garbage_in_states_and_failures_blocks_no_start_and_hides_no_cause(tmp_p
 LINES = """
 from proxy_sft.launch.files import join_stream, LiveLog
 import sys
-for pieces in (["y" * 50_000_000], ["y" * 8192] * 6000, ["short line\\n" * 800] * 6000, ["\\rstep"] * 20_000, ["\\x1b[0" * 4000] * 2000):
+for pieces in (["y" * 50_000_000], ["y" * 8192] * 6000, ["short line\\n" * 800] * 6000,
+                   ["\\rstep"] * 20_000, ["\\x1b[0" * 4000] * 2000):
     log, text = LiveLog(__import__("pathlib").Path(sys.argv[1])), ""
     for piece in pieces:
         log.write(piece)
@@ -237,9 +249,14 @@ def test_what_cannot_be_written_is_reported_in_memory(tmp_path, monkeypatch):
     monkeypatch.setenv("PROXY_SFT_REPORTS", reports.path)
     status = ranks.RankStatus(tmp_path / "gone" / "rank-0.json", rank=0, cell=0, attempt=0, run="r", notebook="n",
                               world_size=1)
-    status.update(state="failed", failure=dict(rank=0, attempt=0, time=1.0, ename="OSError", evalue="No space left on device", traceback=""))
+    status.update(
+        state="failed",
+        failure=dict(rank=0, attempt=0, time=1.0, ename="OSError", evalue="No space left on device", traceback=""),
+    )
     found = [files.checked_record(one, files.STATE) for one in reports.read()]
-    assert [s["state"] for s in found] == ["starting", "failed"] and found[-1]["failure"]["evalue"] == "No space left on device"
+    assert [s["state"] for s in found] == ["starting", "failed"] and found[-1]["failure"][
+        "evalue"
+    ] == "No space left on device"
     folder = parameters.RunFolder(tmp_path / "deleted")
     ranks.claim_failure(folder, dict(rank=0, attempt=0, time=1.0, ename="E", evalue="the first cause", traceback=""),
                         0.0)

@@ -127,7 +127,11 @@ def answered(server, asked, folder):
 def test_models_agree_with_the_published_classes(server, tmp_path):
     asked = questions(3000, 20261128)
     found = answered(server, asked, published(server, tmp_path))
-    wrong = [question for question, answer in zip(asked, found, strict=True) if not equal(ours(server, question), theirs(answer))]
+    wrong = [
+        question
+        for question, answer in zip(asked, found, strict=True)
+        if not equal(ours(server, question), theirs(answer))
+    ]
     assert not wrong, (len(wrong), wrong[:3])
     assert sum("refused" in answer for answer in found) > 200
 
@@ -147,7 +151,11 @@ def test_every_spelling_of_a_request_gives_one_text_at_every_server(tokenizer):
     spelling, tools in any order with any keys."""
     source, served = chat_template(), Counter()
     for request in requests(2000, 7):
-        messages, tools, texts = [without_differences(message) for message in copy.deepcopy(request["messages"])], request["tools"], {}
+        messages, tools, texts = (
+            [without_differences(message) for message in copy.deepcopy(request["messages"])],
+            request["tools"],
+            {},
+        )
         if "x-anthropic" in json.dumps(messages): continue # vLLM drops that line, see the models' own tests
         for name, server in SERVERS.items():
             try: given = server.view(copy.deepcopy(messages), copy.deepcopy(tools), source)
@@ -166,7 +174,11 @@ def test_two_thousand_spellings_of_a_tool_give_one_line(tokenizer):
         function = tool["function"]
         fields = {key: function[key] for key in ("name", "description", "parameters") if function.get(key) is not None}
         line = tool_text({"type": "function", "function": fields})
-        for spelling in (tool, function, {"type": "function", "function": {**function, "description": function.get("description")}}):
+        for spelling in (
+            tool,
+            function,
+            {"type": "function", "function": {**function, "description": function.get("description")}},
+        ):
             assert tool_text(spelling) == line
             assert f"\n{line}\n</tools>" in render_chat([{"role": "user", "content": "x"}], [spelling], tokenizer)
         seen.add(line)
@@ -184,14 +196,18 @@ REFUSED = ({"role": "function", "content": "x"}, {"role": "user", "content": [{"
 def test_what_the_template_cannot_write_is_refused_by_every_engine(tokenizer, message, template):
     for fast in (False, True):
         renderer = Inspection(tokenizer, template, fast=fast).encoder.renderer
-        with pytest.raises(Exception, match="no text|no role|a name"): renderer.text([{"role": "user", "content": "x"}, message], None)
+        with pytest.raises(Exception, match="no text|no role|a name"):
+            renderer.text([{"role": "user", "content": "x"}, message], None)
 
 
 def converted():
     "The demo's rows, and those beside the checkout."
-    for row in [*demo_rows()][::12] + [json.loads(line) for name in ("real_rows",
-                                                                     "bfcl_rows") if (SHARED / "dolci").exists()
-                                       for line in (SHARED / "dolci" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]:
+    for row in [*demo_rows()][::12] + [
+        json.loads(line)
+        for name in ("real_rows", "bfcl_rows")
+        if (SHARED / "dolci").exists()
+        for line in (SHARED / "dolci" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]:
         try: yield convert_row(row)
         except ConvertError: pass # planted
 
@@ -225,7 +241,9 @@ def test_the_table_of_the_default_template(tokenizer, tmp_path):
     found = check_parity(rows, tokenizer)
     assert found.passed, found
     for server in SERVERS:
-        assert found[f"same {server}"] + found[f"changed {server}"] + found[f"refused {server}"] == found["supervised"], found
+        assert (
+            found[f"same {server}"] + found[f"changed {server}"] + found[f"refused {server}"] == found["supervised"]
+        ), found
         assert not found[f"differs {server}"]
     assert found["same vllm"] == found["supervised"]
     (tmp_path / "trl.jinja").write_text(__import__("proxy_sft.chat.templates",
@@ -237,19 +255,30 @@ def test_the_table_of_the_default_template(tokenizer, tmp_path):
 def test_servers_are_chosen_and_named(tokenizer):
     row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "tools": []}
     found = check_parity([row], tokenizer, servers=("vllm",))
-    assert found.servers == ("vllm",) and "SGLang" not in repr(found) and json.loads(found.to_json())["servers"] == {"vllm": "0.33.0"}
+    assert (
+        found.servers == ("vllm",)
+        and "SGLang" not in repr(found)
+        and json.loads(found.to_json())["servers"] == {"vllm": "0.33.0"}
+    )
     with pytest.raises(ChatError, match="no model of a server ollama"): check_parity([row], tokenizer,
             servers=("ollama",))
 
 
 def test_what_a_server_changes_is_counted_with_its_reason(tokenizer):
     call = {"function": {"name": "f", "arguments": {"n": 2**70}}}
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"n": {"type": "any"}}}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"type": "object", "properties": {"n": {"type": "any"}}}},
+    }
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Hm.", "tool_calls": [call]},
             {"role": "tool", "content": "1"},
             {"role": "assistant", "content": "y"}]
     found = check_parity([{"messages": chat, "tools": []}, {"messages": chat, "tools": [tool]}], tokenizer)
-    assert found.passed and found["changed transformers: text beside a call"] == 2 and found["changed sglang: arguments"] == 1
+    assert (
+        found.passed
+        and found["changed transformers: text beside a call"] == 2
+        and found["changed sglang: arguments"] == 1
+    )
     assert found["refused sglang: a schema that breaks JSON Schema's own rules"] == 2
     assert found["misread sglang: a function that the request does not offer"] == 1
     assert "transformers serve shows other content in 2 turns" in found.verdict
@@ -257,8 +286,16 @@ def test_what_a_server_changes_is_counted_with_its_reason(tokenizer):
 
 @pytest.mark.parametrize("arguments", ({"text": "</tool_call>"}, {"n": "7"}))
 def test_calls_that_a_parser_reads_otherwise_have_a_reason(arguments):
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}}}]
-    calls, text = [{"function": {"name": "f", "arguments": arguments}}], f'<tool_call>\n{json.dumps({"name": "f", "arguments": arguments})}\n</tool_call>'
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "f", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}},
+        }
+    ]
+    calls, text = (
+        [{"function": {"name": "f", "arguments": arguments}}],
+        f"<tool_call>\n{json.dumps({'name': 'f', 'arguments': arguments})}\n</tool_call>",
+    )
     reasons = {server: misread(server, text, calls, tools) for server in READERS}
     if "n" in arguments: assert not reasons["vllm"] and not reasons["sglang"] and "types" in reasons["transformers"]
     else: assert "tag" in reasons["vllm"] and "tag" in reasons["transformers"]

@@ -101,7 +101,7 @@ class Coder:
         size, self._giga = _giga_encoders.get(self.tokenizer, (0, None))
         if size == len(self.tokenizer): return
         self._giga = gigatoken.Tokenizer(self.tokenizer.backend_tokenizer)
-        self._giga.encode_batch(["a"]).layout.content  # fails here, not later, where a package behind it is missing
+        self._giga.encode_batch(["a"]).layout.content  # noqa: B018  fails here, not later, where a package behind it is missing
         _giga_encoders[self.tokenizer] = len(self.tokenizer), self._giga
 
     def decode(self, ids: np.ndarray) -> str:
@@ -287,7 +287,8 @@ def _trained_tokens(encoder: Any, ids: np.ndarray, offsets: np.ndarray, answers:
     other = np.bincount(row, minlength=count) != [*map(len, answers)]
     known, chosen = ~other[row], np.ones(len(row), bool)
     if encoder.train_on == "last": chosen = np.append(row[1:] != row[:-1], True)[:len(row)]
-    if encoder.train_on == "calls": chosen[known] = [calls is True for i in np.flatnonzero(~other) for calls in answers[i]]
+    if encoder.train_on == "calls":
+        chosen[known] = [calls is True for i in np.flatnonzero(~other) for calls in answers[i]]
     if any(None in some for some in answers):
         chosen[known] &= np.array([a is not None for i in np.flatnonzero(~other) for a in answers[i]], bool)
     chosen &= known

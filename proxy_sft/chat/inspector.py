@@ -270,7 +270,8 @@ def inspect_command(
     folder = Path(args.tokenizer or settings.model_dir)
     try: rows = RowFile(path)
     except OSError as error: return _complain(f"cannot read {path}: {error.strerror}. "
-                                              f"{'Name another file.' if args.file else 'Run nbs/01_convert.ipynb first, or name a file.'}")
+                                              + ("Name another file." if args.file
+                                                 else "Run nbs/01_convert.ipynb first, or name a file."))
     query = Query(text=args.search, source=args.source, reason=args.reason, calls=args.calls)
     found = args.row
     if query != Query(): found, _ = find_row(rows, query, args.row, stretch=len(rows))

@@ -376,7 +376,9 @@ def _calls_differ(
 ) -> bool:
     "Whether the calls read off an answer's tokens are others than its message's."
     wanted = [
-        [normal_form(call_text(call)) for call in m.get("tool_calls") or []] for m in messages if m["role"] == "assistant"
+        [normal_form(call_text(call)) for call in m.get("tool_calls") or []]
+        for m in messages
+        if m["role"] == "assistant"
     ]
     return any(calls != parse_back(inspection, ids[a:b]) for calls, a, b in zip(wanted, begin, behind) if calls)
 

@@ -20,7 +20,7 @@ from fractions import Fraction
 
 from .policy import DefectError
 from proxy_sft.data.tools import (
-    functions_by_name, parameters_of, parse_tools, read_json, required_of, skip_json, SUBSCHEMAS, write_json
+    functions_by_name, parameters_of, read_json, required_of, skip_json, SUBSCHEMAS, write_json
 )
 
 # %% ../../nbs/data/05_schema.ipynb #schema-types

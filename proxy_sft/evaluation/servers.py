@@ -99,7 +99,9 @@ class Server:
         except Exception as error:
             problem = list_problem(error)
             if self.model and problem.startswith("status "): return self.model # it answers, and need not list them
-            raise EvaluateError(f"{self.url} does not list its models: {problem}. Is the address right, with /v1?") from error
+            raise EvaluateError(
+                f"{self.url} does not list its models: {problem}. Is the address right, with /v1?"
+            ) from error
         if self.model: return self.model
         if len(names) != 1:
             raise EvaluateError(

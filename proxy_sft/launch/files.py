@@ -115,8 +115,16 @@ def redact_value(value: Any, secrets: list[str]) -> Any: # of the same structure
     if isinstance(value, str): return redact(value, secrets)
     if isinstance(value, dict): return {k: redact_value(v, secrets) for k, v in value.items()}
     if not isinstance(value, list): return value
-    text = all(isinstance(line, str) for line in value) and len(value) > 1 and all(line.endswith("\n") for line in value[:-1])
-    return redact("".join(value), secrets).splitlines(keepends=True) if text else [redact_value(one, secrets) for one in value]
+    text = (
+        all(isinstance(line, str) for line in value)
+        and len(value) > 1
+        and all(line.endswith("\n") for line in value[:-1])
+    )
+    return (
+        redact("".join(value), secrets).splitlines(keepends=True)
+        if text
+        else [redact_value(one, secrets) for one in value]
+    )
 
 def redact_output(output: dict, secrets: list[str]) -> dict: # pictures are not read
     "An output of a cell, as a notebook holds it."

@@ -68,7 +68,8 @@ def parsed_line(line: bytes, path: Path, number: int) -> dict:
     except orjson.JSONDecodeError as strict:
         try: return json.loads(line)  # lone surrogates, which orjson refuses
         except ValueError: raise PrepareError(f"{path}, line {number + 1} is no JSON ({strict}): {line[:200]!r}. "
-                                              "It was damaged after it was written. Run nbs/01_convert.ipynb again.") from None
+                                              "It was damaged after it was written. "
+                                              "Run nbs/01_convert.ipynb again.") from None
 
 # %% ../../nbs/tokens/03_encoding.ipynb #guard
 SAMPLE, LONGEST = 64, 8  # rows of a file that are compared with the reference before it is prepared

@@ -63,11 +63,18 @@ def require_whole_inputs(settings: Settings, parts: dict[str, Any]) -> None: # r
         raise PrepareError(f"{folder / 'report.json'} {what}, so nobody can tell whether the conversations are whole. "
                            "Run nbs/01_convert.ipynb again.")
     written = {f"data/{entry['name']}": entry["blake3"] for entry in facts["files"]}
-    read = {name for name in written if Path(name).name.startswith(("train.",
-                                                                    "heldout."))} | {n for n in parts if n.startswith("data/")}
+    read = {name for name in written if Path(name).name.startswith(("train.", "heldout."))} | {
+        n for n in parts if n.startswith("data/")
+    }
     for name in sorted(read):
         if written.get(name) == parts.get(name): continue
-        found = "is missing" if name not in parts else "is not listed there" if name not in written else "has other bytes than were written"
+        found = (
+            "is missing"
+            if name not in parts
+            else "is not listed there"
+            if name not in written
+            else "has other bytes than were written"
+        )
         raise PrepareError(f"{folder / Path(name).name} {found}, by {folder / 'report.json'}: it was changed or "
                            "damaged after the "
                            "conversion. Run nbs/01_convert.ipynb again with the same profile. Nothing was prepared.")

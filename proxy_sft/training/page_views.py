@@ -41,7 +41,11 @@ class Block:
         tokenizer: Any,
         most: int = 1500, # tokens that are shown
     ):
-        self.lengths, self.trained, self.size = list(row["seq_lengths"]), int(np.sum(np.array(row["labels"]) != -100)), len(row["input_ids"])
+        self.lengths, self.trained, self.size = (
+            list(row["seq_lengths"]),
+            int(np.sum(np.array(row["labels"]) != -100)),
+            len(row["input_ids"]),
+        )
         borders = set(np.cumsum([0, *self.lengths]).tolist()[1:-1])
         marks, self.parts, begun = np.array(row["labels"][:most]) != -100, [], 0
         for at in range(1, len(marks) + 1):
@@ -58,7 +62,10 @@ class Block:
                        ends in self.parts)
 
     def _repr_html_(self) -> str:
-        shown = "".join((f"<mark>{escape(text)}</mark>" if trained else escape(text)) + ("<hr>" if ends else "") for text, trained, ends in self.parts)
+        shown = "".join(
+            (f"<mark>{escape(text)}</mark>" if trained else escape(text)) + ("<hr>" if ends else "")
+            for text, trained, ends in self.parts
+        )
         return f'<p>{escape(str(self))} Marked: trained.</p><pre style="white-space: pre-wrap">{shown}</pre>'
 
 # %% ../../nbs/training/16_page_views.ipynb #loss
@@ -94,13 +101,16 @@ def result_card(
     held = [r["eval_loss"] for r in result.log if "eval_loss" in r]
     seconds, speed, memory = last("train_runtime"), last("tokens_per_second"), last("peak_memory_gib")
     folder = shown_path(result.run_dir, settings)
-    rows = [["optimizer steps", f"{result.step:,}"],
-            ["held-out loss", f"{held[0]:.3f} at the start, {held[-1]:.3f} at the end" if held else "nothing was held out"],
-            ["time of this start", f"{seconds / 60:.1f} min" if seconds else "not measured"],
-            ["speed at the end", f"{speed:,.0f} tokens/s" if speed else "not measured"],
-            ["peak memory", f"{memory:.1f} GiB" if memory else "no GPU"],
-            ["final model", folder], ["checkpoints", f"{folder}/checkpoint-*"],
-            ["log", f"{folder}/logs/progress.jsonl"]]
+    rows = [
+        ["optimizer steps", f"{result.step:,}"],
+        ["held-out loss", f"{held[0]:.3f} at the start, {held[-1]:.3f} at the end" if held else "nothing was held out"],
+        ["time of this start", f"{seconds / 60:.1f} min" if seconds else "not measured"],
+        ["speed at the end", f"{speed:,.0f} tokens/s" if speed else "not measured"],
+        ["peak memory", f"{memory:.1f} GiB" if memory else "no GPU"],
+        ["final model", folder],
+        ["checkpoints", f"{folder}/checkpoint-*"],
+        ["log", f"{folder}/logs/progress.jsonl"],
+    ]
     return Table(rows, ("", ""))
 
 def shown_path(path: Path, settings: Settings) -> str:

@@ -124,7 +124,7 @@ def start_processes(settings: Settings) -> None:
     if training_device(settings).type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if uses_deepspeed(settings): leave_reductions_to_gloo()
-    training_arguments(settings, resumed=False).distributed_state
+    _ = training_arguments(settings, resumed=False).distributed_state
     if uses_deepspeed(settings):
         from deepspeed import init_distributed
         # joins the group that is there: ZeRO-3 divides weights before a trainer exists, and would count one rank
