@@ -32,7 +32,7 @@ class RowFile:
         self.name, self.path = ("memory", None) if self.rows is not None else (Path(source).name, Path(source))
         if self.rows is not None: return
         self.starts = line_starts(source)
-        with open(source, "rb") as file:  # pages are read when asked
+        with open(source, "rb") as file:  # pages are read when they are wanted
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self.starts) > 1 else b""
 
     def __len__(self) -> int: return len(self.rows) if self.rows is not None else len(self.starts) - 1
@@ -77,7 +77,7 @@ def raw_row(row: dict) -> Optional[dict]: # the Dolci row inside a row of any fi
 SOURCES = ("source", "source_dataset", "dataset_source")  # names of the column, by release
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowFacts:
     "What a row can be found by."
     id: str
@@ -114,19 +114,21 @@ class Query:
     source: str = ""            # part of its source
     reason: str = ""            # part of its reason
     calls: Optional[int] = None # exactly so many calls
+    turns: Optional[int] = None # exactly so many messages
     longer: int = 0             # characters at least
     shorter: int = 0            # characters at most; 0: any
 
     def fits(self, line: bytes, row: Optional[dict] = None) -> bool:
         "Whether a row is wanted."
         if self.longer and len(line) < self.longer or self.shorter and len(line) > self.shorter: return False
-        if not (self.text or self.source or self.reason or self.calls is not None): return True
+        if not (self.text or self.source or self.reason or self.calls is not None
+                or self.turns is not None): return True
         try: row = _loads(line)
         except ValueError: row = {"broken": line.decode("utf-8", "replace")}
         if self.text and self.text.casefold() not in _plain_text(row).casefold(): return False
         facts = row_facts(row, len(line))
         return (self.source.casefold() in facts.source.casefold() and self.reason.casefold() in facts.reason.casefold()
-                and self.calls in (None, facts.calls))
+                and self.calls in (None, facts.calls) and self.turns in (None, facts.turns))
 
 
 def _loads(line: bytes) -> dict:
@@ -147,7 +149,7 @@ def _plain_text(row: Any) -> str:
 def _known_to_fit(rows: RowFile, query: Query) -> np.ndarray: # bool, one per row
     "Which rows of a converted file fit all that is not text."
     import pyarrow.compute as pc
-    if getattr(rows, "asked", None) == (query.source, query.reason, query.calls, query.longer, query.shorter):
+    if getattr(rows, "fitting_key", None) == (query.source, query.reason, query.calls, query.longer, query.shorter):
         return rows.fitting
     fits = np.ones(len(rows), bool)
     if query.longer or query.shorter:
@@ -161,7 +163,7 @@ def _known_to_fit(rows: RowFile, query: Query) -> np.ndarray: # bool, one per ro
         if name == "reason": column = pc.binary_join(column, ", ")
         found = pc.match_substring(pc.fill_null(column, ""), part, ignore_case=True)
         fits &= found.to_numpy(zero_copy_only=False).astype(bool)
-    rows.asked, rows.fitting = (query.source, query.reason, query.calls, query.longer, query.shorter), fits
+    rows.fitting_key, rows.fitting = (query.source, query.reason, query.calls, query.longer, query.shorter), fits
     return fits
 
 # %% ../../nbs/chat/08_row_files.ipynb #find-row-export
@@ -173,7 +175,7 @@ def find_row(
     stretch: int = STRETCH, # rows to look at before giving up for now
 ) -> tuple[Optional[int], int]: # the row found or None, and where to go on (outside the file: nowhere)
     "The next row that fits."
-    if rows.facts is not None: return _find_known(rows, query, start, step, stretch)
+    if rows.facts is not None and query.turns is None: return _find_known(rows, query, start, step, stretch)
     at = start
     while 0 <= at < len(rows) and abs(at - start) < stretch:
         if query.fits(rows.line(at)): return at, at + step
