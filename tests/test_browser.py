@@ -195,7 +195,7 @@ class Page:
         return self.wait(f"document.querySelector({json.dumps('.psft-app ' + selector)})")
 
     def text(self, selector): return self.find(selector).text
-    def row(self): return int(self.find("[aria-label=row]").get_property("value"))
+    def row(self): return int(self.find("[aria-label=Row]").get_property("value"))
     def idle(self): self.wait("document.querySelector('.psft-app').getAttribute('aria-busy') !== 'true'")
 
     def press(self, selector):
@@ -208,7 +208,9 @@ class Page:
 
     def choose(self, label, name):
         from selenium.webdriver.support.ui import Select
-        Select(self.find(f"select[aria-label='{label}']")).select_by_visible_text(name)
+        box = self.wait(f"Array.from(document.querySelectorAll('.psft-app label')).find(l => l.textContent.startsWith('{label}'))"
+                        "?.nextElementSibling")
+        Select(box).select_by_visible_text(name)
         self.idle()
 
     def picture(self, name):
@@ -217,7 +219,7 @@ class Page:
 
 
 def test_rows_and_views(page):
-    assert page.row() == 0 and "of 300" in page.text(".bar")
+    assert page.row() == 0 and "of 300" in page.text(".right .bar")
     page.picture("text")
     page.press("button[title^='next row']")
     assert page.row() == 1 and len(page.text(".panel")) > 20
@@ -250,7 +252,7 @@ def test_template_switch_shows_the_diff(page):
 def test_search_and_markup_stays_text(page):
     from selenium.webdriver.common.keys import Keys
     page.keys("input[name=text]", "NEEDLE in a", Keys.ENTER)
-    page.wait("document.querySelector('.psft-app [aria-label=row]').value === '7'", "the search finds row 7")
+    page.wait("document.querySelector('.psft-app [aria-label=Row]').value === '7'", "the search finds row 7")
     for tab in ("text", "tokens", "messages", "raw", "parity", "text"):
         page.press(f"[data-tab={tab}]")
         assert not page.driver.execute_script(

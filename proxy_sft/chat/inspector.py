@@ -200,7 +200,7 @@ def inspect_command(
         print(f"no row of {state.rows.name} from row {args.row} on fits; ask for less", file=sys.stderr)
         return 1
     state.handle({"do": "go", "value": found})
-    if state.note: return _complain(f"row {found}: {state.rows.name} has {state.note}")
+    if state.note: return _complain(f"row {found}: {state.rows.name} has {state.note.replace('rows are', 'rows')}")
     if args.serve: return serve_inspector(state, args.port, not args.no_browser)
     return _print_row(state, args)
 

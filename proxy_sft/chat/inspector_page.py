@@ -183,7 +183,7 @@ SCRIPT += """
     fill(file, pairs(view.files), view.file_key); fill(template, pairs(view.templates), view.template);
     fill(other, pairs(["", ...view.templates]), view.other); fill(train, pairs(["all", "last", "calls"]), view.train_on);
     fill(flag, FLAGS, view.flag);
-    fields.forEach(f => { if (document.activeElement !== f) f.value = view.query[f.name] ?? ""; });
+    fields.forEach(f => { if (document.activeElement !== f) f.value = view.query[f.name] || (f.name === "calls" || f.name === "turns" ? view.query[f.name] ?? "" : ""); });
     note.textContent = view.note; summary.textContent = view.summary;
     drawTable(table, view.table, view.row, send); drawFacets(facets, view.table, send);
     tabs.forEach(tab => { const on = tab.dataset.tab === view.tab; tab.hidden = tab.dataset.tab === "block" && !view.blocks;

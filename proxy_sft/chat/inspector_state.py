@@ -67,7 +67,8 @@ def _table(self: InspectorState) -> RowTable:
     "The table of the open file under the chosen template."
     key = self.file, self.template, self.train_on
     if key not in self._tables:
-        inspection = self.inspection
+        try: inspection = self.inspection
+        except ValueError: inspection = None  # no such template: the view itself says it
         self._tables = {key: RowTable(self.rows, inspection and (lambda row: measure_row(self._converted(row), inspection)),
                                       self.max_length)}
     return self._tables[key]
@@ -125,7 +126,8 @@ def _go_on(self: InspectorState) -> None:
     "Read for a third of a second."
     table = self.table()
     if table.measure: table.read([row for row in self.page_rows() if row not in table.measures], table.measures_of)
-    if not table.known and (self.reads_facts or table.read_to < AUTOMATIC): table.read_facts()
+    size = len(self.rows)
+    if not table.known and table.read_to < (size if self.reads_facts else min(size, AUTOMATIC)): table.read_facts()
     elif self.reads_measures: table.read_measures()
 
 

@@ -26,7 +26,7 @@ from .masks import IGNORED, supervise
 from .parity_turns import Inspection, server_prompts, turn_parity
 from .row_files import is_raw, raw_row, row_facts
 from .templates import ChatError, control_tokens
-from ..data.schema import REASONS
+from ..data.policy import REASONS
 
 # %% ../../nbs/chat/10_views.ipynb #reading-export
 @dataclass(frozen=True)

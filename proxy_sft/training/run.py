@@ -49,7 +49,7 @@ def require_parity(prepared: Prepared, settings: Settings) -> None: # raises Tra
     if settings.parity == "require":
         raise TrainError(
             f"{text} Choose another template (now {settings.template}), look at the rows with "
-            "nbs/chat/10_inspector.ipynb, "
+            "nbs/chat/15_inspector.ipynb, "
             "or set parity to warn to train all the same; the model card will say so."
         )
     print(f"Warning: {text}")
