@@ -208,7 +208,8 @@ class Page:
 
     def choose(self, label, name):
         from selenium.webdriver.support.ui import Select
-        box = self.wait(f"Array.from(document.querySelectorAll('.psft-app label')).find(l => l.textContent.startsWith('{label}'))"
+        box = self.wait("Array.from(document.querySelectorAll('.psft-app label')).find(l => "
+                        f"l.textContent.startsWith('{label}'))"
                         "?.nextElementSibling")
         Select(box).select_by_visible_text(name)
         self.idle()

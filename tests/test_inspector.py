@@ -136,7 +136,6 @@ ALLOWED = {
     "strong",
     "em",
     "pre",
-    "b",
     "ruby",
     "rt",
 }
@@ -429,13 +428,15 @@ def test_rows_are_sorted_filtered_and_counted(tokenizer):
     assert [number for number, _ in ask("page", 1)["rows"]] == list(range(25, 50))
     first = [number for number, _ in ask("sort", "calls")["rows"]]
     assert [number % 3 for number in first[:21]] == [0] * 20 + [1]
-    assert next(facet for facet in ask("table")["facets"] if facet["name"] == "source")["values"][0][:3] == ["s0", "s0", 30]
+    assert next(facet for facet in ask("table")["facets"] if facet["name"] == "source")["values"][0][:3] == ["s0", "s0",
+            30]
     assert "of 30 rows" in ask("facet", ["source", "s1"])["caption"]
     tokens = [int(cells[6].replace(",", "")) for _, cells in ask("sort", "tokens")["rows"]]
     assert tokens == sorted(tokens) and state.note == ""
     ask("facet", ["source", ""])
     state.handle({"do": "template", "value": "stock"})
-    assert len(ask("flag", "parity")["rows"]) > 0 and all(cells[-1].startswith("✘") for _, cells in ask("table")["rows"])
+    assert len(ask("flag", "parity")["rows"]) > 0 and all(cells[-1].startswith("✘") for _,
+                                                          cells in ask("table")["rows"])
     state.handle({"do": "go", "value": ""})
     assert state.note == "a row is a whole number, not ''"  # an emptied field is a sentence, no Python error
 
@@ -463,7 +464,8 @@ def test_a_long_row_is_shown_in_pieces_and_compared_in_linear_time(tokenizer):
 def test_a_rejected_row_opens_on_its_reason(tokenizer):
     raw = {"id": "r", "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None,
            "function_calls": "f(x=2*3)"}]}
-    entry = {"id": "r", "line": 1, "source": "Aya", "reason": "malformed_calls", "message": "an operator", "excerpt": "f(x=2*3)"}
+    entry = {"id": "r", "line": 1, "source": "Aya", "reason": "malformed_calls", "message": "an operator",
+             "excerpt": "f(x=2*3)"}
     def refuse(row): raise ValueError("an operator")
     state = InspectorState(RowFile([entry]), tokenizer, raw=RowFile([raw]), convert=refuse)
     html = state.view()["html"]

@@ -101,7 +101,8 @@ class Coder:
         size, self._giga = _giga_encoders.get(self.tokenizer, (0, None))
         if size == len(self.tokenizer): return
         self._giga = gigatoken.Tokenizer(self.tokenizer.backend_tokenizer)
-        self._giga.encode_batch(["a"]).layout.content  # noqa: B018  fails here, not later, where a package behind it is missing
+        # fails here, not later, where a package behind it is missing
+        _ = self._giga.encode_batch(["a"]).layout.content
         _giga_encoders[self.tokenizer] = len(self.tokenizer), self._giga
 
     def decode(self, ids: np.ndarray) -> str:

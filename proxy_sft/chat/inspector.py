@@ -20,8 +20,7 @@ from .inspector_server import serve_inspector
 from .inspector_state import InspectorState
 from .masks import TRAIN_ON
 from .packed_blocks import PackedBlocks
-from .parity_turns import Inspection
-from .row_files import find_row, Query, raw_of, RowFile
+from .row_files import find_row, Query, RowFile
 from .templates import TEMPLATES
 from .views import row_text, RowView, safe, TABS
 from ..core.atomic_folders import is_complete
@@ -47,10 +46,14 @@ def find_sources(
     path = _existing(Path(given).expanduser())
     name = str(given)
     if name in profile_names() and (path is None or path.is_dir()): return _of_settings(load_settings(name))
-    if path is None: raise FileNotFoundError(f"There is no file or profile {name!r}. Profiles: {', '.join(profile_names())}.")
+    if path is None: raise FileNotFoundError(f"There is no file or profile {name!r}. Profiles: "
+                                             f"{', '.join(profile_names())}.")
     if path.is_dir(): path = path / "train.jsonl"
-    if not path.is_file(): raise FileNotFoundError(f"There is no {path}. Convert first (nbs/01_convert.ipynb), or name a .jsonl file.")
-    beside = {other.name: other for other in sorted(path.parent.glob("*.jsonl")) if other.name in LEDGERS and other != path}
+    if not path.is_file(): raise FileNotFoundError(f"There is no {path}. Convert first (nbs/01_convert.ipynb), or name "
+                                                   "a .jsonl file.")
+    beside = {
+        other.name: other for other in sorted(path.parent.glob("*.jsonl")) if other.name in LEDGERS and other != path
+    }
     return Sources(RowFile(path), beside)
 
 
@@ -68,7 +71,8 @@ def _of_settings(settings: Settings) -> Sources:
     if "train.jsonl" in files: return Sources(RowFile(files.pop("train.jsonl")), files, settings)
     if "raw" in files: return Sources(RowFile(files["raw"]), files, settings)
     if not settings.is_demo: raise FileNotFoundError(
-        f"There is neither {settings.converted_dir / 'train.jsonl'} nor {settings.train_file}. Run nbs/00_download.ipynb and "
+        f"There is neither {settings.converted_dir / 'train.jsonl'} nor {settings.train_file}. Run "
+        "nbs/00_download.ipynb and "
         f"nbs/01_convert.ipynb with profile {settings.profile}.")
     return Sources(RowFile(demo_rows(settings.demo_rows, settings.seed)), {}, settings)
 
@@ -192,7 +196,8 @@ def inspect_command(
 ) -> int: # exit status: 0 shown, 1 nothing found, 2 no such file, row or tokenizer
     "Print a row, write it, or serve the page."
     try: state = _state_of(args)
-    except OSError as error: return _complain(str(error) if not error.filename else f"cannot read {error.filename}: {error.strerror}")
+    except OSError as error: return _complain(str(error) if not error.filename else (f"cannot read {error.filename}: "
+                                                                                     f"{error.strerror}"))
     query = Query(text=args.search, source=args.source, reason=args.reason, calls=args.calls)
     found = args.row
     if query != Query(): found, _ = find_row(state.rows, query, args.row, stretch=len(state.rows))
@@ -209,11 +214,13 @@ def _state_of(args: Any) -> InspectorState:
     "The inspector that the arguments describe; OSError when something is missing."
     tokenizer, wanted = None, args.view in ("text", "tokens", "parity") and not args.json or args.serve or args.html
     if args.tokenizer and wanted:
-        if not (Path(args.tokenizer) / "tokenizer.json").is_file(): raise FileNotFoundError(f"no tokenizer in {args.tokenizer}: give --tokenizer, or --view messages")
+        if not (Path(args.tokenizer) / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"no tokenizer in {args.tokenizer}: give --tokenizer, or --view messages")
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, local_files_only=True)
     settings = load_settings(args.profile) if args.profile or not args.file else None
-    state = open_inspector(args.file or settings, tokenizer or (False if not wanted else None), args.template, args.train_on,
+    state = open_inspector(args.file or settings, tokenizer or (False if not wanted else None), args.template,
+                           args.train_on,
                            args.raw or None)
     if wanted and state.tokenizer is None and not args.serve:
         raise FileNotFoundError("no tokenizer: give --tokenizer, or --view messages")
@@ -238,11 +245,17 @@ def static_html(
 ) -> str: # a whole document
     "One row with all its views, without scripts."
     tabs = [tab for tab in ("text", "parity", "messages", "raw") if tab != "raw" or view.raw is not None]
-    folds = "".join(f"<details{' open' if tab == 'text' else ''}><summary>{tab}</summary>{view.html(tab)}</details>" for tab in tabs)
+    folds = "".join(
+        f"<details{' open' if tab == 'text' else ''}><summary>{tab}</summary>{view.html(tab)}</details>" for tab in tabs
+    )
     head = view._repr_html_().partition('<div class="psft">')[0]
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>one conversation</title><style>:root{{color-scheme:light dark}}body{{margin:1em auto;max-width:60em;padding:0 1em}}"
-            f"</style>{head}</head><body class=\"psft\"><p>{safe(view.summary)}</p>{folds}</body></html>\n")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width">'
+        f"<title>one conversation</title>"
+        f"<style>:root{{color-scheme:light dark}}body{{margin:1em auto;max-width:60em;padding:0 1em}}"
+        f'</style>{head}</head><body class="psft"><p>{safe(view.summary)}</p>{folds}</body></html>\n'
+    )
 
 
 def _complain(text: str) -> int:

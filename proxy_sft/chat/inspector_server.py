@@ -19,7 +19,6 @@ from urllib.parse import parse_qs, urlsplit
 # %% ../../nbs/chat/14_inspector_server.ipynb #imports-own
 from .inspector_page import APP_STYLE, SCRIPT
 from .inspector_state import InspectorState
-from .row_files import RowFile
 
 # %% ../../nbs/chat/14_inspector_server.ipynb #page-export
 MODEL = """
@@ -31,7 +30,8 @@ const model = { get: () => view, on: (name, act) => listeners.add(act), off: (na
     if (!answer.ok) throw new Error(await answer.text());
     const found = await answer.json();
     if (found) { view = found; listeners.forEach(act => act()); }
-  }).catch(error => document.querySelector(".note").textContent = `no answer: ${error.message}; is the command still running?`); } };
+  }).catch(error => document.querySelector(".note").textContent =
+    `no answer: ${error.message}; is the command still running?`); } };
 render({model, el: document.getElementById("app")});
 """
 PAGE_STYLE = """:root{color-scheme:light dark}
@@ -46,8 +46,10 @@ def page_html(
     "The page with its first view in it."
     view = json.dumps(state.view()).replace("<", "\\u003c")
     script = SCRIPT.replace("export default { render };", "") + MODEL.replace("__VIEW__", view)
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{state.rows.name.replace('<', '')}: proxy-sft inspect</title><style>{PAGE_STYLE}{APP_STYLE}</style></head>"
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+            'content="width=device-width">'
+            f"<title>{state.rows.name.replace('<', '')}: proxy-sft "
+            f"inspect</title><style>{PAGE_STYLE}{APP_STYLE}</style></head>"
             f'<body><main id="app"></main><script type="module" nonce="{nonce}">{script}</script></body></html>')
 
 # %% ../../nbs/chat/14_inspector_server.ipynb #handler-export
@@ -71,10 +73,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         address = urlsplit(self.path)
-        if not self.allowed(parse_qs(address.query).get("token", [""])[0]): return self.answer(403, "the token is missing or wrong")
+        if not self.allowed(parse_qs(address.query).get("token", [""])[0]): return self.answer(403,
+                "the token is missing or wrong")
         if address.path != "/": return self.answer(404, "there is only one page")
         nonce = secrets.token_hex(16)
-        policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
+        policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; connect-src 'self'; "
+                  "frame-ancestors 'none'")
         with self.server.lock: page = page_html(self.server.state, nonce)
         self.answer(200, page, "text/html", Content_Security_Policy=policy)
 
@@ -112,7 +116,8 @@ def serve_inspector(
     "Serve until Ctrl-C."
     try: server = make_server(state, port)
     except OSError as error:
-        print(f"port {port} cannot be used: {error.strerror}. Choose another with --port, or leave it out.", file=sys.stderr)
+        print(f"port {port} cannot be used: {error.strerror}. Choose another with --port, or leave it out.",
+              file=sys.stderr)
         return 2
     print(f"{state.rows.name}: {server.address}\nCtrl-C ends it.", flush=True)
     if browser: webbrowser.open(server.address)

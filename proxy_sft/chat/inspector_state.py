@@ -6,7 +6,6 @@
 __all__ = ['AUTOMATIC', 'ACTIONS', 'LABELS', 'InspectorState']
 
 # %% ../../nbs/chat/13_inspector_state.ipynb #imports
-from pathlib import Path
 from typing import Any, Callable, Optional
 
 import numpy as np
@@ -30,7 +29,13 @@ class InspectorState:
                  raw: Optional[RowFile] = None, convert: Optional[Callable] = None, files: Optional[dict] = None,
                  blocks: Optional[PackedBlocks] = None, max_length: Optional[int] = None):
         # raw: the downloaded rows; files: name -> path of other files; max_length: longer rows count as cut
-        self.tokenizer, self.raw, self.convert, self.blocks, self.max_length = tokenizer, raw, convert, blocks, max_length
+        self.tokenizer, self.raw, self.convert, self.blocks, self.max_length = (
+            tokenizer,
+            raw,
+            convert,
+            blocks,
+            max_length,
+        )
         self.files, self.file = {rows.name: rows, **(files or {})}, rows.name
         self.tab, self.template, self.other, self.train_on = "text", template, "", train_on
         self.query, self.flag, self.note, self._inspections, self._tables, self._views = Query(), "", "", {}, {}, {}
@@ -58,8 +63,17 @@ def _current(self: InspectorState) -> RowView:
     key = self.file, self.row, self.template, self.other, self.train_on
     if self._views.get("key") != key:
         row, known = self.rows[self.row], self.rows.known(self.row)
-        self._views = {"key": key, "row": RowView(row, self.inspection, raw_of({**row, **known}, self.raw), self.convert,
-                                                  known=known, other=self._inspection(self.other))}
+        self._views = {
+            "key": key,
+            "row": RowView(
+                row,
+                self.inspection,
+                raw_of({**row, **known}, self.raw),
+                self.convert,
+                known=known,
+                other=self._inspection(self.other),
+            ),
+        }
     return self._views["row"]
 
 
@@ -69,8 +83,11 @@ def _table(self: InspectorState) -> RowTable:
     if key not in self._tables:
         try: inspection = self.inspection
         except ValueError: inspection = None  # no such template: the view itself says it
-        self._tables = {key: RowTable(self.rows, inspection and (lambda row: measure_row(self._converted(row), inspection)),
-                                      self.max_length)}
+        self._tables = {
+            key: RowTable(
+                self.rows, inspection and (lambda row: measure_row(self._converted(row), inspection)), self.max_length
+            )
+        }
     return self._tables[key]
 
 
@@ -115,7 +132,8 @@ def _page_rows(self: InspectorState) -> list[int]: return self.order()[self.firs
 def _missing(self: InspectorState) -> str:
     "What has still to be read, in words; empty when nothing has."
     table, size = self.table(), len(self.rows)
-    if self.reads_measures and table.measure and table.measured_to < size: return f"measured {table.measured_to:,} of {size:,} rows"
+    if self.reads_measures and table.measure and table.measured_to < size: return (f"measured {table.measured_to:,} of "
+                                                                                   f"{size:,} rows")
     if not table.known and table.read_to < (size if self.reads_facts else min(size, AUTOMATIC)):
         return f"read {table.read_to:,} of {size:,} rows"
     unmeasured = table.measure and any(row not in table.measures for row in self.page_rows())
@@ -178,7 +196,8 @@ def _find(self, step: int, stay: bool) -> None:
     at = _place(order, self.row, step, stay)
     for _ in range(STRETCH):
         if not 0 <= at < len(order): break
-        if not self.query.text or Query(self.query.text).fits(self.rows.line(int(order[at]))): return _go(self, order[at])
+        if not self.query.text or Query(self.query.text).fits(self.rows.line(int(order[at]))): return _go(self,
+                order[at])
         at += step
     if 0 <= at < len(order):
         _go(self, order[at])
@@ -243,7 +262,7 @@ def _set_flag(self, value: str) -> None:
 def _open_file(self, name: str) -> None:
     if name not in self.files: raise ValueError(f"there is no file {name!r}")
     before, self.file = self.file, name
-    try: self.rows
+    try: _ = self.rows
     except (OSError, ValueError):
         self.file = before
         raise
@@ -262,7 +281,8 @@ def _open_block(self, number: Any) -> None:
     self.block, self.tab = number, "block"
 
 
-ACTIONS = {"go": _go, "query": _query, "table": lambda self, value: None, "sort": _sort, "facet": _facet, "page": _turn_page,
+ACTIONS = {"go": _go, "query": _query, "table": lambda self, value: None, "sort": _sort, "facet": _facet,
+           "page": _turn_page,
            "flag": _set_flag, "file": _open_file, "piece": _next_piece, "block": _open_block,
            "read": lambda self, value: self.go_on(), "tab": _choose("tab", (*TABS, "block")),
            "template": _choose("template"), "other": _choose("other"), "train_on": _choose("train_on", tuple(TRAIN_ON))}
@@ -292,7 +312,8 @@ def _block_view(self: InspectorState) -> str:
 def _page(self: InspectorState) -> dict:
     names = [*TEMPLATES, *([self.template] if self.template not in TEMPLATES else [])]
     shown = [self.file, self.row, self.tab, self.template, self.other, self.train_on, self.query.text, self.block]
-    return {"row": self.row, "rows": len(self.rows), "file": self.rows.name, "file_key": self.file, "files": list(self.files),
+    return {"row": self.row, "rows": len(self.rows), "file": self.rows.name, "file_key": self.file,
+            "files": list(self.files),
             "tab": self.tab, "note": self.note, "template": self.template, "templates": names, "other": self.other,
             "train_on": self.train_on, "flag": self.flag, "query": dict(self.query.__dict__), "piece": self.piece,
             "append": self.append, "shown": str(shown), "block": self.block, "blocks": len(self.blocks or ()),

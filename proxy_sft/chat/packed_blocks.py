@@ -27,7 +27,8 @@ class PackedBlocks:
         import pyarrow as pa
         self.folder, self.split = Path(folder), split
         self.manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-        with pa.memory_map(str(self.folder / f"{split}.arrow")) as file: self.table = pa.ipc.open_stream(file).read_all()
+        with pa.memory_map(str(self.folder / f"{split}.arrow")) as file:
+            self.table = pa.ipc.open_stream(file).read_all()
 
     def __len__(self) -> int: return self.table.num_rows
 
@@ -86,14 +87,16 @@ def block_html(
         learnt, last = int((labels != IGNORED).sum()), first + len(ids) - 1
         total, trained = total + len(ids), trained + learnt
         name = _row_name(rows, row)
-        lines.append((place, name, f"{first:,}–{last:,}", f"{len(ids):,}", f"{learnt:,} ({learnt / max(1, len(ids)):.0%})",
+        lines.append((place, name, f"{first:,}–{last:,}", f"{len(ids):,}",
+                      f"{learnt:,} ({learnt / max(1, len(ids)):.0%})",
                       f"position p in {first:,}–{last:,} sees {first:,}–p; position ids 0–{len(ids) - 1:,}"))
         parts.append(f"<details><summary>{safe(f'{place}: {name}')}</summary>"
                      f'<pre class="t">{_with_marks(ids, labels, tokenizer)}</pre></details>')
     heads = ("", "conversation", "positions", "tokens", "trained", "attention")
     table = "".join("<tr>" + "".join(f"<td>{safe(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     return (f"<p><strong>block {number:,} of {len(blocks):,}</strong> · {total:,} tokens, {trained:,} trained, "
-            f"{len(lines)} conversations that do not see each other</p>{_picture(lines, blocks.block(number))}<table><tr>"
+            f"{len(lines)} conversations that do not see each "
+            f"other</p>{_picture(lines, blocks.block(number))}<table><tr>"
             + "".join(f'<th scope="col">{head}</th>' for head in heads) + f"</tr>{table}</table>{''.join(parts)}")
 
 
@@ -107,14 +110,16 @@ def _with_marks(ids: np.ndarray, labels: np.ndarray, tokenizer: Any) -> str:
     "The text of a conversation, trained stretches marked."
     trained = labels != IGNORED
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
-    texts = [(bool(trained[a]), safe(tokenizer.decode(ids[a:b].tolist()))) for a, b in zip(borders, borders[1:]) if a < b]
+    texts = [(bool(trained[a]), safe(tokenizer.decode(ids[a:b].tolist()))) for a,
+             b in zip(borders, borders[1:]) if a < b]
     return "".join(f"<mark>{text}</mark>" if learnt else text for learnt, text in texts)
 
 
 def _picture(lines: list, conversations: list) -> str:
     "Attention as squares on the diagonal: white elsewhere, because nothing is seen there."
     size = sum(len(ids) for _, ids, _ in conversations) or 1
-    triangles = "".join(f'<path d="M{a * 120 / size:.1f} {a * 120 / size:.1f}V{b * 120 / size:.1f}H{b * 120 / size:.1f}Z"/>'
+    triangles = "".join(f'<path d="M{a * 120 / size:.1f} '
+                        f'{a * 120 / size:.1f}V{b * 120 / size:.1f}H{b * 120 / size:.1f}Z"/>'
                         for a, b in ((first, first + len(ids)) for first, ids, _ in conversations))
     return (f'<svg width="124" height="124" viewBox="-2 -2 124 124" role="img" aria-label="attention: {len(lines)} '
             'separate triangles"><rect width="120" height="120" fill="none" stroke="#888"/>'

@@ -187,7 +187,7 @@ def _find_known(rows: RowFile, query: Query, start: int, step: int, stretch: int
     "`find_row` for a converted file: all but the text is looked up in its facts, so only rows that may fit are read."
     fitting = np.flatnonzero(_known_to_fit(rows, query))
     at = np.searchsorted(fitting, start, "left" if step > 0 else "right") - (step < 0)
-    for read in range(stretch):
+    for _ in range(stretch):
         if not 0 <= at < len(fitting): return None, len(rows) if step > 0 else -1
         row = int(fitting[at])
         if not query.text or Query(query.text).fits(rows.line(row)): return row, row + step

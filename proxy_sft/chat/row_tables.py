@@ -54,7 +54,8 @@ def json_of(*values: Any) -> str:
     return json.dumps(values, ensure_ascii=False)
 
 # %% ../../nbs/chat/09_row_tables.ipynb #flags-export
-FLAGS = {"parity": "parity fails", "left_out": "left out of training", "cut": "cut", "literal": "literal control tokens"}
+FLAGS = {"parity": "parity fails", "left_out": "left out of training", "cut": "cut",
+         "literal": "literal control tokens"}
 COLUMNS = {"row": "row", "id": "id", "source": "source", "turns": "turns", "calls": "calls", "characters": "characters",
            "tokens": "tokens", "trained": "trained", "reason": "reason", "parity": "parity"}
 MEASURED = ("turns", "tokens", "trained", "parity", *FLAGS)
@@ -93,7 +94,8 @@ class RowTable:
 
     def facts_of(self, row: int): # `RowFacts`
         "What a row can be found by, read when it is first wanted."
-        if row not in self.facts: self.facts[row] = row_facts(_row_or_broken(self.rows, row) | self.rows.known(row), len(self.rows.line(row)))
+        if row not in self.facts: self.facts[row] = row_facts(_row_or_broken(self.rows, row) | self.rows.known(row),
+                                                              len(self.rows.line(row)))
         return self.facts[row]
 
     def measures_of(self, row: int) -> Optional[Measures]: # None: cannot be rendered, or no tokenizer
@@ -169,7 +171,8 @@ RowTable.column, RowTable._known_column, RowTable._measured_column = _column, _k
 
 # %% ../../nbs/chat/09_row_tables.ipynb #order-export
 def _order(self: RowTable, query: Query, flag: str = "", sort: str = "row", down: bool = False) -> np.ndarray:
-    "The numbers of the rows that fit, in order; of what is not read yet, nothing is left out by a sort and all by a filter."
+    """The numbers of the rows that fit, in order; of what is not read yet, nothing is left out by a sort and all by a
+    filter."""
     order = np.flatnonzero(self._fits(query, flag))
     if sort == "row": return order[::-1] if down else order
     if sort == "id" and self.known: keys = np.array(self.rows.facts["id"].take(order).fill_null("").to_pylist(), object)
@@ -187,7 +190,7 @@ def _fits(self: RowTable, query: Query, flag: str) -> np.ndarray: # bool
         if part := getattr(query, name).casefold(): fits &= self._holds(name, part)
     if query.calls is not None: fits &= self.column("calls") == query.calls
     if query.turns is not None: fits &= self.column("turns") == query.turns
-    if query.longer: fits &= (sizes := self.column("characters")) >= query.longer
+    if query.longer: fits &= self.column("characters") >= query.longer
     if query.shorter: fits &= self.column("characters") <= query.shorter
     if flag in FLAGS: fits &= self._measured_column(flag) == 0
     return fits

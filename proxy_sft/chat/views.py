@@ -10,7 +10,6 @@ __all__ = ['STYLE', 'PIECE', 'AROUND', 'MOST_HUNKS', 'SAME_AGAIN', 'FAR', 'LONGE
 
 # %% ../../nbs/chat/10_views.ipynb #imports
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape, unescape
@@ -172,7 +171,8 @@ def text_html(
     reading: Reading, # of `read_row`
 ) -> str: # HTML
     "The rendered text with the trained part marked, turn by turn; tools folded to a line each."
-    return "".join(section(turn[0].role, _folded_tools("".join(map(_joined_marks, _by_training(turn)))), _trained_note(turn))
+    return "".join(section(turn[0].role, _folded_tools("".join(map(_joined_marks, _by_training(turn)))),
+                           _trained_note(turn))
                    for turn in turns_of(join_runs(reading.runs)))
 
 
@@ -231,7 +231,8 @@ def tokens_html(
         before = sum(len(run.ids) for run in turn[:max(0, first - at)])
         if shown: parts.append(_token_section(turn, shown, position, before))
         at, position = at + len(turn), position + sum(len(run.ids) for run in turn)
-    key = "<p>Above each token: its position and its id. Marked: trained, the label is the id; otherwise the label is −100.</p>"
+    key = ("<p>Above each token: its position and its id. Marked: trained, the label is the id; otherwise the label is "
+           "−100.</p>")
     return (key if first == 0 else "") + "".join(parts)
 
 
@@ -345,7 +346,8 @@ def compare_html(
         a, c = e, f
     left, right = left + safe(one.decode(one.ids[a:].tolist())), right + safe(other.decode(other.ids[c:].tolist()))
     sides = (("A", one, left), ("B", other, right))
-    cells = "".join(f'<div><strong>{name} · {safe(side.summary)}</strong><pre class="t">{_folded_tools(text)}</pre></div>'
+    cells = "".join(f'<div><strong>{name} · {safe(side.summary)}</strong><pre '
+                    f'class="t">{_folded_tools(text)}</pre></div>'
                     for name, side, text in sides)
     said = f"{count:,} difference{'s' * (count != 1)}" if count else "The two are the same tokens"
     return (f'<p>{said}. <del>only {safe(one.template)}</del> · <ins>only {safe(other.template)}</ins></p>'
@@ -393,11 +395,13 @@ def raw_html(
     if row is None: return "<p>The raw row is not at hand: give <b>raw=</b> the downloaded file.</p>"
     parts = []
     for index, message in enumerate(row["messages"]):
-        if not isinstance(message, dict): parts.append(section("none", _with_mark(message, excerpt), f"message {index}"))
+        if not isinstance(message, dict):
+            parts.append(section("none", _with_mark(message, excerpt), f"message {index}"))
         if not isinstance(message, dict): continue
         fields = [(name, value) for name, value in message.items()
                   if name == "content" or name != "role" and value is not None]
-        body = "\n".join(f"<strong>{safe(name)}</strong> {'<em>null</em>' if value is None else _with_mark(value, excerpt)}"
+        body = "\n".join(f"<strong>{safe(name)}</strong> "
+                         f"{'<em>null</em>' if value is None else _with_mark(value, excerpt)}"
                          for name, value in fields)
         role = {"environment": "tool"}.get(message.get("role"), str(message.get("role")))
         parts.append(section(role, body, f"message {index}, role {message.get('role')}"))
