@@ -127,7 +127,9 @@ def _vllm_call(call: Any) -> dict:
 def _vllm_message(message: dict, parts: bool) -> dict:
     "A message as vLLM hands it to a template that reads lists of parts, or text."
     role, content = message["role"], message.get("content")
-    _check("content" not in message or content is not None or role == "assistant", f"content of {role} is null")
+    null = "content" in message and content is None
+    both = "tool_calls" in message and message["tool_calls"] is None
+    _check(not null or role == "assistant" and not both, f"content of {role} is null")
     _check(isinstance(content, (str, list, type(None))), "a content that is no text and no list")
     texts = [content] if isinstance(content, str) else _text_parts(content or [])
     if role == "system":
