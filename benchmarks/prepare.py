@@ -42,6 +42,7 @@ from convert import draw_row
 from proxy_sft.tokens import blocks, encoding, preparation
 from proxy_sft.chat.encoder import ChatEncoder, Renderer
 from proxy_sft.chat.templates import chat_template
+from proxy_sft.data.conversion import hashes
 from proxy_sft.data.rows import convert_row
 from proxy_sft.core.settings import load_settings
 
@@ -165,7 +166,11 @@ def our_side(rows, folder, model):
         max_length=32768,
     )
     settings.converted_dir.mkdir(parents=True)
-    (settings.converted_dir / "train.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    converted = settings.converted_dir / "train.jsonl"
+    converted.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    report = {"rows": len(rows), "kept": len(rows), "heldout": 0, "rejected": {}, "repaired": {}, "flags": {},
+              "by_source": {"generated": {"rows": len(rows)}}, "files": hashes([converted])}
+    (converted.parent / "report.json").write_text(json.dumps(report))
     spent, real = dict.fromkeys(PARTS.values(), 0.0), {place: getattr(*place) for place in PARTS}
     def measure(place):
         def call(*args, **kw):

@@ -25,7 +25,7 @@ import builder
 from proxy_sft.chat.parity import line_starts
 from proxy_sft.chat.encoder import ChatEncoder
 from proxy_sft.chat.masks import IGNORED, supervise
-from proxy_sft.data.conversion import convert_file
+from proxy_sft.data.conversion import convert_file, hashes
 from proxy_sft.tokens.lengths import Borders, cut_to_fit, FATES, pack
 from proxy_sft.pipeline import ensure_inputs
 from proxy_sft.tokens.encoding import encode_rows
@@ -245,18 +245,23 @@ def test_a_harmed_folder_is_not_trained_on(workspace, harm):
     with pytest.raises(PrepareError, match="delete"): prepare(settings)
 
 
-def test_what_changed_is_told(workspace, capsys):
+def test_what_changed_is_shown(workspace, capsys):
     prepare(settings_in(workspace))
     capsys.readouterr()
-    with (settings_in(workspace).converted_dir / "heldout.jsonl").open("rb+") as file:
+    converted = settings_in(workspace).converted_dir
+    with (converted / "heldout.jsonl").open("rb+") as file:
         file.truncate(file.read().rstrip(b"\n").rindex(b"\n") + 1)
-    (settings_in(workspace).converted_dir / "heldout.rows.parquet").unlink()
+    (converted / "heldout.rows.parquet").unlink()
+    record = json.loads((converted / "report.json").read_text())  # as a conversion that had written these files
+    names = [one["name"] for one in record["files"] if (converted / one["name"]).is_file()]
+    record["files"] = hashes([converted / name for name in names])
+    (converted / "report.json").write_text(json.dumps(record))
     build(settings_in(workspace, cut="keep_newest"), print)
-    said = capsys.readouterr().out
+    shown = capsys.readouterr().out
     assert (
-        "data/heldout.jsonl" in said
-        and "settings/cut (was 'keep_oldest', is 'keep_newest')" in said
-        and "data/train.jsonl" not in said
+        "data/heldout.jsonl" in shown
+        and "settings/cut (was 'keep_oldest', is 'keep_newest')" in shown
+        and "data/train.jsonl" not in shown
     )
 
 

@@ -40,9 +40,9 @@ from .memory import out_of_memory
 from .model import training_device
 from .trainer import build_trainer, check_batch
 
-# %% ../../nbs/training/13_run.ipynb #certified
+# %% ../../nbs/training/13_run.ipynb #require-parity
 def require_parity(prepared: Prepared, settings: Settings) -> None: # raises TrainError
-    "Stop, or warn when the settings say so, when training and serving would see different tokens."
+    "Stop, or warn where `parity` is warn, when training and serving would see different tokens."
     found = prepared.parity
     if found["passed"]: return
     text = f"The parity check failed: {found['verdict']}"
@@ -50,7 +50,7 @@ def require_parity(prepared: Prepared, settings: Settings) -> None: # raises Tra
         raise TrainError(
             f"{text} Choose another template (now {settings.template}), look at the rows with "
             "nbs/chat/15_inspector.ipynb, "
-            "or set parity to warn to train all the same; the model card will say so."
+            "or set parity to warn to train all the same; the model card then states it."
         )
     print(f"Warning: {text}")
 
@@ -73,7 +73,7 @@ def begin_run(settings: Settings, prepared: Prepared, lock: RunLock) -> Start: #
         )
     facts = checkpoint_facts(settings, prepared.key, world.size)
     try: settings.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError: pass # rank 0 says it below, for all
+    except OSError: pass # rank 0 raises it below, for all
     separate = sees_other_disk(settings.run_dir)
     tidies = world.rank == 0 or (separate and world.local_rank == 0)
     ranks = range(world.first_here, world.first_here + world.local_size) if separate else None
@@ -212,7 +212,7 @@ def stop_words(trainer: Any, settings: Settings) -> str:
     reason = f" ({trainer.stop.reason})" if trainer.stop.reason else ""
     step = trainer.state.global_step
     saved = f"with a complete checkpoint at step {step}" if step else "before the first step; nothing was trained"
-    return f"Stopped as asked{reason}, {saved}. {resume_advice(settings.resume)}"
+    return f"Stopped on request{reason}, {saved}. {resume_advice(settings.resume)}"
 
 def bytes_of_checkpoint(trainer: Any, settings: Settings) -> int: # an estimate
     "What one checkpoint will take."
