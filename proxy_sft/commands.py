@@ -177,7 +177,8 @@ def new_command(args: argparse.Namespace) -> int: # exit code
         raise SettingsError(f"{args.name!r} is no name of a folder: use letters, digits, dots and hyphens.")
     if not (source / f"{PAGES[0]}.ipynb").is_file():
         raise SettingsError(
-            f"There are no pages in {source}: they come with the repository, not with the installed package. Clone it, and start there."
+            f"There are no pages in {source}: they come with the repository, not with the "
+            "installed package. Clone it, and start there."
         )
     if target.exists(): raise SettingsError(f"{target} is there already. Choose another name, or edit the pages there.")
     target.mkdir(parents=True)
@@ -185,7 +186,8 @@ def new_command(args: argparse.Namespace) -> int: # exit code
         page = own_page(json.loads((source / f"{name}.ipynb").read_text(encoding="utf-8")), args.parameters)
         (target / f"{name}.ipynb").write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(
-        f"{len(PAGES)} pages in {target}. Open them: make lab, or run one: papermill {target / PAGES[0]}.ipynb out.ipynb"
+        f"{len(PAGES)} pages in {target}. Open them: make lab, or run one: "
+        f"papermill {target / PAGES[0]}.ipynb out.ipynb"
     )
     return 0
 
