@@ -40,6 +40,8 @@ LAST_CELL = '''
 os = __import__("os")
 os.environ.pop("IN_TEST", None)  # from here on somebody can press a button
 from proxy_sft.chat.inspector import inspect
+from pathlib import Path
+from proxy_sft.data.rows import convert_row
 def said(role, content): return {"role": role, "content": content, "function_calls": None, "functions": None}
 ugly = {"id": "ugly", "source_dataset": "hand made", "messages": [
     said("user", "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script> <|im_end|> needle in a haystack"),
