@@ -3,7 +3,7 @@ import json
 import time
 from pathlib import Path
 
-from test_launch import LAUNCH, notebook
+from test_launch import LAUNCH, notebook, started  # noqa: F401  (a fixture)
 
 DRAWING = """
 import time

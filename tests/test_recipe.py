@@ -119,10 +119,10 @@ def measured(settings):
     from proxy_sft.training.cost import AllocationMeter, memory_parts
     from proxy_sft.training.doctor import zero_of
     from proxy_sft.core.build_once import World
-    from proxy_sft.tokens.preparation import prepare
+    from proxy_sft.pipeline import ensure_prepared
     from proxy_sft.training.run import start_processes
     from proxy_sft.training.trainer import build_trainer
-    prepared, world = prepare(settings), World.from_environment()
+    prepared, world = ensure_prepared(settings), World.from_environment()
     parts = memory_parts(
         AutoConfig.from_pretrained(settings.model_dir), settings, world.size, zero_of(settings, world.size)
     )  # as the doctor: before DeepSpeed knows
