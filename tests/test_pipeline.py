@@ -12,7 +12,7 @@ from trainings import run_training, stopped_after_a_step
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 SHARED = ROOT.parent / "shared"
-PAPERMILL = [sys.executable, str(ROOT / "tests" / "patient_papermill.py")]
+PAPERMILL = [sys.executable, str(ROOT / "tools" / "patient_papermill.py")]
 SMALL = dict(
     demo_rows=400,
     max_train_samples=200,
