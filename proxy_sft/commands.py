@@ -114,6 +114,7 @@ def add_caches_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--days", type=float, default=30, metavar="N", help="with --prune: days without use (30)")
 
+# %% ../nbs/05_commands.ipynb #add-doctor-arguments
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     "How many processes, and how to show it."
     parser.add_argument(
@@ -148,6 +149,7 @@ def add_new_arguments(parser: argparse.ArgumentParser) -> None:
     "The folder's name."
     parser.add_argument("name", help="name of the folder in workspace/notebooks")
 
+# %% ../nbs/05_commands.ipynb #own-page
 def own_page(page: dict, parameters: dict) -> dict: # a notebook as JSON
     "A page without its exported cells and outputs, with other values in its parameters cell."
     sources = [("".join(cell["source"]), cell) for cell in page["cells"]]
@@ -167,6 +169,7 @@ def own_page(page: dict, parameters: dict) -> dict: # a notebook as JSON
             )
     return {**page, "cells": cells}
 
+# %% ../nbs/05_commands.ipynb #new-command-2
 def new_command(args: argparse.Namespace) -> int: # exit code
     "`proxy-sft new`: the pages in a folder of one's own; what lies there already is not touched."
     settings = load_settings(
@@ -334,6 +337,7 @@ def main(argv: Optional[list[str]] = None) -> int: # exit code; argparse itself 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
+# %% ../nbs/05_commands.ipynb #run-main
 def run_main(argv: list[str]) -> int: # exit code
     "Parse, then call the command."
     chosen = argv[0] if argv and argv[0] in COMMANDS else ""

@@ -55,6 +55,7 @@ def rejections(report: ConvertReport) -> Table:
                      action(reason, "strict"), action(reason, "lenient")])
     return Table(rows, ("reason", "what is found", "rows", "an example", "under strict", "under lenient"))
 
+# %% ../nbs/01_convert.ipynb #source-figure
 def source_figure(report: ConvertReport): # a matplotlib figure
     "Kept and rejected rows of the largest sources."
     from matplotlib.figure import Figure

@@ -29,6 +29,7 @@ def download(
         check_disk(model_needs + data_needs, margin)
         return {"model": bring_model(), "dataset": bring_dataset()}
 
+# %% ../nbs/00_download.ipynb #report-table
 def report_table(
     report: dict, # from `download`
 ) -> str: # Markdown

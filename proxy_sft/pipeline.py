@@ -25,6 +25,7 @@ def ensure_inputs(settings: Settings) -> None: # raises PrepareError
             convert(settings)
     require_inputs(settings)
 
+# %% ../nbs/04_pipeline.ipynb #ensure-prepared
 def ensure_prepared(settings: Settings) -> Prepared: # the same on every rank
     "Prepared data of these settings: rank 0 ensures its inputs and builds it once, the other ranks wait."
     return prepare(settings, ensure_inputs)

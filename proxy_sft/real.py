@@ -30,6 +30,7 @@ def first_value(allowed: Any) -> Any: # a value that the leaderboard accepts
     if isinstance(allowed, list): return [first_value(value) for value in allowed]
     return arguments_of(allowed) if isinstance(allowed, dict) else allowed
 
+# %% ../nbs/real.ipynb #arguments-of
 def arguments_of(allowed: dict[str, Any]) -> dict[str, Any]: # without those that are best left out
     "The first right value of each name; the leaderboard writes `""` where it may be missing."
     choices = {name: values if isinstance(values, list) else [values] for name, values in allowed.items()}
@@ -53,6 +54,7 @@ def dolci_row(question: Question) -> dict: # id, source_dataset, domain, message
             "messages": [system, *(m for m in asked if m["role"] != "system"),
                          {"role": "assistant", "functions": None, **answer}]}
 
+# %% ../nbs/real.ipynb #write-questions
 def write_questions(
     folder: Path, # the package's `bfcl_eval/data`
     target: Path, # a .jsonl file

@@ -46,7 +46,7 @@ def _tools_text(frame: tuple, tools: Optional[list]) -> str:
     "The tools' part of the system turn; empty for none."
     return f"{frame[0]}{''.join([chr(10) + tool_text(tool) for tool in tools])}{frame[1]}" if tools else ""
 
-
+# %% ../../nbs/chat/03_encoder.ipynb #call-turn
 def _call_turn(call: dict) -> str:
     "A call in an answer."
     function = call["function"]
@@ -166,7 +166,7 @@ def _answers_of(messages: list) -> list: # whether each assistant message has ca
     return [bool(message.get("tool_calls")) if message.get("train") is not False else None
             for message in messages if message["role"] == "assistant"]
 
-
+# %% ../../nbs/chat/03_encoder.ipynb #written-controls
 def _written_controls(messages: list, answers: list, tools: bool, weights: list) -> int:
     "How many control tokens `chatml_text` writes for a conversation whose data hold none."
     turn, think, call, result, frame = weights
@@ -179,7 +179,7 @@ def _written_controls(messages: list, answers: list, tools: bool, weights: list)
         count += call * sum([len(m.get("tool_calls") or ()) for m in messages if m["role"] == "assistant"])
     return count + (frame + turn * (roles[0] != "system") if tools else 0)
 
-
+# %% ../../nbs/chat/03_encoder.ipynb #control-weights
 def _control_weights(pattern: re.Pattern, think: str, frame: tuple) -> list:
     """Control tokens in a turn, in what stands before an answer, in a call, in a result, and in the tools' part
     (without its turn's)."""
@@ -198,7 +198,7 @@ def _known_tools(renderer: Renderer, column: str) -> str:
         known[column] = _tools_text(renderer._frame, json.loads(column)) if "e+" in text else text  # big integers
     return known[column]
 
-
+# %% ../../nbs/chat/03_encoder.ipynb #row-text
 def _row_text(row: dict, renderer: Renderer) -> tuple[Optional[str], list, int]:
     "Its text, or None for a row that must take the reference path; its answers; its control tokens, -1: not counted."
     if "messages" in row or renderer._think is None: return _parsed_text(renderer, *row_parts(row))
@@ -213,7 +213,7 @@ def _row_text(row: dict, renderer: Renderer) -> tuple[Optional[str], list, int]:
     if (True in answers or None in answers) and "e+" in text: text = renderer.text(*row_parts(row))
     return text, answers, controls
 
-
+# %% ../../nbs/chat/03_encoder.ipynb #parsed-text
 def _parsed_text(renderer: Renderer, messages: list, tools: list) -> tuple[Optional[str], list, int]:
     "The same for a row whose JSON is read already, or whose template is not written directly."
     if renderer.pattern.search(json_text([messages, tools])): return None, [], -1
@@ -231,7 +231,7 @@ def match_at(
     for step, token in enumerate(pattern): ok &= ids[np.minimum(at + step, len(ids) - 1)] == token
     return ok
 
-
+# %% ../../nbs/chat/03_encoder.ipynb #answers
 def _answers(ids: np.ndarray, header: list, prompt: list, stop: int) -> tuple:
     "Of every assistant turn: its header's position, its body's start and end, whether header and body are joined."
     heads = np.flatnonzero(ids == header[0])
@@ -242,7 +242,7 @@ def _answers(ids: np.ndarray, header: list, prompt: list, stop: int) -> tuple:
     stops = np.flatnonzero(ids == stop)
     return heads, starts, np.append(stops, -2)[np.searchsorted(stops, starts)] + 1, joined
 
-
+# %% ../../nbs/chat/03_encoder.ipynb #find-bodies
 def find_bodies(
     ids: np.ndarray, # token ids, one row or many end to end
     header: list, # ids of `<|im_start|>assistant\n`
@@ -279,7 +279,7 @@ def _count_literals(ids: np.ndarray, offsets: np.ndarray, written: list, control
     count, written = np.diff(np.searchsorted(found, offsets)), np.array(written, np.int64)
     return np.flatnonzero((count != written) & (written >= 0))
 
-
+# %% ../../nbs/chat/03_encoder.ipynb #trained-tokens
 def _trained_tokens(encoder: Any, ids: np.ndarray, offsets: np.ndarray, answers: list) -> tuple[np.ndarray, set, dict]:
     """Which tokens are trained; rows that need the reference path; rows to divide, in front of which answer. `answers`:
     of each row, as `_answers_of` has them."""
@@ -316,7 +316,7 @@ def _with_rows(ids: np.ndarray, trained: np.ndarray, offsets: np.ndarray, new: d
         [np.zeros(1, np.int64), np.cumsum(lengths)]
     )
 
-
+# %% ../../nbs/chat/03_encoder.ipynb #divide
 def _divide(text: str, answer: int, prompt: str) -> tuple[str, str]:
     "A text without literals in front of its so-many-th answer's body and from there on."
     at = -1

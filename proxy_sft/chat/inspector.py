@@ -36,7 +36,7 @@ class Sources(NamedTuple):
     files: dict             # name -> path of other files
     settings: Optional[Settings] = None
 
-
+# %% ../../nbs/chat/15_inspector.ipynb #find-sources
 def find_sources(
     given: Any, # a profile's name, settings, a path, or rows in memory
 ) -> Sources: # FileNotFoundError when there is nothing, with what to do
@@ -56,7 +56,7 @@ def find_sources(
     }
     return Sources(RowFile(path), beside)
 
-
+# %% ../../nbs/chat/15_inspector.ipynb #existing
 LEDGERS = ("train.jsonl", "heldout.jsonl", "rejected.jsonl", "repaired.jsonl")
 
 
@@ -64,7 +64,7 @@ def _existing(path: Path) -> Optional[Path]:
     "A path from here, or from the repository, as everywhere in the project."
     return next((found for found in (path, repository_root() / path) if found.exists()), None)
 
-
+# %% ../../nbs/chat/15_inspector.ipynb #of-settings
 def _of_settings(settings: Settings) -> Sources:
     files = {name: settings.converted_dir / name for name in LEDGERS if (settings.converted_dir / name).is_file()}
     if settings.train_file.is_file(): files["raw"] = settings.train_file
@@ -89,7 +89,7 @@ def find_tokenizer(
     if settings is None or not settings.is_demo: return None
     return build_demo_tokenizer([rows.line(row).decode() for row in range(min(200, len(rows)))])
 
-
+# %% ../../nbs/chat/15_inspector.ipynb #find-blocks
 def find_blocks(
     settings: Optional[Settings], # what is inspected
 ) -> Optional[PackedBlocks]: # None: nothing is prepared with this template and these choices
@@ -186,7 +186,7 @@ def add_inspect_arguments(
     add("--port", type=int, default=0, help="with --serve: the port (default: any free one)")
     add("--no-browser", action="store_true", help="with --serve: print the address, open nothing")
 
-
+# %% ../../nbs/chat/15_inspector.ipynb #wants-color
 def _wants_color(choice: str) -> bool:
     return choice == "always" or choice == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
@@ -209,7 +209,7 @@ def inspect_command(
     if args.serve: return serve_inspector(state, args.port, not args.no_browser)
     return _print_row(state, args)
 
-
+# %% ../../nbs/chat/15_inspector.ipynb #state-of
 def _state_of(args: Any) -> InspectorState:
     "The inspector that the arguments describe; OSError when something is missing."
     tokenizer, wanted = None, args.view in ("text", "tokens", "parity") and not args.json or args.serve or args.html
@@ -239,7 +239,7 @@ def _print_row(state: InspectorState, args: Any) -> int:
         print(row_text(view, args.view, _wants_color(args.color)))
     return 0
 
-
+# %% ../../nbs/chat/15_inspector.ipynb #static-html
 def static_html(
     view: RowView, # a row
 ) -> str: # a whole document
@@ -257,7 +257,7 @@ def static_html(
         f'</style>{head}</head><body class="psft"><p>{safe(view.summary)}</p>{folds}</body></html>\n'
     )
 
-
+# %% ../../nbs/chat/15_inspector.ipynb #complain
 def _complain(text: str) -> int:
     print(text, file=sys.stderr)
     return 2

@@ -107,7 +107,7 @@ def make_server(
     server.address = f"http://127.0.0.1:{server.server_address[1]}/?token={server.token}"
     return server
 
-
+# %% ../../nbs/chat/14_inspector_server.ipynb #serve-inspector
 def serve_inspector(
     state: InspectorState, # what is shown
     port: int = 0, # 0: any free one

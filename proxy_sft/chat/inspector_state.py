@@ -76,7 +76,7 @@ def _current(self: InspectorState) -> RowView:
         }
     return self._views["row"]
 
-
+# %% ../../nbs/chat/13_inspector_state.ipynb #table
 def _table(self: InspectorState) -> RowTable:
     "The table of the open file under the chosen template."
     key = self.file, self.template, self.train_on
@@ -90,13 +90,13 @@ def _table(self: InspectorState) -> RowTable:
         }
     return self._tables[key]
 
-
+# %% ../../nbs/chat/13_inspector_state.ipynb #converted
 def _converted(self: InspectorState, row: dict) -> dict:
     "A row as training would see it; ValueError where it is rejected."
     if "messages_json" in row or self.convert is None: return row
     return self.convert(row)
 
-
+# %% ../../nbs/chat/13_inspector_state.ipynb #order
 def _order(self: InspectorState) -> np.ndarray:
     "The fitting rows in order, counted anew only when something about it changed."
     table, query = self.table(), self.query
@@ -128,7 +128,7 @@ def _reads_measures(self: InspectorState) -> bool:
 
 def _page_rows(self: InspectorState) -> list[int]: return self.order()[self.first:self.first + PAGE].tolist()
 
-
+# %% ../../nbs/chat/13_inspector_state.ipynb #missing
 def _missing(self: InspectorState) -> str:
     "What has still to be read, in words; empty when nothing has."
     table, size = self.table(), len(self.rows)
@@ -139,7 +139,7 @@ def _missing(self: InspectorState) -> str:
     unmeasured = table.measure and any(row not in table.measures for row in self.page_rows())
     return "measuring this page" if unmeasured else ""
 
-
+# %% ../../nbs/chat/13_inspector_state.ipynb #go-on
 def _go_on(self: InspectorState) -> None:
     "Read for a third of a second."
     table = self.table()
@@ -162,7 +162,7 @@ def _handle(self: InspectorState, message: dict) -> None:
         else: raise ValueError(f"{do!r} {value!r} is not understood")
     except (ValueError, TypeError, AttributeError, IndexError, OSError) as error: self.note = str(error)
 
-
+# %% ../../nbs/chat/13_inspector_state.ipynb #go
 def _go(self, row: Any) -> None:
     row = _whole_number(row, "a row")
     if not 0 <= row < len(self.rows): raise IndexError(f"rows are 0 to {len(self.rows) - 1}")
@@ -180,7 +180,7 @@ def _show_in_table(self) -> None:
     at = np.flatnonzero(self.order() == self.row)
     if len(at) and not self.first <= at[0] < self.first + PAGE: self.first = int(at[0]) // PAGE * PAGE
 
-
+# %% ../../nbs/chat/13_inspector_state.ipynb #choose
 def _choose(name: str, known: Optional[tuple] = None) -> Callable:
     "An action that sets a field to one of some names."
     def act(self, value):
@@ -206,7 +206,7 @@ def _find(self, step: int, stay: bool) -> None:
     elif self.query != Query() or self.flag: self.note = "no other row fits in this direction"
     else: self.note = "this is the last row" if step > 0 else "this is the first row"
 
-
+# %% ../../nbs/chat/13_inspector_state.ipynb #place
 def _place(order: np.ndarray, row: int, step: int, stay: bool) -> int: # index in `order` to look at first
     at = np.flatnonzero(order == row)
     if len(at): return int(at[0]) + (0 if stay else step)
@@ -214,7 +214,7 @@ def _place(order: np.ndarray, row: int, step: int, stay: bool) -> int: # index i
     if not len(behind): return len(order) if step > 0 else -1
     return int(behind[0] if step > 0 else behind[-1])
 
-
+# %% ../../nbs/chat/13_inspector_state.ipynb #find-unread
 def _find_unread(self, step: int) -> None:
     "Search rows that the table has not read."
     found, at = find_row(self.rows, self.query, self.row + step, step)
@@ -236,7 +236,7 @@ def _field(name: str, text: Any) -> Any:
     if text is None or not str(text).strip(): return None if name in ("calls", "turns") else 0
     return _whole_number(text, name)
 
-
+# %% ../../nbs/chat/13_inspector_state.ipynb #facet
 def _facet(self, value: list) -> None:
     name, chosen = value
     if name == "flag": self.flag = chosen if chosen in FLAGS else ""
@@ -253,7 +253,7 @@ def _turn_page(self, by: Any) -> None:
     last = max(0, len(self.order()) - 1) // PAGE * PAGE
     self.first = min(max(0, self.first + PAGE * int(by)), last)
 
-
+# %% ../../nbs/chat/13_inspector_state.ipynb #set-flag
 def _set_flag(self, value: str) -> None:
     if value and value not in FLAGS: raise ValueError(f"there is no filter {value!r}")
     self.flag, self.first = value, 0
@@ -273,7 +273,7 @@ def _open_file(self, name: str) -> None:
 def _next_piece(self, number: Any) -> None:
     self.piece, self.append = _whole_number(number, "a piece"), True
 
-
+# %% ../../nbs/chat/13_inspector_state.ipynb #open-block
 def _open_block(self, number: Any) -> None:
     number = _whole_number(number, "a block")
     if self.blocks is None or not 0 <= number < len(self.blocks):
@@ -300,7 +300,7 @@ def _view(self: InspectorState) -> dict:
     except (ValueError, IndexError) as error: shown["html"] = f"<p>{safe(error)}</p>"
     return {**_page(self), **shown}
 
-
+# %% ../../nbs/chat/13_inspector_state.ipynb #block-view
 def _block_view(self: InspectorState) -> str:
     if self.blocks is None: return "<p>No prepared data is at hand: prepare first, or name the settings.</p>"
     if self.tokenizer is None: return "<p>No tokenizer was given.</p>"
@@ -308,7 +308,7 @@ def _block_view(self: InspectorState) -> str:
     if rows is not None and not isinstance(rows, RowFile): rows = RowFile(rows)
     return block_html(self.blocks, self.block, self.tokenizer, rows, self.inspection)
 
-
+# %% ../../nbs/chat/13_inspector_state.ipynb #page
 def _page(self: InspectorState) -> dict:
     names = [*TEMPLATES, *([self.template] if self.template not in TEMPLATES else [])]
     shown = [self.file, self.row, self.tab, self.template, self.other, self.train_on, self.query.text, self.block]
@@ -335,7 +335,7 @@ def _table_view(self: InspectorState) -> dict:
     return {"head": list(COLUMNS.items()), "rows": lines, "sort": self.sort, "down": self.down,
             "caption": caption + (f" · {missing}" if missing else ""), "facets": self.facet_view()}
 
-
+# %% ../../nbs/chat/13_inspector_state.ipynb #facet-view
 def _facet_view(self: InspectorState) -> list[dict]:
     table = self.table()
     key = self.file, self.template, self.train_on, table.read_to, len(table.measures)

@@ -27,14 +27,14 @@ class Turn:
     has_calls: bool
     is_on: bool = True  # its own loss switch, see `answer_is_on`
 
-
+# %% ../../nbs/chat/02_masks.ipynb #answer-is-on
 def answer_is_on(
     message: dict, # of the assistant
 ) -> bool: # False where conversion wrote `"train": false`
     "Whether the data want an answer trained."
     return message.get("train") is not False
 
-
+# %% ../../nbs/chat/02_masks.ipynb #generation-prompt
 @lru_cache(maxsize=64)
 def generation_prompt(
     source: str, # the Jinja source
@@ -48,7 +48,7 @@ def generation_prompt(
     if not prompt.startswith(HEADER): raise ChatError(f"not a ChatML template: it asks for an answer by {prompt[:80]}")
     return prompt
 
-
+# %% ../../nbs/chat/02_masks.ipynb #assistant-turns
 def assistant_turns(text: str, messages: list[dict], source: str, options: dict) -> list[Turn]:
     "Where each assistant message's body stands in its rendered text (literals marked)."
     prompt, at, turns = generation_prompt(source, json.dumps(options)), 0, []
@@ -100,7 +100,7 @@ def supervise(
         labels[len(prompt):end] = ids[len(prompt):end]
     return {"input_ids": ids, "labels": labels}
 
-
+# %% ../../nbs/chat/02_masks.ipynb #supervise-as-trl
 def _supervise_as_trl(messages: list[dict], tools: Optional[list[dict]], tokenizer: Any) -> dict:
     "What TRL's `assistant_only_loss` trains: its training template and that template's generation marks."
     out = tokenizer.apply_chat_template(messages, tools=tools or None, chat_template=chat_template("trl_training"),

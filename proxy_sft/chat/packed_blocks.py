@@ -64,7 +64,7 @@ def row_of(
         if len(found) >= len(ids) and np.array_equal(found[:len(ids)], ids): return row
     return None
 
-
+# %% ../../nbs/chat/11_packed_blocks.ipynb #likely
 def _likely(rows: RowFile, candidates: Iterable[int], text: str) -> list[int]:
     "Candidates whose last message stands in the text."
     def holds(row):
@@ -99,7 +99,7 @@ def block_html(
             f"other</p>{_picture(lines, blocks.block(number))}<table><tr>"
             + "".join(f'<th scope="col">{head}</th>' for head in heads) + f"</tr>{table}</table>{''.join(parts)}")
 
-
+# %% ../../nbs/chat/11_packed_blocks.ipynb #row-name
 def _row_name(rows: Optional[RowFile], row: Optional[int]) -> str:
     if row is None: return "row not looked up"
     facts = row_facts({**rows[row], **rows.known(row)})
@@ -114,7 +114,7 @@ def _with_marks(ids: np.ndarray, labels: np.ndarray, tokenizer: Any) -> str:
              b in zip(borders, borders[1:]) if a < b]
     return "".join(f"<mark>{text}</mark>" if learnt else text for learnt, text in texts)
 
-
+# %% ../../nbs/chat/11_packed_blocks.ipynb #picture
 def _picture(lines: list, conversations: list) -> str:
     "Attention as squares on the diagonal: white elsewhere, because nothing is seen there."
     size = sum(len(ids) for _, ids, _ in conversations) or 1

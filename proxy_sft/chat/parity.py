@@ -98,7 +98,7 @@ def server_reasons(
     found = {key.removeprefix(start): count for key, count in parity.counts.items() if key.startswith(start)}
     return [f"{reason}: {count:,}" for reason, count in sorted(found.items(), key=lambda pair: -pair[1])]
 
-
+# %% ../../nbs/chat/07_parity.ipynb #server-line
 def _server_line(parity: Any, server: str) -> tuple[str, str]:
     "One server in the table."
     parts = [_share(parity[f"same {server}"], parity["supervised"])]
@@ -132,7 +132,7 @@ def _parity_text(self) -> str:
     lines = [self.verdict, *(f"  {name:{wide}}  {value}" for name, value in table)]
     return "\n".join(lines + [f"  row {e['row']}, message {e['message']}: {e['what']}" for e in self.examples[:5]])
 
-
+# %% ../../nbs/chat/07_parity.ipynb #parity-html
 def _parity_html(self) -> str:
     left = "style='text-align:left'"
     cells = "".join(f"<tr><th scope='row' {left}>{escape(name)}</th><td {left}>{escape(value)}</td></tr>"
@@ -142,7 +142,7 @@ def _parity_html(self) -> str:
     return (f"<section><p><strong>{sign}.</strong> {escape(self.verdict)}</p><table>{cells}</table>"
             + (f"<ul>{wrong}</ul>" if wrong else "") + "</section>")
 
-
+# %% ../../nbs/chat/07_parity.ipynb #parity-json
 def _parity_json(self) -> str: # everything, for the run folder and the model card
     whole = {"passed": self.passed, "verdict": self.verdict, "template": self.template, "train_on": self.train_on,
              "counts": dict(sorted(self.counts.items())), "examples": self.examples, "fallback": self.fallback,
@@ -167,7 +167,7 @@ def _lines(path: str, starts: np.ndarray):
             try: yield orjson.loads(line)
             except orjson.JSONDecodeError: yield json.loads(line)  # lone surrogates
 
-
+# %% ../../nbs/chat/07_parity.ipynb #line-starts
 def line_starts(
     path: Any, # a text file
 ) -> np.ndarray: # int64, one more than lines: the last is the file's size
@@ -230,7 +230,7 @@ def _selected(rows: Any, lines: Any, starts: Optional[np.ndarray]) -> tuple:
         raise ChatError(f"lines name rows {numbers.min()} to {numbers.max()}; there are rows 0 to {count - 1}")
     return rows, starts, numbers
 
-
+# %% ../../nbs/chat/07_parity.ipynb #some-rows
 def _some_rows(rows: Any, starts: Optional[np.ndarray], numbers: np.ndarray, sample: int, seed: int) -> list:
     "Rows to compare: a random choice and the longest lines of a file, or all of a list."
     if starts is None: return rows
@@ -293,7 +293,7 @@ def check_fast(inspection: Inspection, rows: list, sample: int, seed: int) -> st
         if wrong := _not_alike(inspection, messages, tools): return wrong
     return ""
 
-
+# %% ../../nbs/chat/07_parity.ipynb #not-alike
 def _not_alike(inspection: Inspection, messages: list, tools: list) -> str:
     "Hold `same_at_servers` against the servers' models; what differs, in words."
     same = same_at_servers(inspection, messages, tools)

@@ -59,7 +59,7 @@ def measure(
         wrong += [failure_example(first + i, *example) for example in examples]
     return counts, wrong[:MOST_FAILURES]
 
-
+# %% ../../nbs/chat/06_parity_counts.ipynb #failure-example
 def failure_example(
     row: int, # its number, from 0
     message: Optional[int], # index into its messages; None for the whole row
@@ -132,7 +132,7 @@ def _clean_parts(row: dict, pattern: Any) -> Optional[tuple[list, list]]: # None
     spelt = any(_ESCAPE.search(text) and any(len(m[0]) % 2 for m in _SLASHES.finditer(text)) for text in columns)
     return None if spelt and pattern.search(json_text(parts)) else parts
 
-
+# %% ../../nbs/chat/06_parity_counts.ipynb #shows-all
 def _shows_all(messages: list, tools: list, text: str, written: Callable) -> bool: # written: a tool as text
     """Whether every content and every tool is in the text; contents are looked for where they should stand, then
     anywhere."""
@@ -146,7 +146,7 @@ def _shows_all(messages: list, tools: list, text: str, written: Callable) -> boo
         elif content not in text: return False
     return all(written(tool) in text for tool in tools)
 
-
+# %% ../../nbs/chat/06_parity_counts.ipynb #prompts-begin
 def _prompts_begin(
     inspection: Inspection,
     messages: list,
@@ -184,7 +184,7 @@ def _are_names(value: Any) -> bool:
     "Whether a value is a list of texts, none twice."
     return type(value) is list and all(type(name) is str for name in value) and len({*value}) == len(value)
 
-
+# %% ../../nbs/chat/06_parity_counts.ipynb #is-plain-schema
 def _is_plain_schema(schema: Any) -> bool:
     "Whether every server takes a schema and hands it on as the template writes it."
     if type(schema) is not dict: return False
@@ -216,7 +216,7 @@ def _plain_tools(tools: list) -> Optional[dict]: # None: they go through the mod
         known[name] = (schema or {}).get("properties") or {}
     return known
 
-
+# %% ../../nbs/chat/06_parity_counts.ipynb #is-plain-call
 _CAST = {*STANDARD_TYPES} - {"string"}  # `transformers serve` casts text to these
 
 
@@ -241,7 +241,7 @@ def _known_tools(inspection: Inspection, tools: list, column: str) -> Optional[d
         inspection.known_tools[column] = _plain_tools(tools)
     return inspection.known_tools[column]
 
-
+# %% ../../nbs/chat/06_parity_counts.ipynb #same-at-servers
 def same_at_servers(
     inspection: Inspection, # template and servers
     messages: list[dict], # one conversation without control tokens as text
@@ -271,7 +271,7 @@ class Spans(NamedTuple):
     start: np.ndarray  # first token
     end: np.ndarray    # behind the last
 
-
+# %% ../../nbs/chat/06_parity_counts.ipynb #spans-of
 def spans_of(
     inspection: Inspection, # template and tokenizer
     tokens: TokenRows, # many rows
@@ -288,7 +288,6 @@ def spans_of(
     after = start + len(inspection.heads["user"]) + 1  # behind the line break
     role[(role == 1) & (after < end) & (ids[np.minimum(after, len(ids) - 1)] == inspection.result)] = 3
     return Spans(row, role, start, end)
-
 
 # %% ../../nbs/chat/06_parity_counts.ipynb #plain-turns-export
 def _turns_in_order(
@@ -366,7 +365,7 @@ def _rows_in_order(
         if dropped: counts.update({f"changed {server}": dropped, f"changed {server}: text beside a call": dropped})
     return fine, counts
 
-
+# %% ../../nbs/chat/06_parity_counts.ipynb #calls-differ
 def _calls_differ(
     inspection: Inspection,
     messages: list,
@@ -382,7 +381,7 @@ def _calls_differ(
     ]
     return any(calls != parse_back(inspection, ids[a:b]) for calls, a, b in zip(wanted, begin, behind) if calls)
 
-
+# %% ../../nbs/chat/06_parity_counts.ipynb #decode-to-texts
 def _decode_to_texts(inspection: Inspection, tokens: TokenRows, texts: list, fine: np.ndarray) -> np.ndarray:
     "Whether each row's ids say its text: all together, and one by one when they do not."
     some = tokens.ids if fine.all() else tokens.ids[np.repeat(fine, np.diff(tokens.offsets))]

@@ -87,7 +87,7 @@ class TurnParity:
     prompt: np.ndarray  # the server's prompt ids
     body: tuple         # first token of its answer, and the one behind its stop token
 
-
+# %% ../../nbs/chat/05_parity_turns.ipynb #turn-parity
 def turn_parity(
     inspection: Inspection, # template and tokenizer
     messages: list[dict], # one conversation
@@ -120,7 +120,7 @@ def normal_form(
     "The form in which a tokenizer of Qwen3 reads a text."
     return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
 
-
+# %% ../../nbs/chat/05_parity_turns.ipynb #call-text
 def call_text(
     call: dict, # bare or wrapped in `function`; arguments as text or as an object
 ) -> str: # as JSON
@@ -130,7 +130,7 @@ def call_text(
     if isinstance(arguments, str): arguments = json.loads(arguments)
     return json_text({"name": call["name"], "arguments": arguments})
 
-
+# %% ../../nbs/chat/05_parity_turns.ipynb #parse-back
 def parse_back(
     inspection: Inspection, # template and tokenizer
     ids: np.ndarray, # the ids of one answer
@@ -174,7 +174,7 @@ class ServerTurn:
     outcome: str  # same, differs, changed, refused
     reason: str   # in words; empty when it is the same
 
-
+# %% ../../nbs/chat/05_parity_turns.ipynb #said
 def _said(messages: list, tools: Optional[list]) -> list:
     "What a conversation says, apart from the spelling: (what it is, its value) in order."
     out = [("tools", [tool_text(tool) for tool in tools or []])]
@@ -187,7 +187,7 @@ def _said(messages: list, tools: Optional[list]) -> list:
                 ("arguments", json_text([[f["name"], f["arguments"]] for f in functions]))]
     return out
 
-
+# %% ../../nbs/chat/05_parity_turns.ipynb #changed
 def _changed(data: tuple, view: tuple) -> str:
     "What a server changed; empty when it says what the data say."
     pairs = zip(_said(*data), _said(*view), strict=False)
@@ -215,7 +215,7 @@ def server_turns(
         out.append(ServerTurn(turn.message, outcome, reason))
     return out
 
-
+# %% ../../nbs/chat/05_parity_turns.ipynb #compared
 def _compared(inspection: Inspection, ours: str, theirs: str, data: tuple, given: tuple) -> tuple[str, str]:
     "Outcome and reason."
     if ours == theirs: return "same", ""

@@ -58,7 +58,7 @@ def _response_template() -> dict:
     from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS
     return next(template for types, template in _RESPONSE_TEMPLATE_FALLBACKS.items() if "qwen3" in types)
 
-
+# %% ../../nbs/chat/17_replies.ipynb #transformers-calls
 def transformers_calls(
     text: str, # an answer without its stop token
     tools: Optional[list[dict]] = None, # of the request
@@ -93,6 +93,6 @@ def misread(
     if [name for name, _ in found] == [name for name, _ in wanted]: return "arguments are changed to the schema's types"
     return "calls are not recognised"
 
-
+# %% ../../nbs/chat/17_replies.ipynb #same
 def _same(one: Any, other: Any) -> bool: # True is not 1 here
     return json.dumps(one) == json.dumps([list(pair) for pair in other])

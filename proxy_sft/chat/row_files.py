@@ -73,7 +73,7 @@ def raw_row(row: dict) -> Optional[dict]: # the Dolci row inside a row of any fi
     parts = (row.get(key) for key in ("row", "raw", "original"))
     return next((part for part in parts if isinstance(part, dict) and is_raw(part)), None)
 
-
+# %% ../../nbs/chat/08_row_files.ipynb #rowfacts
 SOURCES = ("source", "source_dataset", "dataset_source")  # names of the column, by release
 
 
@@ -130,7 +130,7 @@ class Query:
         return (self.source.casefold() in facts.source.casefold() and self.reason.casefold() in facts.reason.casefold()
                 and self.calls in (None, facts.calls) and self.turns in (None, facts.turns))
 
-
+# %% ../../nbs/chat/08_row_files.ipynb #loads
 def _loads(line: bytes) -> dict:
     "A line as a row; Python's parser where orjson refuses (NaN, lone surrogates)."
     try: return orjson.loads(line)
@@ -182,7 +182,7 @@ def find_row(
         at += step
     return None, at
 
-
+# %% ../../nbs/chat/08_row_files.ipynb #find-known
 def _find_known(rows: RowFile, query: Query, start: int, step: int, stretch: int) -> tuple[Optional[int], int]:
     "`find_row` for a converted file: all but the text is looked up in its facts, so only rows that may fit are read."
     fitting = np.flatnonzero(_known_to_fit(rows, query))
@@ -207,7 +207,7 @@ def raw_of(
     at = raw.ids.get(str(row["id"]))
     return None if at is None else raw[at]
 
-
+# %% ../../nbs/chat/08_row_files.ipynb #line-id
 def _line_id(line: bytes) -> str:
     "The id of a line, without parsing all of it where that is possible."
     match = re.match(rb'\{"id": ?"([^"\\]*)"', line)

@@ -32,7 +32,7 @@ class Measures:
     left_out: int      # turns that `train_on` chooses and no token of which is trained
     literal: bool      # the data holds control tokens as text
 
-
+# %% ../../nbs/chat/09_row_tables.ipynb #measure-row
 def measure_row(
     row: dict, # converted, on disk or in memory
     inspection: Inspection, # template and tokenizer
@@ -47,7 +47,7 @@ def measure_row(
     return Measures(len(messages), len(ids), int(trained.sum()), len(supervised), sum(t.exact for t in supervised),
                     sum(turn.chosen and not turn.supervised for turn in turns), literal)
 
-
+# %% ../../nbs/chat/09_row_tables.ipynb #json-of
 def json_of(*values: Any) -> str:
     "Values as one JSON text."
     import json
@@ -105,7 +105,7 @@ class RowTable:
             except (ValueError, KeyError, TypeError, AttributeError): self.measures[row] = None
         return self.measures[row]
 
-
+# %% ../../nbs/chat/09_row_tables.ipynb #row-or-broken
 def _row_or_broken(rows: RowFile, row: int) -> dict:
     try: found = rows[row]
     except ValueError: return {}
@@ -121,7 +121,7 @@ def _read(self: RowTable, wanted: Iterable[int], take: Callable[[int], Any], sec
         if time.monotonic() > end: break
     return count
 
-
+# %% ../../nbs/chat/09_row_tables.ipynb #read-facts
 def _read_facts(self: RowTable, seconds: float = SECONDS) -> bool: # whether all are known
     "Go on reading facts from where reading stopped."
     if self.known: return True
@@ -149,14 +149,14 @@ def _column(self: RowTable, name: str) -> np.ndarray: # a value for each row; wh
     if name in ("source", "reason", "id"): return np.array([*values, *["\uffff"] * (size - len(values))], object)
     return np.array([*values, *[np.inf] * (size - len(values))], float)
 
-
+# %% ../../nbs/chat/09_row_tables.ipynb #known-column
 def _known_column(self: RowTable, name: str) -> np.ndarray:
     column = self.columns[name]
     if name == "calls": return column
     rank = np.argsort(np.argsort(np.array(self.names[name], object)))
     return rank[column] if len(rank) else column
 
-
+# %% ../../nbs/chat/09_row_tables.ipynb #measured-column
 def _measured_column(self: RowTable, name: str) -> np.ndarray:
     out = np.full(len(self.rows), np.inf)
     for row, found in self.measures.items():
@@ -182,7 +182,7 @@ def _order(self: RowTable, query: Query, flag: str = "", sort: str = "row", down
     unknown = keys[ranked] == (np.inf if keys.dtype != object else "\uffff")
     return order[np.concatenate([ranked[~unknown][::-1], ranked[unknown]])]
 
-
+# %% ../../nbs/chat/09_row_tables.ipynb #fits
 def _fits(self: RowTable, query: Query, flag: str) -> np.ndarray: # bool
     "Which rows fit all that is not text."
     fits = np.ones(len(self.rows), bool)
@@ -195,7 +195,7 @@ def _fits(self: RowTable, query: Query, flag: str) -> np.ndarray: # bool
     if flag in FLAGS: fits &= self._measured_column(flag) == 0
     return fits
 
-
+# %% ../../nbs/chat/09_row_tables.ipynb #holds
 def _holds(self: RowTable, name: str, part: str) -> np.ndarray: # bool
     if self.known:
         codes = self.columns[name]
@@ -221,7 +221,7 @@ def _facets(self: RowTable) -> dict[str, list]: # facet -> [(value, rows)], the 
     flags = Counter(name for one in measured for name, holds in _fails(one, self.max_length).items() if holds)
     return {**{n: v for n, v in found.items() if v}, "flag": [(name, flags[name]) for name in FLAGS if flags[name]]}
 
-
+# %% ../../nbs/chat/09_row_tables.ipynb #counts
 def _counts(self: RowTable) -> dict[str, Counter]:
     if not self.known:
         facts = [self.facts_of(row) for row in range(self.read_to)]

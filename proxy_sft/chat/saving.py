@@ -25,7 +25,7 @@ def stop_token_ids(
     old = [] if old is None else [old] if isinstance(old, int) else list(old)
     return [stop, *dict.fromkeys(i for i in old if i != stop)]
 
-
+# %% ../../nbs/chat/04_saving.ipynb #pad-token
 def _pad_token(tokenizer: Any) -> str:
     "The tokenizer's own padding token, or `<|endoftext|>` where that is missing or is the stop token."
     if tokenizer.pad_token not in (None, STOP_TOKEN): return tokenizer.pad_token

@@ -37,7 +37,7 @@ def api_messages(
         out.append(sent)
     return out
 
-
+# %% ../../nbs/chat/16_servers.ipynb #api-call
 def _api_call(name: str, function: dict) -> dict:
     arguments = json.dumps(function["arguments"], ensure_ascii=False)
     return {"id": name, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
@@ -54,7 +54,7 @@ class _Generation(jinja2.ext.Extension): # TRL's template marks what is generate
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-
+# %% ../../nbs/chat/16_servers.ipynb #reads-parts
 @lru_cache(maxsize=64)
 def reads_parts(
     source: str, # a Jinja template
@@ -65,7 +65,7 @@ def reads_parts(
     except jinja2.TemplateError: return False
     return any(_content_of(loop) for loop in loops)
 
-
+# %% ../../nbs/chat/16_servers.ipynb #content-of
 def _content_of(node: Any) -> bool:
     "Whether an expression is `message.content` or `message['content']`."
     if not isinstance(getattr(node, "node", None), jinja2.nodes.Name): return False
@@ -81,7 +81,7 @@ def _optional(value: Any, kind: type, what: str) -> Any:
     _check(value is None or isinstance(value, kind), f"{what} is neither {kind.__name__} nor null")
     return value
 
-
+# %% ../../nbs/chat/16_servers.ipynb #text-parts
 def _text_parts(content: list) -> list[str]:
     "The texts of a list of parts."
     for part in content:
@@ -105,7 +105,7 @@ def _vllm_tool(tool: Any) -> dict:
     out |= {key: value for key, value in extra.items() if value is not None}
     return {"type": "function", "function": out} | ({} if later is None else {"defer_loading": later})
 
-
+# %% ../../nbs/chat/16_servers.ipynb #vllm-arguments
 def _vllm_arguments(text: str) -> dict:
     try: value = json.loads(text or "{}")
     except json.JSONDecodeError: return {}
@@ -123,7 +123,7 @@ def _vllm_call(call: Any) -> dict:
     _check(texts, "a call whose name or arguments are no text")
     return {**call, "function": {"name": function["name"], "arguments": _vllm_arguments(function["arguments"])}}
 
-
+# %% ../../nbs/chat/16_servers.ipynb #vllm-message
 def _vllm_message(message: dict, parts: bool) -> dict:
     "A message as vLLM hands it to a template that reads lists of parts, or text."
     role, content = message["role"], message.get("content")
@@ -155,7 +155,7 @@ def vllm_view(
     if not known and any(message["role"] == "developer" for message in out): out = _systems_first(out)
     return out, None if tools is None else [_vllm_tool(tool) for tool in tools]
 
-
+# %% ../../nbs/chat/16_servers.ipynb #systems-first
 def _systems_first(messages: list) -> list:
     "`developer` becomes `system`, and all system messages become one, at the beginning."
     messages = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
@@ -245,7 +245,7 @@ def _sglang_arguments(arguments: Any) -> Any:
     _check(isinstance(value, dict), "arguments that are not a JSON object")
     return value
 
-
+# %% ../../nbs/chat/16_servers.ipynb #sglang-call
 def _sglang_call(call: Any, role: str) -> dict:
     _check(isinstance(call, dict) and isinstance(call.get("function"), dict), "a call without function")
     name, arguments = _optional(call["function"].get("name"), str, "`name`"), call["function"].get("arguments")
@@ -254,7 +254,7 @@ def _sglang_call(call: Any, role: str) -> dict:
     if role == "assistant": arguments = _sglang_arguments(arguments)
     return {"function": {"name": name, "arguments": arguments}}
 
-
+# %% ../../nbs/chat/16_servers.ipynb #sglang-message
 def _sglang_message(message: dict, parts: bool) -> dict:
     "A message as SGLang hands it to a template that reads lists of parts, or text."
     role, content = message["role"], message.get("content")
@@ -293,7 +293,7 @@ def _transformers_call(call: Any) -> dict:
         except json.JSONDecodeError as error: raise RefusedRequest("arguments that are not valid JSON") from error
     return call
 
-
+# %% ../../nbs/chat/16_servers.ipynb #transformers-message
 def _transformers_message(message: dict) -> dict:
     "A message as `transformers serve` hands it to the template of a model that reads text."
     out, content = {"role": message["role"]}, message.get("content") or []
@@ -307,7 +307,7 @@ def _transformers_message(message: dict) -> dict:
     _check(all(isinstance(text, str) for text in texts), "a part without text")
     return {**out, "content": " ".join(texts)}
 
-
+# %% ../../nbs/chat/16_servers.ipynb #transformers-view
 def transformers_view(
     messages: list[dict], # of a request
     tools: Optional[list], # None for none
@@ -325,7 +325,7 @@ class ServerModel:
     released: str  # when that version was published
     view: Callable # (messages, tools, template source) -> what the template gets; RefusedRequest
 
-
+# %% ../../nbs/chat/16_servers.ipynb #server-models
 SERVERS = {
     "vllm": ServerModel("vLLM", "0.33.0", "2026-11-01", vllm_view),
     "sglang": ServerModel("SGLang", "0.5.23", "2026-10-30", sglang_view),

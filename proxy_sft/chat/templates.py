@@ -38,7 +38,7 @@ def _trl_template(file: str) -> str:
     if not path.exists(): raise ChatError(f"this TRL ({version('trl')}) does not ship {file}; 1.16.0 does")
     return path.read_text(encoding="utf-8")
 
-
+# %% ../../nbs/chat/01_templates.ipynb #edit
 def _edit(source: str, old: str, new: str, times: int = 1) -> str:
     "Replace every occurrence of `old`; another number of them means that the file is not the one we know."
     if source.count(old) == times: return source.replace(old, new)
@@ -163,7 +163,7 @@ def json_text(
     "A value as a template's `tojson` writes it."
     return "".join(_compiled(value, 0)) if _compiled else _encoder.encode(value)
 
-
+# %% ../../nbs/chat/01_templates.ipynb #tool-text
 def tool_text(
     tool: dict, # `{"type": "function", "function": {…}}`, or the function alone
 ) -> str: # on one line; KeyError for a tool without a name
@@ -202,7 +202,7 @@ def render_chat(
     source, options = chat_template(template), serving_options(template)
     return apply_template(messages, tools, tokenizer, source, options, add_generation_prompt)
 
-
+# %% ../../nbs/chat/01_templates.ipynb #apply-template
 def apply_template(
     messages: list[dict], # as for `render_chat`
     tools: Optional[list[dict]], # None or empty for none
@@ -232,7 +232,7 @@ def control_pattern(
     "Matches every control token, the longest first."
     return re.compile("|".join(re.escape(token) for token in sorted(control_tokens(tokenizer), key=len, reverse=True)))
 
-
+# %% ../../nbs/chat/01_templates.ipynb #mark-controls
 def _mark_controls(messages: list, tools: Optional[list], pattern: re.Pattern, left: str) -> tuple[list, list, str]:
     "Messages and tools with a mark inside each literal control token, and the mark (empty when there is none)."
     text = json.dumps([messages, tools or []], ensure_ascii=False)  # control tokens hold nothing that JSON escapes
@@ -275,7 +275,7 @@ def _plain_encoder(tokenizer: Any) -> Any:
         _plain_encoders[tokenizer] = len(tokenizer), encoder
     return encoder
 
-
+# %% ../../nbs/chat/01_templates.ipynb #encode-text
 def encode_text(
     text: str, # rendered text
     tokenizer: Any, # a fast Hugging Face tokenizer

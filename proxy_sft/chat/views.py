@@ -37,7 +37,7 @@ class Run:
     trained: bool
     control: bool  # a control token (structure)
 
-
+# %% ../../nbs/chat/10_views.ipynb #reading
 @dataclass(frozen=True)
 class Reading:
     "A conversation under a template."
@@ -74,7 +74,7 @@ def _smallest_runs(ids: list, trained: list, roles: list, control: set, decode: 
         held = []
     return runs
 
-
+# %% ../../nbs/chat/10_views.ipynb #read-row
 def read_row(
     messages: list[dict], # a converted conversation
     tools: list[dict], # its tools
@@ -115,7 +115,7 @@ def visible(
     "Text that cannot steer a terminal or a page."
     return text.translate(_ODD)
 
-
+# %% ../../nbs/chat/10_views.ipynb #safe
 def safe(
     text: Any, # anything
 ) -> str: # HTML that shows it
@@ -147,7 +147,7 @@ def section(
     head = safe(role) + (f" · {safe(note)}" if note else "")
     return f'<div class="r {safe(role)}"><strong>{head}</strong><pre class="t">{body}</pre></div>'
 
-
+# %% ../../nbs/chat/10_views.ipynb #run-html
 def run_html(
     run: Run, # some tokens
 ) -> str: # HTML
@@ -166,7 +166,7 @@ def turns_of(
         turns[-1].append(run)
     return turns
 
-
+# %% ../../nbs/chat/10_views.ipynb #text-html
 def text_html(
     reading: Reading, # of `read_row`
 ) -> str: # HTML
@@ -179,7 +179,7 @@ def text_html(
 def _by_training(turn: list[Run]) -> list[list[Run]]:
     return [list(part) for _, part in groupby(turn, key=lambda run: run.trained)]
 
-
+# %% ../../nbs/chat/10_views.ipynb #joined-marks
 def _joined_marks(part: list[Run]) -> str:
     "Neighbouring runs in one mark, the stop token inside it."
     text = "".join(run_html(Run(run.text, run.ids, run.role, False, run.control)) for run in part)
@@ -204,7 +204,7 @@ def _folded_tool(line: str) -> str:
     except ValueError: return line + "\n"
     return f"<details><summary>{safe(tool_line(tool))}</summary>{line}</details>"
 
-
+# %% ../../nbs/chat/10_views.ipynb #tool-line
 def tool_line(
     tool: dict, # as a template shows it
 ) -> str: # such as weather.forecast(city, days)
@@ -235,7 +235,7 @@ def tokens_html(
            "−100.</p>")
     return (key if first == 0 else "") + "".join(parts)
 
-
+# %% ../../nbs/chat/10_views.ipynb #token-section
 def _token_section(turn: list[Run], shown: list[Run], position: int, before: int) -> str:
     body, at = "", position + before
     for run in shown:
@@ -250,7 +250,7 @@ def _token_html(run: Run, position: int) -> str:
     text = run_html(_spelled(run)).replace("\n", "")
     return f"<ruby>{text}<rt>{position}·{' '.join(map(str, run.ids))}</rt></ruby><wbr>" + "\n" * ends
 
-
+# %% ../../nbs/chat/10_views.ipynb #piece-count
 def piece_count(
     reading: Reading, # of `read_row`
 ) -> int: # at least 1
@@ -284,7 +284,7 @@ def differences(
         yield a, b, c, d
         a, c = b, d
 
-
+# %% ../../nbs/chat/10_views.ipynb #equal-again
 def _equal_again(one: list, other: list) -> tuple: # (None, None): not before the end
     "The nearest places from which both go on with the same tokens; the common end of the rest counts too."
     places, best = {}, (None, None)
@@ -311,12 +311,12 @@ def prompt_differences(
              _decoded(reading, ours[c:d]), _decoded(reading, server[b:b + AROUND]))
             for a, b, c, d in islice(differences(server, ours), MOST_HUNKS)]
 
-
+# %% ../../nbs/chat/10_views.ipynb #decoded
 def _decoded(reading: Reading, ids: np.ndarray) -> str:
     more = len(ids) - LONGEST_HUNK
     return reading.decode(ids[:LONGEST_HUNK].tolist()) + (f" … and {more:,} more tokens" if more > 0 else "")
 
-
+# %% ../../nbs/chat/10_views.ipynb #parity-html
 def parity_html(
     reading: Reading, # of `read_row`
 ) -> str: # HTML
@@ -332,7 +332,7 @@ def parity_html(
     key = "" if exact else "<p><del>only a server shows this</del> · <ins>only training shows this</ins></p>"
     return f"{key}<table><tr>{heads}</tr>{''.join(lines)}</table>"
 
-
+# %% ../../nbs/chat/10_views.ipynb #compare-html
 def compare_html(
     one: Reading, # of `read_row`
     other: Reading, # the same conversation under another template
@@ -353,7 +353,7 @@ def compare_html(
     return (f'<p>{said}. <del>only {safe(one.template)}</del> · <ins>only {safe(other.template)}</ins></p>'
             f'<div class="beside">{cells}</div>')
 
-
+# %% ../../nbs/chat/10_views.ipynb #marked
 def _marked(tag: str, text: str) -> str: return f"<{tag}>{safe(text)}</{tag}>" if text else ""
 
 # %% ../../nbs/chat/10_views.ipynb #parity-cells-export
@@ -371,7 +371,7 @@ def _parity_cells(turn: Any) -> list:
 # %% ../../nbs/chat/10_views.ipynb #messages-view-export
 def _pretty(value: Any) -> str: return json.dumps(value, ensure_ascii=False, indent=1)
 
-
+# %% ../../nbs/chat/10_views.ipynb #messages-html
 def messages_html(
     messages: list[dict], # a converted conversation
     tools: list[dict], # its tools
@@ -407,13 +407,13 @@ def raw_html(
         parts.append(section(role, body, f"message {index}, role {message.get('role')}"))
     return "".join(parts)
 
-
+# %% ../../nbs/chat/10_views.ipynb #with-mark
 def _with_mark(value: Any, excerpt: str) -> str:
     "A value with a place in it marked."
     text, place = safe(value), safe(excerpt.strip().strip("…").strip())
     return text.replace(place, f"<mark>{place}</mark>") if place else text
 
-
+# %% ../../nbs/chat/10_views.ipynb #reason-html
 def reason_html(
     row: dict, # a row of the ledger
 ) -> str: # HTML, empty for a row that was neither rejected nor repaired
@@ -471,7 +471,7 @@ def _row_html(self: RowView, tab: str, piece: Optional[int] = None) -> str: # pi
     if tab == "compare": return self._compared()
     return {"text": text_html, "parity": parity_html}[tab](self.reading)
 
-
+# %% ../../nbs/chat/10_views.ipynb #raw-beside
 def _raw_beside(self: RowView) -> str:
     "The raw row, and beside it what became of it."
     raw = raw_html(self.raw, str(self.row.get("excerpt") or ""))
@@ -485,7 +485,7 @@ def _why_not(self: RowView) -> str:
     reason = reason_html(self.row)
     return (reason or f"<p>No view: {safe(self.problem)}</p>") + (self._raw_beside() if reason and self.raw else "")
 
-
+# %% ../../nbs/chat/10_views.ipynb #compared
 def _compared(self: RowView) -> str:
     "The row under a second template."
     if self.other is None: return "<p>Choose a second template (B) to compare with.</p>"
@@ -521,7 +521,7 @@ def _paint(text: str, code: str, color: bool) -> str: return f"\x1b[{code}m{text
 
 def _mark(text: str, color: bool) -> str: return _paint(text, "1;4;32", True) if color else f"⟦{text}⟧"
 
-
+# %% ../../nbs/chat/10_views.ipynb #row-text
 def row_text(
     view: RowView, # a row
     tab: str = "text", # one of `TABS`

@@ -38,6 +38,7 @@ def file_hash(path: Path) -> str: # 64 hex digits
             while piece := file.read(2**22): hasher.update(piece)
     return hasher.hexdigest()
 
+# %% ../../nbs/core/04_atomic_folders.ipynb #files-in
 def files_in(folder: Path) -> list[Path]: # sorted; without the manifest and the marker at the top
     "All regular files of a folder; `AtomicFolderError` for a link, which would point outside what is hashed."
     found = []
@@ -90,6 +91,7 @@ def mark_complete(folder: Path) -> None:
     write_flushed(folder / COMPLETE, file_hash(folder / MANIFEST) + "\n")
     flush(folder)
 
+# %% ../../nbs/core/04_atomic_folders.ipynb #publish-2
 def publish(
     aside: Path, # the folder as written
     target: Path, # its real name, on the same file system
@@ -114,6 +116,7 @@ def is_complete(folder: Path) -> bool:
     marker, manifest = folder / COMPLETE, folder / MANIFEST
     return marker.is_file() and manifest.is_file() and marker.read_bytes().strip() == file_hash(manifest).encode()
 
+# %% ../../nbs/core/04_atomic_folders.ipynb #read-manifest
 def read_manifest(folder: Path) -> dict[str, Any]:
     "The manifest of a complete folder; `AtomicFolderError` when it is not complete."
     if not is_complete(folder):
@@ -177,6 +180,7 @@ def folder_bytes(folder: Path) -> int:
     "What the files of a complete folder take, by its manifest."
     return sum(file["size"] for file in read_manifest(folder)["files"].values())
 
+# %% ../../nbs/core/04_atomic_folders.ipynb #delete-folder
 def delete_folder(folder: Path) -> bool: # as `discard`; the marker goes first: a half-deleted folder is not complete
     "Delete a complete folder."
     (folder / COMPLETE).unlink(missing_ok=True)

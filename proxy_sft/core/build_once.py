@@ -56,11 +56,13 @@ class Process(NamedTuple):
 
     def __str__(self) -> str: return f"process {self.pid} on {self.host}"
 
+# %% ../../nbs/core/05_build_once.ipynb #this-machine
 def this_machine() -> str:
     "What only processes that see each other's numbers have in common."
     try: return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError: return socket.gethostname()  # not Linux
 
+# %% ../../nbs/core/05_build_once.ipynb #start-of
 def start_of(pid: int) -> str: # empty when there is no such process
     "When a process of this machine was started, in the system's own words."
     if Path("/proc/self/stat").exists():
@@ -126,6 +128,7 @@ def claim_or_wait(
         time.sleep(every)
     return None
 
+# %% ../../nbs/core/05_build_once.ipynb #one-at-a-time
 @contextlib.contextmanager
 def one_at_a_time(path: Path, progress: Callable[[str], None] = log_line) -> Iterator[None]:
     "Do something that two processes must not do at once, after whoever does it now."
@@ -221,6 +224,7 @@ def wait_for_owner(
     try: return follow_owner([folder / f"prepare-{b}.json" for b in builders], rank, word, answer, silence, progress)
     finally: mine_file.unlink(missing_ok=True)
 
+# %% ../../nbs/core/05_build_once.ipynb #follow-owner
 def follow_owner(
     files: list[Path],
     rank: int,
@@ -255,6 +259,7 @@ def follow_owner(
         time.sleep(0.2)
         quiet += 0.2  # not the clock: we may have been stopped ourselves
 
+# %% ../../nbs/core/05_build_once.ipynb #read-record
 def read_record(file: Path) -> dict[str, Any]: # empty when there is none that can be read
     "What a builder said last."
     try: found = json.loads(file.read_text(encoding="utf-8"))

@@ -72,6 +72,7 @@ def small_png(figure: Any) -> bytes: # of a matplotlib figure, which is closed
     Image.open(drawn).convert("RGB").quantize(16, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
     return packed.getvalue()
 
+# %% ../../nbs/core/08_display.ipynb #show-small
 def show_small(figure: Any) -> None:
     "Display it in a notebook."
     from IPython.display import Image, display

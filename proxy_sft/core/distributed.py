@@ -26,6 +26,7 @@ def all_gather(value: Any) -> list[Any]: # by rank, the same on every rank
     dist.all_gather_object(box, value)
     return box
 
+# %% ../../nbs/core/07_distributed.ipynb #any-rank
 def any_rank(flag: bool) -> bool:
     "Whether the flag is set on any rank."
     if not dist.is_initialized(): return flag

@@ -22,6 +22,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 class InUseError(RuntimeError):
     "A folder that another process works in: says which process, and what to do."
 
+# %% ../../nbs/core/03_locks.ipynb #runlock
 class RunLock:
     "The right to work in a folder, from `take` to `release` or to the owner's end, whatever ends it."
 
@@ -63,6 +64,7 @@ def write_owner(path: Path, doing: str) -> None: # only for people: a full disk 
         finally: os.close(handle)
     except OSError: return
 
+# %% ../../nbs/core/03_locks.ipynb #owner-of
 def owner_of(path: Path) -> str: # empty: nobody has written, or the file is gone
     "The first line that the last owner wrote: process, host, time."
     try: return path.read_bytes()[:4096].decode(errors="replace").partition("\n")[0].strip()

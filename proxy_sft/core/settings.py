@@ -259,6 +259,7 @@ def as_meant(value: Any, wanted: Any) -> Any: # wanted: a setting's type; what c
     if isinstance(value, float) and int in kinds and float not in kinds and value.is_integer(): return int(value)
     return value
 
+# %% ../../nbs/core/01_settings.ipynb #text-as-meant
 def text_as_meant(text: str, kinds: set) -> Any: # the text itself where it is wanted, or cannot be read
     "Text as a truth value, a number (YAML 1.1 reads `1e-5` as text) or a list of one."
     if bool in kinds and text.lower() in ("true", "false"): return text.lower() == "true"
@@ -330,6 +331,7 @@ def repository_root(start: Optional[Path] = None) -> Path: # folder to start fro
     start = Path(start or Path.cwd()).resolve()
     return next((f for f in [start, *start.parents, PACKAGE.parent] if is_repository(f)), start)
 
+# %% ../../nbs/core/01_settings.ipynb #in-folder
 def in_folder(base: Path, name: str) -> Path: # an absolute path
     "`name` as it is when absolute (or from `~`), else below `base`."
     path = Path(name).expanduser()
@@ -343,6 +345,7 @@ def place(name: str, root: Path, hub_folder: Path) -> Path: # where a hub name o
     "A path when `name` looks like one, else the hub name's folder in the workspace."
     return in_folder(root, name) if is_path(name) else hub_folder / name
 
+# %% ../../nbs/core/01_settings.ipynb #train-file
 def train_file(data: Path) -> Path: # the file that conversion reads
     "The file itself when a local file was named, else the folder's `train.jsonl`."
     named = data.is_file() or (data.name.endswith(DATA_ENDINGS) and not data.is_dir())
@@ -362,6 +365,7 @@ def short_hash(made_from: dict[str, Any]) -> str: # 8 hex digits
     "A few digits that tell two folders apart."
     return blake3(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
 
+# %% ../../nbs/core/01_settings.ipynb #converted-name-2
 def converted_name(settings: "Settings") -> str: # a folder name below `converted/`
     "The dataset's name; with a short hash where two inputs, or two ways to convert one, would share a folder."
     if settings.dataset == "demo": return "demo"
@@ -398,6 +402,7 @@ def profile_file(name: str) -> Path: # whether it exists or not
     path = Path(name).expanduser()
     return path if path.is_file() else in_folder(repository_root(), name)
 
+# %% ../../nbs/core/01_settings.ipynb #read-profile-2
 def read_profile(name: str) -> dict[str, Any]: # setting -> value, `extends` already followed
     "The values of a profile, by name or by path to a `.yaml` file; `SettingsError` when it cannot be read."
     path = profile_file(name)
@@ -447,6 +452,7 @@ def check_names(values: dict[str, Any], source: str) -> None: # raises SettingsE
             raise SettingsError(f"Unknown setting {name!r} in {source}.{did_you_mean(name, known)} "
                                 "`print(settings_table())` in proxy_sft.core.settings lists them all.")
 
+# %% ../../nbs/core/01_settings.ipynb #plain-words
 def plain_words(error: ValidationError, overrides: dict[str, Any], profile: str) -> str: # one line per wrong setting
     "A pydantic error as sentences: setting, where it came from, what was found, what was expected."
     lines = []
@@ -459,6 +465,7 @@ def plain_words(error: ValidationError, overrides: dict[str, Any], profile: str)
         )
     return "\n".join(lines)
 
+# %% ../../nbs/core/01_settings.ipynb #spelling
 def spelling(name: str, value: Any, kind: str) -> str: # kind: pydantic's name of the error; a sentence, or nothing
     "How a value of another type is written on the command line and in YAML."
     if kind == "string_type" and isinstance(value, (int, float)):
@@ -500,6 +507,7 @@ def command_line(
         if name != "profile" and value != getattr(usual, name): words += parameter_words(name, value)
     return shlex.join(words)
 
+# %% ../../nbs/core/01_settings.ipynb #parameter-words
 def parameter_words(name: str, value: Any) -> list[str]: # option, name and value
     "One setting as papermill's command line wants it."
     if isinstance(value, list): return ["-y", f"{name}: {yaml_scalar(value)}"]
@@ -553,6 +561,7 @@ def zero_settings(settings: Settings) -> dict[str, Any]: # empty without DeepSpe
         advice = "Mend the place it names, or set deepspeed to ds_config_zero2.json."
         raise SettingsError(f"{file} is no JSON: {error}. {advice}") from error
 
+# %% ../../nbs/core/01_settings.ipynb #offloads
 def offloads(settings: Settings) -> bool: # worth DeepSpeed even with one process
     "Whether optimizer states or weights lie in the host's memory; never on a CPU, whose run needs no configuration."
     return settings.device != "cpu" and any(

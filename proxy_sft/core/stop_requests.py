@@ -43,12 +43,14 @@ def log_line(text: str, stream: Optional[TextIO] = None) -> None: # standard err
     try: print(printable(text).replace("\r", ""), file=stream, flush=True)
     except (OSError, ValueError, RuntimeError): unplug(stream) # hung up, closed, or interrupted in the middle of a word
 
+# %% ../../nbs/core/02_stop_requests.ipynb #unplug
 def unplug(stream: TextIO) -> None: # nothing happens to a stream without a descriptor
     """Lead a stream that nobody reads into nothing: what waits in it would fail again when the process ends, and change
     its exit code."""
     try: os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except (OSError, ValueError): return
 
+# %% ../../nbs/core/02_stop_requests.ipynb #append-log
 def append_log(path: Path, text: str) -> None:
     "Add to a log file; a full disk is said once and loses the line, never the run."
     try:
@@ -122,6 +124,7 @@ def stop_reason(
         return f"max_hours, {max_hours:g}, have passed"
     return ""
 
+# %% ../../nbs/core/02_stop_requests.ipynb #resume-advice
 def resume_advice(resume: str = "auto") -> str: # the setting of this run
     "A sentence for whoever reads that a run was stopped."
     return (
@@ -130,6 +133,7 @@ def resume_advice(resume: str = "auto") -> str: # the setting of this run
         else f"The same command with `-p resume auto` goes on from there; with {resume}, as now, it would not."
     )
 
+# %% ../../nbs/core/02_stop_requests.ipynb #raise-if-stop-requested
 def raise_if_stop_requested(
     run_dir: Path,
     max_hours: Optional[float] = None,

@@ -33,6 +33,7 @@ def begin_worker(start: Callable, arguments: tuple) -> None: # called once in ea
     threading.Thread(target=end_with_master, daemon=True).start()
     start(*arguments)
 
+# %% ../../nbs/core/06_workers.ipynb #end-with-master
 def end_with_master() -> None:
     "A process that was killed cannot end its workers; they do it themselves."
     parent_process().join()
@@ -42,6 +43,7 @@ def end_with_master() -> None:
 class WorkerLost(RuntimeError):
     "A worker process was killed from outside."
 
+# %% ../../nbs/core/06_workers.ipynb #results-in-order
 def results_in_order(
     work: Callable, # of a module, not of a notebook: workers find it by name
     tasks: list[tuple], # its arguments, task by task

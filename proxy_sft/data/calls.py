@@ -39,6 +39,7 @@ def names_beyond_grammar(
     if (ALL_NAMES if pattern is NAME else ALL_KEYS).fullmatch("\n".join([*names, ""])): return []
     return sorted((name for name in names if not re.fullmatch(pattern, name)), key=len, reverse=True)
 
+# %% ../../nbs/data/04_calls.ipynb #read-key
 def read_key(
     reader:Reader, # the text
     pos:int,       # where an argument starts
@@ -103,6 +104,7 @@ def fits(
     if not all(isinstance(name, str) and name in KINDS for name in names): return True
     return any(isinstance(value, KINDS[name]) and (type(value) is not bool or KINDS[name] is bool) for name in names)
 
+# %% ../../nbs/data/04_calls.ipynb #find-parameters
 def find_parameters(
     tools:list|None, # wrapped or bare tool dicts; what is neither is passed over
     name:str,        # the function
@@ -201,6 +203,7 @@ def blame_layout(
     if "call" in LAYOUT[state]: return reader.fail(pos, "not_a_call")
     return reader.fail(pos, "missing_separator" if HEAD.match(reader.text, pos) else "trailing_text")
 
+# %% ../../nbs/data/04_calls.ipynb #read-head
 def read_head(
     reader:Reader, # the text, and the declared names that the grammar does not read
     pos:int,       # where a call may start
@@ -213,6 +216,7 @@ def read_head(
     name, after = read_string(text, pos)
     return (name, after + 1, False) if text.startswith("(", after) else None
 
+# %% ../../nbs/data/04_calls.ipynb #next-call
 def next_call(
     reader:Reader, # the text
     pos:int,       # behind a call, or the start
@@ -249,6 +253,7 @@ def declared_names(
     found = (body.get("name") for body in bodies if isinstance(body, dict))
     return names_beyond_grammar((name for name in found if isinstance(name, str) and name), NAME)
 
+# %% ../../nbs/data/04_calls.ipynb #parse-calls
 def parse_calls(
     text:str|None,          # the `function_calls` column of one message
     tools:list|None=None,   # wrapped or bare tool dicts: they name arguments that have no name
@@ -290,6 +295,7 @@ def escape_surrogates(
     pairs = zip([0xDFFF, *codes], codes) # each code behind the one before it
     return "".join(f"\\U{code:08x}" if before < 0xDC00 <= code else f"\\u{code:04x}" for before, code in pairs)
 
+# %% ../../nbs/data/04_calls.ipynb #write-string
 def write_string(
     value:str, # any text
 ) -> str: # in double quotes, valid in JSON and in Python
@@ -297,6 +303,7 @@ def write_string(
     text = json.dumps(value, ensure_ascii=False)
     return text if text.isascii() else SURROGATES.sub(escape_surrogates, text)
 
+# %% ../../nbs/data/04_calls.ipynb #write-name
 def write_name(
     name:str,    # of a function or an argument
     pattern:str, # what may stand without quotes: `NAME` or `KEY`

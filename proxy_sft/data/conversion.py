@@ -95,6 +95,7 @@ def report_lines(report: ConvertReport) -> list[str]:
         lines.append(f"asked to be held out, but declared by no row that is kept: {', '.join(missed)}")
     return lines + [report.why] if report.why else lines
 
+# %% ../../nbs/data/12_conversion.ipynb #report-text
 def report_text(report: ConvertReport) -> str:
     "The report for a terminal."
     head, *body = [[cell if isinstance(cell, int) else cell[:28] for cell in row] for row in report.table()]
@@ -114,6 +115,7 @@ def report_from(facts: dict, folder: Path, why: str = "") -> ConvertReport:
     counted = {name: facts[name] for name in ("rows", "kept", "heldout", "rejected", "repaired", "flags", "by_source")}
     return ConvertReport(**counted, folder=folder, why=why, facts=facts)
 
+# %% ../../nbs/data/12_conversion.ipynb #counted-facts
 def counted_facts(counts: Counter) -> dict:
     "The counts of all pieces as report.json holds them: sums that have to agree."
     sums, by_source = {what: Counter() for what in ("kept", "rejected", "repaired", "flag", "unseen_tool")}, {}
@@ -135,6 +137,7 @@ def counted_facts(counts: Counter) -> dict:
         "unseen_tools": sorted(sums["unseen_tool"]),
     }
 
+# %% ../../nbs/data/12_conversion.ipynb #split-facts
 def split_facts(choices: Choices) -> dict:
     "What decides whether a row is held out, as report.json tells it."
     return {"key": "content: BLAKE3 of messages_json, NUL, tools_json, keyed with the seed; tools by their name",
@@ -216,6 +219,7 @@ def publish(aside: Path, target: Path, facts: dict) -> None:
     write_flushed(folder / "report.json", json.dumps(facts, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
     flush(folder)
 
+# %% ../../nbs/data/12_conversion.ipynb #folder-aside
 @contextlib.contextmanager
 def folder_aside(target: Path):
     "An empty folder beside the target, gone afterwards; who converts into the same folder waits."
@@ -303,6 +307,7 @@ def hashes(
     def of(path): return known[path].hexdigest() if path in known else file_hash(path)
     return [{"name": path.name, "bytes": path.stat().st_size, "blake3": of(path)} for path in files]
 
+# %% ../../nbs/data/12_conversion.ipynb #check-choices
 def check_choices(choices: Choices, target: Path, files: list[Path]) -> None:
     "ConvertError for choices that cannot be meant."
     beside = {target, *(target.parent / f"{name}.jsonl" for name in ("heldout", "rejected", "repaired"))}
@@ -350,6 +355,7 @@ def code_version() -> str: # 16 hex digits
     modules = [folder / f"{name}.py" for name in CODE]
     return blake3(b"".join(module.read_bytes() for module in modules)).hexdigest()[:16]
 
+# %% ../../nbs/data/12_conversion.ipynb #read-report
 def read_report(folder: Path) -> Optional[dict]: # None: no report.json, or one that cannot be used
     "What a conversion wrote down about itself."
     try:
@@ -361,6 +367,7 @@ def read_report(folder: Path) -> Optional[dict]: # None: no report.json, or one 
         return facts if whole and named and facts["files"] else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError): return None
 
+# %% ../../nbs/data/12_conversion.ipynb #damaged-files
 def damaged_files(folder: Path, facts: dict) -> list[str]: # sentences without an end; empty: every byte is as written
     "The files of a conversion that are not what its report says."
     def damage(entry):
@@ -373,6 +380,7 @@ def damaged_files(folder: Path, facts: dict) -> list[str]: # sentences without a
         except OSError: return f"{path.name} is missing, and it"
     return [text for text in map(damage, facts["files"]) if text]
 
+# %% ../../nbs/data/12_conversion.ipynb #what-changed
 def what_changed(folder: Path, target: Path, wanted: dict) -> str: # in words; "" when nothing did
     "Why a conversion has to be done."
     facts = read_report(folder)

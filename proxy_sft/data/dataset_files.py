@@ -37,6 +37,7 @@ def check_columns(
     raise DownloadError(f"conversations in {name}", found[:200],
                         "name a dataset whose column messages lists {role, content, …}")
 
+# %% ../../nbs/data/17_dataset_files.ipynb #readable
 @contextmanager
 def readable(path: Path): # a parquet file
     "Errors of reading parquet leave the block as `DownloadError`."
@@ -49,6 +50,7 @@ def parquet_rows(path: Path) -> int: # from the footer
     "How many rows a parquet file has; `DownloadError` when it is none."
     with readable(path): return pq.read_metadata(path).num_rows
 
+# %% ../../nbs/data/17_dataset_files.ipynb #row-lines
 def row_lines(
     path: Path, # a parquet file
     batch_rows: int = 256, # rows in memory at a time
@@ -82,6 +84,7 @@ def write_rows(
         os.replace(aside, target)
     return {"rows": total, "size": target.stat().st_size, "columns": pq.read_schema(files[0]).names}
 
+# %% ../../nbs/data/17_dataset_files.ipynb #write-lines
 def write_lines(files: list[Path], stream: BinaryIO, total: int, title: str) -> None:
     "Write the first `total` rows of some parquet files as lines, with a bar."
     left = total
@@ -109,6 +112,7 @@ def bring_train_file(
     plan.manifest["train"] = {**made, "from": key, "mtime_ns": train_file.stat().st_mtime_ns}
     return {**plan.manifest["train"], "written": True}
 
+# %% ../../nbs/data/17_dataset_files.ipynb #lines-size
 def lines_size(plan: Plan, files: list[dict], max_rows: Optional[int]) -> int: # bytes, an estimate
     "How large `train.jsonl` will be, from the size of the parquet files and the share of their rows."
     size = sum(f["size"] for f in files) * JSON_PER_PARQUET
@@ -157,6 +161,7 @@ def finish_dataset(
     plan.save()
     return {**plan.manifest, "folder": str(plan.folder), "train": train, "fetched": plan.fetched}
 
+# %% ../../nbs/data/17_dataset_files.ipynb #dataset-needs
 def dataset_needs(plan: Plan, train_file: Path, max_rows: Optional[int]) -> list[tuple[Path, int]]: # folder, bytes
     "What a whole dataset will write; a taste looks at its files one by one."
     if max_rows is not None: return []

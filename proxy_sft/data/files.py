@@ -59,6 +59,7 @@ class Part:
     most: Optional[int] = None  # only so many rows, from its start
     may_repeat: bool = True  # keys may stand twice in its lines; not where they were written from columns
 
+# %% ../../nbs/data/11_files.ipynb #lines-of
 def lines_of(part: Part) -> bytes:
     "The part's lines; another process reads them itself where it can, instead of being sent them."
     if part.lines is not None: return part.lines
@@ -96,11 +97,13 @@ def parquet_rows_of(part: Part):
     except (pyarrow.ArrowException, OSError) as error: raise unreadable(part.path, error) from error
     yield from enumerate(map(typed, rows), part.line)
 
+# %% ../../nbs/data/11_files.ipynb #typed
 def typed(row: dict):
     "A row of a parquet file as a `Row` where it has that shape."
     try: return msgspec.convert(row, Row)
     except (ValueError, RecursionError): return row
 
+# %% ../../nbs/data/11_files.ipynb #line-rows-of
 def line_rows_of(part: Part, closely: bool = False): # closely: look at the keys of each line
     "The rows of lines of JSON; RepeatedKeysError behind the last one where keys were counted that no row has."
     lines, start, extra = lines_of(part), 0, 0
@@ -118,6 +121,7 @@ def line_rows_of(part: Part, closely: bool = False): # closely: look at the keys
         start = end + 1
     if part.may_repeat and not closely and extra + count_keys(lines): raise RepeatedKeysError
 
+# %% ../../nbs/data/11_files.ipynb #look-for-repeated
 def look_for_repeated(line: bytes, row): # the same row; a `RepeatedKeys` when keys stand twice
     "Look closely at a row whose JSON has another number of keys than the row."
     if not (names := repeated_keys(line)): return row
@@ -142,6 +146,7 @@ def read_odd_line(part: Part, number: int, line: bytes): # a dict, or the defect
     try: return look_for_repeated(line, row) if may_repeat(line, dump_json(row)) else row
     except (ValueError, RecursionError): return look_for_repeated(line, row) # NaN, or half a surrogate pair
 
+# %% ../../nbs/data/11_files.ipynb #not-json
 def not_json(part: Part, number: int, line: bytes, found) -> ConvertError:
     "The error for a line that is not a row."
     text = line[:80].decode("utf-8", "replace")
@@ -152,6 +157,7 @@ def not_json(part: Part, number: int, line: bytes, found) -> ConvertError:
         "line. Was the file cut off, or is it another file? Download it again, or mend the line.",
     )
 
+# %% ../../nbs/data/11_files.ipynb #without-collection
 @contextlib.contextmanager
 def without_collection():
     "Rows are trees, freed by counting references; looking for circles in them takes a tenth of the time."
@@ -160,6 +166,7 @@ def without_collection():
     try: yield
     finally: was_on and gc.enable()
 
+# %% ../../nbs/data/11_files.ipynb #convert-part-2
 def convert_part(part: Part, choices: Choices) -> Piece: # bytes, ready to write
     "Convert a part of the input."
     with without_collection():
@@ -180,12 +187,14 @@ def convert_apart(part: tuple, choices: tuple, path: str) -> tuple: # for `piece
     with open(path, "wb") as stream: stream.writelines(piece.files.values())
     return {name: len(lines) for name, lines in piece.files.items()}, piece.marks, piece.facts, dict(piece.counts)
 
+# %% ../../nbs/data/11_files.ipynb #piece-from
 def piece_from(path: Path, sizes: dict, *others) -> Piece:
     "What another process made of a part."
     with open(path, "rb") as stream: files = {name: stream.read(size) for name, size in sizes.items()}
     path.unlink()
     return Piece(files, *others)
 
+# %% ../../nbs/data/11_files.ipynb #serve-parts
 def serve_parts(asked, choices: tuple) -> None: # asked: a connection; until its other end is closed
     "What a helper does: parts come in, pieces go out, in order; an error is told to who asked."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -277,11 +286,13 @@ def parts_of(
             yield part if may_repeat else replace(part, may_repeat=False)
             line += lines
 
+# %% ../../nbs/data/11_files.ipynb #count-rows
 def count_rows(lines: bytes, ends: np.ndarray) -> int: # blank lines are none
     "How many rows some lines hold."
     edges = [0, *(ends + 1).tolist(), len(lines)]
     return sum(not lines[a:b].isspace() for a, b in zip(edges, edges[1:]) if b > a)
 
+# %% ../../nbs/data/11_files.ipynb #text-parts
 def text_parts(path: Path, line: int, hashers: Optional[dict]):
     "The blocks of a text file, each with its number of lines; None: its rows are not counted."
     plain, at, hasher = path.suffix not in (".gz", ".zst"), 0, blake3()
@@ -297,6 +308,7 @@ def text_parts(path: Path, line: int, hashers: Optional[dict]):
             line, at = line + (len(ends) or 1), at + len(block)
     if plain and hashers is not None: hashers[path] = hasher
 
+# %% ../../nbs/data/11_files.ipynb #parquet-parts
 def parquet_parts(path: Path, line: int):
     "The row groups of a parquet file, each with its number of lines and of rows, which are the same."
     import pyarrow
@@ -330,6 +342,7 @@ class Task:
         if isinstance(self.made, Exception): raise self.made
         return self.made if isinstance(self.made, Piece) else piece_from(self.path, *self.made)
 
+# %% ../../nbs/data/11_files.ipynb #helper
 class Helper:
     "Another process that converts parts."
     def __init__(self, choices: Choices):
@@ -390,6 +403,7 @@ def do_here(task: Task, choices: Choices) -> Task:
     except ConvertError as error: task.made = error
     return task
 
+# %% ../../nbs/data/11_files.ipynb #converted-parts
 def converted_parts(parts, choices: Choices, num_proc: int, folder: Path):
     "`(part, piece)` in the input's order; `folder` holds pieces on their way between processes."
     if num_proc == 1:
@@ -413,6 +427,7 @@ def bars_are_hidden() -> bool:
     "Under a test, and on every rank but the first."
     return bool(os.environ.get("IN_TEST")) or os.environ.get("RANK", "0") != "0"
 
+# %% ../../nbs/data/11_files.ipynb #progress
 class Progress:
     "A progress bar over the input's bytes that tells rows, rows per second and rejects."
     def __init__(self, total: int, show: bool = True):

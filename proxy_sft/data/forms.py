@@ -34,6 +34,7 @@ def is_empty(value) -> bool: # nothing is lost without it
     "Whether a field holds nothing."
     return value is None or value is False or type(value) in (str, list, dict) and not value
 
+# %% ../../nbs/data/06_forms.ipynb #check-fields
 def check_fields(
     message: dict, # as the data has it
     index: int, # its position
@@ -45,6 +46,7 @@ def check_fields(
         raise DefectError("unknown_field", f"{str(field)[:60]!r} on a message of role {str(message.get('role'))[:20]}: "
                                            f"{str(value)[:100]}", index)
 
+# %% ../../nbs/data/06_forms.ipynb #check-row-fields
 def check_row_fields(row: dict) -> None:
     "Refuse a row with a column beside its messages that belongs to the conversation."
     for field in ROW_FIELDS:
@@ -80,12 +82,14 @@ def read_text(
     if end < len(text.strip()): raise ValueError("more than one JSON value")
     return value
 
+# %% ../../nbs/data/06_forms.ipynb #named-by
 def named_by(
     value, # an id as the data has it
 ) -> Optional[str]: # None where it names nothing
     "An id that can be compared."
     return str(value) if type(value) in (str, int) and value != "" else None
 
+# %% ../../nbs/data/06_forms.ipynb #read-arguments
 def read_arguments(
     arguments, # a JSON text, an object, or null
     name: str, # of the function, for the message
@@ -98,6 +102,7 @@ def read_arguments(
     write_value(arguments)
     return arguments
 
+# %% ../../nbs/data/06_forms.ipynb #read-tool-call
 def read_tool_call(
     call, # an element of `tool_calls`, or a `function_call`
     index: int, # position of the message
@@ -116,6 +121,7 @@ def read_tool_call(
         raise DefectError("malformed_calls", f"{function['name'][:60]}: {error}", index) from None
     return named_by(call.get("id")), {"name": function["name"], "arguments": arguments}
 
+# %% ../../nbs/data/06_forms.ipynb #read-tool-calls
 def read_tool_calls(
     message: dict, # as the data has it
     index: int, # its position
@@ -160,6 +166,7 @@ def read_reasoning(message: dict, index: int) -> str: # "" for none
         raise DefectError("unknown_field", f"{' and '.join(where)} on a message of role {message.get('role')}", index)
     return next(iter(found), "")
 
+# %% ../../nbs/data/06_forms.ipynb #plain-message
 def plain_message(
     message: dict, # as the data has it
     index: int, # its position
@@ -201,6 +208,7 @@ def order_results(
             raise DefectError("count_mismatch", f"a result of {given!r} for a call of {name!r}", index + at)
     return order
 
+# %% ../../nbs/data/06_forms.ipynb #with-results-in-order
 def with_results_in_order(
     source: list[dict], # messages as the data has them
     made: list[dict], # the same in Dolci's form
@@ -229,6 +237,7 @@ def row_tools(row: dict): # a list or a text; None for none
         raise DefectError("tools_elsewhere", "tools and functions of the row differ")
     return found[0] if found else None
 
+# %% ../../nbs/data/06_forms.ipynb #plain-form
 def plain_form(
     row: dict, # a row of any form, with a list of messages
 ) -> tuple[list, list]: # messages in Dolci's form, and notes: `(code, index, found)`

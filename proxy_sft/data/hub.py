@@ -38,6 +38,7 @@ def hub_endpoint() -> str: # no slash at the end
     "The hub's address: `HF_ENDPOINT` as it is now, or huggingface.co."
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
+# %% ../../nbs/data/13_hub.ipynb #hub-name
 def hub_name(endpoint: str) -> str: # for messages and records
     "An address without user and password, and whether `HF_ENDPOINT` chose it."
     url = urlsplit(endpoint)
@@ -91,6 +92,7 @@ def explain_no_answer(
     return (f"an answer that is not a hub's ({type(error).__name__})",
             "check HF_ENDPOINT: a log-in page or a proxy may have answered")
 
+# %% ../../nbs/data/13_hub.ipynb #plain-words
 @contextmanager
 def plain_words(
     asked: str, # what is wanted inside the block
@@ -114,6 +116,7 @@ class Source:
 
     def __str__(self) -> str: return f"{self.kind} {self.repo} at {self.commit} from {hub_name(self.endpoint)}"
 
+# %% ../../nbs/data/13_hub.ipynb #check-inside
 def check_inside(path: str) -> None: # raises DownloadError
     "Refuse a listed path that would leave the folder."
     if PurePosixPath(path).is_absolute() or ".." in path.replace("\\", "/").split("/"):
@@ -151,6 +154,7 @@ def is_among(path: str, patterns: tuple[str, ...]) -> bool: # patterns as a shel
     if path.startswith("additional_chat_templates/"): path = path.split("/", 1)[1]
     return "/" not in path and any(fnmatchcase(path, pattern) for pattern in patterns)
 
+# %% ../../nbs/data/13_hub.ipynb #choose-model-files
 def choose_model_files(
     files: list[dict], # of a listing
 ) -> list[dict]: # those that loading needs
@@ -162,6 +166,7 @@ def choose_model_files(
     raise DownloadError("the model's weights", f"{len(files)} files, none of them model*.safetensors",
                         "pickled weights are never loaded: choose a repository or revision with safetensors weights")
 
+# %% ../../nbs/data/13_hub.ipynb #choose-data-files
 def choose_data_files(
     files: list[dict], # of a listing
     config: Optional[str] = None, # setting dataset_config

@@ -73,6 +73,7 @@ def plain_id(row: dict): # a number, a text, or None
     value = row.get("id")
     return value if value is None or type(value) in (str, int, float) else str(value)[:200]
 
+# %% ../../nbs/data/09_ledger.ipynb #is-tool-row
 def is_tool_row(row: dict) -> bool:
     "Whether the row or any message of it declares tools."
     messages = row.get("messages")
@@ -104,6 +105,7 @@ def is_heldout(roll: int, fraction: float) -> bool:
     "Whether a die of 64 bits falls below the fraction."
     return roll < fraction * 2**64
 
+# %% ../../nbs/data/09_ledger.ipynb #is-heldout-tool
 @functools.lru_cache(maxsize=1 << 16)
 def is_heldout_tool(
     name: str, # of a tool
@@ -115,6 +117,7 @@ def is_heldout_tool(
     digest = blake3(name.encode("utf-8", "replace"), key=hash_key(seed)).digest(8)
     return is_heldout(int.from_bytes(digest, "little"), chosen)
 
+# %% ../../nbs/data/09_ledger.ipynb #heldout-tools-of
 def heldout_tools_of(talk: Talk, choices: Choices) -> list[str]: # names; [] for nearly all rows
     "The tools of a row that keep it out of training."
     if not choices.heldout_tools: return []
@@ -178,6 +181,7 @@ def as_string(text: bytes) -> bytes:
     if b"\\" in text: text = text.replace(b"\\", b"\\\\")
     return text.replace(b'"', b'\\"')
 
+# %% ../../nbs/data/09_ledger.ipynb #row-line
 def row_line(messages: bytes, tools: bytes) -> tuple[bytes, ...]: # pieces of the line
     "A converted row as a line, without a trip through text."
     return (
@@ -188,6 +192,7 @@ def row_line(messages: bytes, tools: bytes) -> tuple[bytes, ...]: # pieces of th
         b'"}\n',
     )
 
+# %% ../../nbs/data/09_ledger.ipynb #excerpt
 def excerpt(row: dict, index: int) -> str: # at most 200 characters
     "The message that a reject is about, calls first."
     messages = row.get("messages")
@@ -205,6 +210,7 @@ def keep_usual(piece: Piece, row: Row, line: int, choices: Choices) -> bool: # F
         piece.keep(row_id, row.source_dataset or row.dataset_source or row.source or "unknown", line, read, choices)
     return read is not None
 
+# %% ../../nbs/data/09_ledger.ipynb #convert-closely
 def convert_closely(piece: Piece, row, line: int, choices: Choices) -> None: # row: any value
     "Convert one row that has to be looked at, or say why not."
     why = left_out(row, choices) if isinstance(row, dict) else None
@@ -214,6 +220,7 @@ def convert_closely(piece: Piece, row, line: int, choices: Choices) -> None: # r
         piece.keep(plain_id(row), source_of(row), line, read, choices)
     except DefectError as error: piece.reject(row, line, error.reason, error.found, error.index)
 
+# %% ../../nbs/data/09_ledger.ipynb #convert-into
 def convert_into(
     piece: Piece, row, line: int, choices: Choices
 ) -> None: # row: a `Row` where it has that shape, a `DefectError` where it cannot be read, else any value
@@ -284,10 +291,12 @@ def line_ends(block: bytes) -> np.ndarray: # offsets
     "Where the lines of a block end."
     return np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
 
+# %% ../../nbs/data/09_ledger.ipynb #line-count
 def line_count(path: Path) -> int:
     "Lines of a file, in constant memory."
     with open(path, "rb") as stream: return sum(map(newlines, iter(lambda: stream.read(BLOCK_BYTES), b"")))
 
+# %% ../../nbs/data/09_ledger.ipynb #row-facts
 def row_facts(
     converted_file: Path, # a train.jsonl or heldout.jsonl that `convert` wrote
     columns: Optional[list[str]] = None, # only these; all when not set

@@ -45,6 +45,7 @@ def check_lines(
         raise DownloadError(f"rows in {path}", f"a first line that is not JSON ({error})", advice) from None
     except (ValueError, RecursionError) as error: raise DownloadError(f"rows in {path}", str(error), advice) from None
 
+# %% ../../nbs/data/18_local.ipynb #made-here
 def made_here(repo: str, kind: str, folder: Path, **more) -> dict: # a record as the hub's listing gives it
     "The record of something that does not come from a hub."
     return {"repo": repo, "kind": kind, "revision": None, "commit": None, "license": None, "files": [], "fetched": [],
@@ -61,6 +62,7 @@ def check_rows(path: Path) -> Optional[int]: # rows of a parquet file; None wher
     with readable(path): check_columns(pq.read_schema(path), path.name)
     return parquet_rows(path)
 
+# %% ../../nbs/data/18_local.ipynb #local-dataset-2
 def local_dataset(
     path: Path, # a file, or a folder
     max_rows: Optional[int] = None, # conversion stops there
@@ -76,6 +78,7 @@ def local_dataset(
     train = {"rows": rows, "size": sum(file.stat().st_size for file in files), "paths": [str(file) for file in files]}
     return made_here("local", "dataset", path if path.is_dir() else path.parent, train=train)
 
+# %% ../../nbs/data/18_local.ipynb #local-words
 def local_words(error: ConvertError) -> tuple[str, str]: # what came back, what to do
     "Why a local path is no dataset."
     if error.reason == "missing_file" and "no " in error.found.split(".")[0]:
@@ -118,6 +121,7 @@ def demo_model(folder: Path, seed: int, rows: int, verify: bool = False) -> dict
     record = bring_demo(folder, "model", f"seed {seed}, rows {rows}", make, verify)
     return {**record, "weights": check_model_folder(folder)}
 
+# %% ../../nbs/data/18_local.ipynb #demo-dataset
 def demo_dataset(
     folder: Path, # gets train.jsonl
     seed: int,
@@ -145,6 +149,7 @@ def model_job(settings: Settings, stack: ExitStack, verify: bool, refresh: bool,
     plan = make_plan(name, "model", folder, settings.model_revision, verify, refresh)
     return [(folder, plan.needed(plan.files))], lambda: finish_model(plan, margin=margin)
 
+# %% ../../nbs/data/18_local.ipynb #dataset-job
 def dataset_job(settings: Settings, stack: ExitStack, verify: bool, refresh: bool, margin: int) -> tuple:
     "The same for the dataset."
     folder, name, rows = settings.data_dir, settings.dataset, settings.max_rows

@@ -49,6 +49,7 @@ def check_index(
     if promised != total: return {}, f"the index promises {promised} bytes of tensors, the shards hold {total}"
     return {"shards": len(set(where.values())), "tensors": len(where), "bytes": total}, ""
 
+# %% ../../nbs/data/16_model_files.ipynb #check-weights
 def check_weights(
     folder: Path, # a model's folder
 ) -> dict: # shards, tensors, bytes
@@ -99,6 +100,7 @@ def download_model(
         plan = make_plan(repo, "model", folder, revision, verify, refresh, endpoint, token)
         return finish_model(plan, workers, margin)
 
+# %% ../../nbs/data/16_model_files.ipynb #finish-model
 def finish_model(plan: Plan, workers: int = 4, margin: int = MARGIN) -> dict: # the record
     "Fetch what a model's plan misses, and check that the whole fits together."
     check_disk([(plan.folder, plan.needed(plan.files))], margin)

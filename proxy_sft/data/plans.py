@@ -39,6 +39,7 @@ def read_manifest(
     warnings.warn(f"{path} cannot be read; every file is compared with the hub's hashes again.", stacklevel=2)
     return None
 
+# %% ../../nbs/data/15_plans.ipynb #write-manifest
 def write_manifest(
     folder: Path,
     manifest: dict,
@@ -106,6 +107,7 @@ def missing_files(
         if not good: path.unlink(missing_ok=True)
     with ThreadPoolExecutor(4) as pool: list(pool.map(look, plan.files))
 
+# %% ../../nbs/data/15_plans.ipynb #follow-revision
 def follow_revision(
     old: dict, # the record of another revision
     new: dict, # a listing; its entries get the time stamps of files that are the same
@@ -151,6 +153,7 @@ def make_plan(
     missing_files(plan, verify)
     return plan
 
+# %% ../../nbs/data/15_plans.ipynb #is-another-part
 def is_another_part(record: dict, config: Optional[str], split: Optional[str]) -> bool:
     "Whether a dataset's record is of other files than are wanted; one of before there was a choice may mix them."
     if record["kind"] == "model": return False

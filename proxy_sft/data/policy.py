@@ -22,6 +22,7 @@ class Policy:
     lenient: str  # kept | repaired | rejected | cut (what comes before the defect is kept)
     why: str  # the reason for the default in one sentence
 
+# %% ../../nbs/data/02_policy.ipynb #policytable
 class PolicyTable(tuple):
     "All policies, shown as a table."
     COLUMNS = ("code", "defect", "strict", "default", "lenient", "why")
@@ -179,6 +180,7 @@ class DefectError(ValueError):
         super().__init__(f"{reason}: {found}"[:400])
         self.reason, self.found, self.index = reason, found[:400], index
 
+# %% ../../nbs/data/02_policy.ipynb #action
 def action(
     reason: str, # a code of `REASONS`
     strictness: str = "default", # strict | default | lenient

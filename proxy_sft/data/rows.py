@@ -57,6 +57,7 @@ def role_of(message) -> Optional[str]: # None where it has none that is known
     role = message.get("role") if type(message) is dict else None
     return ROLES.get(role) if type(role) is str else None
 
+# %% ../../nbs/data/08_rows.ipynb #talk
 class Talk:
     "A row on its way from Dolci to Qwen3."
     __slots__ = ("source", "strictness", "messages", "tools", "functions", "calls", "repairs", "flags")
@@ -94,6 +95,7 @@ def holds_huge_integer(value) -> bool: # 4,300 digits are 14,284 bits
         waiting += item if type(item) is list else item.values() if type(item) is dict else ()
     return False
 
+# %% ../../nbs/data/08_rows.ipynb #parse-declared
 def parse_declared(talk: Talk, text: str) -> tuple[list, list]: # calls, what was noted; CallError
     "Calls by the grammar; where it does not find declared ones, by the names that only the tools know."
     read, notes, failed = functools.partial(parse_calls, text, talk.tools, fold=FOLDED[talk.strictness]), [], None
@@ -104,6 +106,7 @@ def parse_declared(talk: Talk, text: str) -> tuple[list, list]: # calls, what wa
     if failed: raise failed
     return calls, notes
 
+# %% ../../nbs/data/08_rows.ipynb #read-calls
 def read_calls(talk: Talk,
     index: int, # position of the message
     text: Optional[str], # its `function_calls`
@@ -126,6 +129,7 @@ def read_calls(talk: Talk,
         talk.apply_policy(CALL_NOTES.get(note, "call_layout"), index, f"{note} at character {position}: {text[:100]}")
     return check_calls(talk, index, calls)
 
+# %% ../../nbs/data/08_rows.ipynb #check-calls
 def check_calls(talk: Talk,
     index: int, # position of the message
     calls: list[dict], # `{"name", "arguments"}`
@@ -160,6 +164,7 @@ def read_message(talk: Talk, index: int) -> tuple[str, str, list[dict]]: # text,
     if talk.tools and text: check_text(talk, index, text)
     return text, reasoning, calls
 
+# %% ../../nbs/data/08_rows.ipynb #read-turn
 def read_turn(talk: Talk, start: int, end: int) -> tuple[str, str, list[dict]]: # text, reasoning, calls
     "The assistant's messages `start` to `end` as one turn."
     texts, reasonings, calls = [], [], []
@@ -196,6 +201,7 @@ def switched_off(talk: Talk, start: int, end: int) -> bool: # DefectError(loss_s
         raise DefectError("loss_switch", "two messages of one answer, one to be trained, one not", start)
     return False in wanted
 
+# %% ../../nbs/data/08_rows.ipynb #add-turn
 def add_turn(talk: Talk, start: int, end: int, after: int) -> None: # `after`: first message behind the results
     "Write the turn and its results in Qwen3's form."
     text, reasoning, calls = read_turn(talk, start, end)
@@ -211,6 +217,7 @@ def add_turn(talk: Talk, start: int, end: int, after: int) -> None: # `after`: f
     talk.calls += len(calls)
     if calls: add_results(talk, calls, end, after)
 
+# %% ../../nbs/data/08_rows.ipynb #add-results
 def add_results(talk: Talk, calls: list[dict], start: int, after: int) -> None:
     "One tool message per call."
     if start == len(talk.source): return talk.apply_policy("ends_in_call", start - 1)
@@ -236,11 +243,13 @@ def calls_text(talk: Talk, index: int) -> str: # at most 120 characters
     message = talk.source[index]
     return str(message.get("calls") or message.get("function_calls"))[:120]
 
+# %% ../../nbs/data/08_rows.ipynb #has-calls
 def has_calls(talk: Talk, index: int) -> bool:
     "Whether a message that is not the assistant's carries calls."
     calls = talk.source[index].get("function_calls")
     return bool(talk.source[index].get("calls")) or bool(calls) and str(calls).strip() not in NO_CALLS
 
+# %% ../../nbs/data/08_rows.ipynb #add-plain
 def add_plain(talk: Talk, role: str, index: int) -> None:
     "Write a system or user message."
     text = talk.text(index)
@@ -291,6 +300,7 @@ def finish_talk(talk: Talk) -> None:
     if all(message.get("train") is False for message in talk.messages if message["role"] == "assistant"):
         raise DefectError("no_assistant", "no answer that is to be trained: all loss switches are off")
 
+# %% ../../nbs/data/08_rows.ipynb #read-tools
 def read_tools(talk: Talk, given) -> None: # given: tools in the row's own columns, None for none
     "The row's tools, without copies; DefectError when two places bring different ones."
     lists = [(i, functions) for i, message in enumerate(talk.source) if (functions := tools_of(message))]
@@ -311,6 +321,7 @@ def read_tools(talk: Talk, given) -> None: # given: tools in the row's own colum
     talk.functions = functions_by_name(talk.tools)
     if len(talk.functions) < len(talk.tools): talk.apply_policy("conflicting_tools", index)
 
+# %% ../../nbs/data/08_rows.ipynb #same-tools
 def same_tools(first, second) -> bool: # a text or a list each
     "Whether two lists of tools are the same, however they are written."
     try: return list_tools(first) == list_tools(second)
@@ -343,6 +354,7 @@ def parsed_back(
         except ValueError: found.append(None)
     return found
 
+# %% ../../nbs/data/08_rows.ipynb #check-controls
 def check_controls(talk: Talk, written: bytes) -> None:
     "Flag literal control tokens; DefectError when an answer would not give back its calls."
     found = [text for text in CONTROL_TEXTS if text in written] if b"<" in written else []
@@ -364,6 +376,7 @@ def mended(message: dict) -> dict:
     if type(text) is not str: return message
     return {**message, "content": text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")}
 
+# %% ../../nbs/data/08_rows.ipynb #read-closely
 def read_closely(
     source: list[dict], # messages in Dolci's form
     strictness: str,
@@ -396,6 +409,7 @@ class RepeatedKeys(dict):
     "A row in whose JSON some keys stand twice: `.names` says which; the last value of each counts."
     names: tuple = ()
 
+# %% ../../nbs/data/08_rows.ipynb #read-row
 def read_row(row: dict, strictness: str = "default") -> tuple[Talk, bytes, bytes]: # the talk, its messages and tools
     "Read a row; DefectError when the policy rejects it. Lenient: up to the defect, if something is before it."
     source = row.get("messages") if isinstance(row, dict) else None
@@ -414,6 +428,7 @@ def read_row(row: dict, strictness: str = "default") -> tuple[Talk, bytes, bytes
         read[0].apply_policy("cut_before_defect", cut, str(defect))
         return read
 
+# %% ../../nbs/data/08_rows.ipynb #place-to-cut
 def place_to_cut(source: list, defect: DefectError) -> int: # 0: nothing whole stands before it
     "The question whose exchange has the defect."
     roles = [role_of(message) for message in source[:max(defect.index, 0)]]
@@ -440,6 +455,7 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     function_calls: Optional[str]
     functions: Optional[str]
 
+# %% ../../nbs/data/08_rows.ipynb #row
 class Row(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     "A row with Dolci's columns and no others; the three releases name the source differently."
     messages: Annotated[list[Message], msgspec.Meta(min_length=1)]
@@ -449,6 +465,7 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     source: Union[str, None, UnsetType] = UNSET
     domain: Union[str, None, UnsetType] = UNSET
 
+# %% ../../nbs/data/08_rows.ipynb #keys-in
 usual_row = msgspec.json.Decoder(Row).decode # a line of JSON -> `Row`; ValueError for a line of any other shape
 
 def keys_in(row: Row) -> int: # each counted once
@@ -481,6 +498,7 @@ def usual_messages(talk: Talk, tools: list[dict]) -> Optional[list[dict]]: # Non
         last = role
     return messages if last == "assistant" else None
 
+# %% ../../nbs/data/08_rows.ipynb #call-in
 BEFORE_ANSWER = ("user", "tool")
 
 def call_in(talk: Talk, text: str) -> bool: # as `check_text` looks for them
@@ -507,6 +525,7 @@ def add_usual_calls(
     talk.calls += len(calls)
     return at + len(contents)
 
+# %% ../../nbs/data/08_rows.ipynb #read-usual
 def read_usual(row: Row, strictness: str) -> Optional[tuple[Talk, bytes, bytes]]: # None: look closely
     "`read_row` for a row without any defect, note or control text."
     talk = Talk(row.messages, strictness)
@@ -537,6 +556,7 @@ def read_usual_tools(talk: Talk, first: Message) -> Optional[bytes]: # as JSON; 
     _, talk.tools, talk.functions, written = kept
     return written
 
+# %% ../../nbs/data/08_rows.ipynb #usual-tools
 def usual_tools(text: str) -> Optional[tuple]: # an entry of `TOOLS_READ`; None: look closely
     "Read a text of tools that has nothing to note."
     listed, notes = list_tools(text), []

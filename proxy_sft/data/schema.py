@@ -45,6 +45,7 @@ def plain_type(
         return None if match[2] and TYPE_NAMES.get(name) == "string" else "array"  # `varchar[20]` is a text
     return TYPE_NAMES.get(name)
 
+# %% ../../nbs/data/05_schema.ipynb #type-name
 @functools.lru_cache(maxsize=4096)
 def type_name(
     written: str, # a type as the data spells it
@@ -60,6 +61,7 @@ def type_name(
     if not names or None in names: return ()
     return tuple(dict.fromkeys(names + ["null"] * bool(optional or (inside and inside[1] == "optional"))))
 
+# %% ../../nbs/data/05_schema.ipynb #element-types
 def element_types(
     written, # a type as the data spells it
 ) -> tuple[str, ...]: # JSON Schema types; () when it does not say, or is no such array
@@ -74,6 +76,7 @@ LENGTHS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "m
 
 def is_number(value): return type(value) in (int, float)
 
+# %% ../../nbs/data/05_schema.ipynb #is-usable-pattern
 ONE_CHARACTER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 
 def is_usable_pattern(pattern) -> bool: # ECMAScript's patterns are not all Python's
@@ -85,6 +88,7 @@ def is_usable_pattern(pattern) -> bool: # ECMAScript's patterns are not all Pyth
     try: return bool(re.compile(pattern))
     except (re.error, RecursionError, OverflowError): return False
 
+# %% ../../nbs/data/05_schema.ipynb #plain-keywords
 def plain_keywords(
     schema: dict, # one level of the data's schema
 ) -> dict: # the keywords that take no schema, where their values make sense
@@ -166,6 +170,7 @@ def without_dead_references(part, root: dict):
     return {key: without_dead_references(value, root) for key, value in part.items()
             if not (key == "$ref" and isinstance(value, str) and not resolves(root, value))}
 
+# %% ../../nbs/data/05_schema.ipynb #general-validator
 @functools.lru_cache(maxsize=1)
 def general_validator(): # the module `jsonschema`
     "The general validator, imported when first needed, without a grammar that only checks of formats use."
@@ -183,6 +188,7 @@ MOST_STEPS = 20_000  # keywords looked at in one check; a large call needs some 
 class TooManySteps(Exception):
     "A check that does not end in a reasonable time."
 
+# %% ../../nbs/data/05_schema.ipynb #steps
 class Steps:
     "How many keywords a check may still look at."
     left = MOST_STEPS
@@ -196,6 +202,7 @@ class Steps:
             return keyword(*given)
         return check
 
+# %% ../../nbs/data/05_schema.ipynb #check-multiple
 def check_multiple(checker, multiple, value, schema): # as `jsonschema` calls it
     "`multipleOf` in decimal digits."
     if not is_number(value): return
@@ -214,6 +221,7 @@ def validator_class() -> type: # of `jsonschema`
     keywords = {**draft.VALIDATORS, "pattern": of_short_text, "multipleOf": check_multiple}
     return general_validator().validators.extend(draft, {name: Steps.counted(f) for name, f in keywords.items()})
 
+# %% ../../nbs/data/05_schema.ipynb #validator
 @functools.lru_cache(maxsize=8192)
 def validator(
     parameters: str, # a tool's parameters as JSON text
@@ -251,6 +259,7 @@ def plainly_fits(
     except (KeyError, TypeError, AttributeError):  # not a plain schema
         return False
 
+# %% ../../nbs/data/05_schema.ipynb #plain-choice
 def plain_choice(declared: dict, value) -> bool:
     "Whether a value is one of the enum, or all its elements are of the items' one plain type."
     if not PLAIN_PROPERTY.issuperset(declared): return False
@@ -269,6 +278,7 @@ def equals_default(function: dict, path: list, arguments: dict) -> bool:
     if not isinstance(declared, dict) or "default" not in declared: return False
     return json.dumps(declared["default"], sort_keys=True) == json.dumps(arguments[path[0]], sort_keys=True)
 
+# %% ../../nbs/data/05_schema.ipynb #error-words
 def error_words(
     error, # a `ValidationError` of `jsonschema`
     parameters: dict, # a tool's
@@ -283,6 +293,7 @@ def error_words(
     where = f"argument {'.'.join(map(str, error.absolute_path))}: " if error.absolute_path else ""
     return where + error.message[:200]
 
+# %% ../../nbs/data/05_schema.ipynb #violation
 def violation(
     function: dict, # a tool's body
     arguments: dict, # a call's arguments
@@ -349,6 +360,7 @@ def lines_of_json(
     except (ValueError, RecursionError): return None  # `json_values` looks closer
     return [line.strip() for line in lines]
 
+# %% ../../nbs/data/05_schema.ipynb #pair-results
 def pair_results(
     calls: list[dict], # the calls of one assistant message
     contents: list[str], # the environment messages that follow it

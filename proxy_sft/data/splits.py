@@ -25,6 +25,7 @@ def split_words(name: str) -> list[str]: # of train, validation, test
     "The splits that a name speaks of."
     return [SPLIT_WORDS[word] for word in LETTERS.findall(name.lower()) if word in SPLIT_WORDS]
 
+# %% ../../nbs/data/10_splits.ipynb #split-named
 def split_named(
     name: str, # of a file or folder, without its ending
 ) -> Optional[str]: # None when it names none
@@ -40,6 +41,7 @@ class DataFile(NamedTuple):
     config: str
     split: str # "" when nothing says
 
+# %% ../../nbs/data/10_splits.ipynb #placed
 def placed(
     path: str, # below the repository or folder, with slashes
 ) -> DataFile:
@@ -56,6 +58,7 @@ def placed(
     if folders and folders[0].lower() == "data": del folders[0]
     return DataFile(path, "/".join(folders) or "default", split or "")
 
+# %% ../../nbs/data/10_splits.ipynb #carded
 def carded(
     paths: list[str], # of a repository
     configs: list, # of its card: `[{"config_name", "data_files", "default"}, …]`
@@ -82,6 +85,7 @@ class ChoiceError(ValueError):
 
     def __str__(self): return f"{self.found}; {self.advice}"
 
+# %% ../../nbs/data/10_splits.ipynb #pick
 def pick(
     names: list[str], # what there is
     wanted: Optional[str], # the setting: one name, or several joined by `+`
@@ -99,6 +103,7 @@ def pick(
                           f"set dataset_{what} to one of them")
     return chosen
 
+# %% ../../nbs/data/10_splits.ipynb #usual-split
 def usual_split(splits: list[str]) -> Optional[str]: # None when a person has to choose
     "The split that is taken unasked."
     if "train" in splits: return "train"
@@ -106,6 +111,7 @@ def usual_split(splits: list[str]) -> Optional[str]: # None when a person has to
     if len(training) == 1: return training[0]
     return "" if splits == [""] else None
 
+# %% ../../nbs/data/10_splits.ipynb #choose-files
 def choose_files(
     paths: list[str], # of rows, below the repository or folder
     config: Optional[str] = None, # setting dataset_config
@@ -133,6 +139,7 @@ def row_files(folder: Path) -> list[str]: # paths below it, with slashes
     return sorted(str(PurePosixPath(path)) for path in found if path.name.lower().endswith(DATA_ENDINGS)
                   and path.name not in NO_ROWS and not any(part.startswith(".") for part in path.parts))
 
+# %% ../../nbs/data/10_splits.ipynb #two-forms
 def two_forms(paths: list[str]) -> bool:
     "Whether lines and parquet files seem to hold the same rows."
     def name(path): return placed(path).split or PurePosixPath(path).name.split(".")[0].lower()
@@ -140,6 +147,7 @@ def two_forms(paths: list[str]) -> bool:
              for parquet in (False, True)]
     return bool(forms[0] & forms[1])
 
+# %% ../../nbs/data/10_splits.ipynb #files-of-folder
 def files_of_folder(
     folder: Path,
     config: Optional[str] = None, # setting dataset_config

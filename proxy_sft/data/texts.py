@@ -71,6 +71,7 @@ def tagged_call(text: str) -> str: # "" when there is none
         if is_named or CALL_BODY.search(match["body"]): return match[0][:120]
     return ""
 
+# %% ../../nbs/data/07_texts.ipynb #bare-call
 def bare_call(text: str, functions: dict) -> str: # functions: by name; "" when there is none
     "A call of an offered tool in JSON or Python, without tags."
     if "{" in text:

@@ -32,6 +32,7 @@ def read_json(
     def finite(number): return float(number) if abs(float(number)) < float("inf") else refuse(number)
     return json.loads(text, parse_constant=refuse, parse_float=finite)
 
+# %% ../../nbs/data/03_tools.ipynb #dump-json
 def dump_json(
     value, # made of dict, list, str, int, float, bool, None
 ) -> bytes: # compact JSON in UTF-8, not ASCII-escaped
@@ -53,6 +54,7 @@ def may_repeat(
     "Whether a text has other colons than its value; escapes of a colon count as well, and lead to a closer look."
     return text.count(":" if isinstance(text, str) else b":") != written.count(b":") - added
 
+# %% ../../nbs/data/03_tools.ipynb #repeated-keys
 def repeated_keys(
     text: Union[str, bytes], # JSON that can be read
 ) -> list[str]: # sorted; [] as a rule
@@ -77,6 +79,7 @@ def like_parameters(function: dict) -> str: # "" for nothing
             return f"{function['name']} has no parameters, but its {key[:60]!r} looks like them"
     return ""
 
+# %% ../../nbs/data/03_tools.ipynb #with-parameters
 def with_parameters(
     function: dict, # a tool's body without `parameters`
     notes: list, # takes `(code, found)`
@@ -112,6 +115,7 @@ def wrap_tool(
     if function is tool or tool.get("type") != "function": return {"type": "function", "function": body}
     return tool if body is function else {**tool, "function": body}
 
+# %% ../../nbs/data/03_tools.ipynb #describe-parameters
 def describe_parameters(function: dict) -> str:
     "What is wrong with parameters that are no object."
     return f"parameters of {function['name']} are a {type(function['parameters']).__name__}, not an object"
@@ -129,6 +133,7 @@ def list_tools(
         raise DefectError("malformed_tools", f"functions are not JSON ({error}): {functions[:120]}") from None
     return tools if isinstance(tools, list) else [tools]
 
+# %% ../../nbs/data/03_tools.ipynb #parse-tools
 def parse_tools(
     functions, # as for `list_tools`
     notes: Optional[list] = None, # as for `wrap_tool`
@@ -145,6 +150,7 @@ def without_copies(
     seen = {write_json(tool): tool for tool in reversed(tools)}
     return tools if len(seen) == len(tools) else [tool for tool in tools if seen[write_json(tool)] is tool]
 
+# %% ../../nbs/data/03_tools.ipynb #functions-by-name
 def functions_by_name(
     tools: list[dict], # wrapped tools
 ) -> dict[str, list[dict]]: # name -> bodies of that name, in order
@@ -167,6 +173,7 @@ def parameters_of(
                and all(isinstance(v, dict) for v in parameters.values()))
     return {"type": "object", "properties": parameters} if is_bare else parameters
 
+# %% ../../nbs/data/03_tools.ipynb #required-of
 def required_of(
     parameters: dict, # an object schema
 ) -> list[str]: # names, in order

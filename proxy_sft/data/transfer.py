@@ -40,6 +40,7 @@ def file_hash(
         while piece := stream.read(1 << 22): digest.update(piece)
     return digest.hexdigest()
 
+# %% ../../nbs/data/14_transfer.ipynb #is-the-file
 def is_the_file(
     path: Path, # may be missing
     entry: dict, # of a listing: size, and sha256 or git_sha1
@@ -56,6 +57,7 @@ def bars_are_hidden() -> bool: # True in tests, and where the hub's own switch s
 class Stopped(Exception):
     "Raised in a transfer's thread after another one has failed, or after Ctrl-C."
 
+# %% ../../nbs/data/14_transfer.ipynb #progress-2
 class Progress:
     "One bar of bytes for many files, and the switch that stops all their threads."
     def __init__(self,
@@ -95,6 +97,7 @@ def gets_token(
     "Whether the hub's token may go to the place that an answer names."
     return urlsplit(asked)[:2] == urlsplit(answer)[:2] or urlsplit(answer)[:2] == ("https", "huggingface.co")
 
+# %% ../../nbs/data/14_transfer.ipynb #transfer-2
 def transfer(
     source: Source, # repository, commit, endpoint, token
     entry: dict, # of the listing
@@ -120,6 +123,7 @@ def is_passing(error: Exception) -> bool: # worth another attempt
     short_body = isinstance(error, OSError) and not error.errno and not isinstance(error, ConnectionError)
     return isinstance(error, httpx2.TransportError) or short_body
 
+# %% ../../nbs/data/14_transfer.ipynb #transfer-all
 def transfer_all(
     source: Source,
     entry: dict, # of the listing
@@ -144,6 +148,7 @@ def part_of(entry: dict, folder: Path) -> Path: # the partial file of an entry o
     "Where a file of `folder` grows; another content, or another path, grows elsewhere."
     return folder / ".parts" / (entry.get("sha256") or entry["git_sha1"]) / entry["path"]
 
+# %% ../../nbs/data/14_transfer.ipynb #fetch-file-2
 def fetch_file(
     source: Source,
     entry: dict, # of the listing
@@ -197,6 +202,7 @@ def existing_parent(path: Path) -> Path: # the path itself when it exists
     "The nearest folder upwards that exists."
     return next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
 
+# %% ../../nbs/data/14_transfer.ipynb #check-disk
 def check_disk(
     needs: list[tuple[Path, int]], # folder, bytes that will be written below it
     margin: int = MARGIN, # bytes that must stay free

@@ -77,6 +77,7 @@ class CallError(ValueError):
         return (f"{self.reason} at character {self.position}: found {self.found}, expected {expected}; {advice}. "
                 f"The text there: {self.excerpt!r}")
 
+# %% ../../nbs/data/01_values.ipynb #call-error
 def call_error(
     text:str,     # the whole text
     position:int, # offset of the offending character
@@ -154,6 +155,7 @@ def read_integer(
     half = len(digits) // 2
     return read_integer(digits[:-half]) * 10 ** half + read_integer(digits[-half:])
 
+# %% ../../nbs/data/01_values.ipynb #write-integer
 def write_integer(
     number:int,  # any size
     width:int=0, # digits to fill up to with zeros
@@ -198,6 +200,7 @@ def weigh(
         elif type(item) is dict: waiting += [*item, *item.values()]
     return weight
 
+# %% ../../nbs/data/01_values.ipynb #repeat
 def repeat(
     value:str|list, # what is repeated
     count:int,      # how often; below zero means never, as in Python
@@ -217,6 +220,7 @@ def power(
     if integers and exponent > 0 and base.bit_length() * exponent > MAX_BITS: raise OverflowError("power")
     return base ** exponent
 
+# %% ../../nbs/data/01_values.ipynb #compute
 NUMERIC = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a / b,
            "//": lambda a, b: a // b, "%": lambda a, b: a % b, "**": power}
 
@@ -250,6 +254,7 @@ class Frame:
         self.opening, self.position, self.items = opening, position, {} if opening == "{" else []
         self.key, self.keyed, self.comma, self.operands, self.operators = None, False, False, [], []
 
+# %% ../../nbs/data/01_values.ipynb #reader
 class Reader:
     "One text, what it is read with, and what was noticed."
     __slots__ = "text", "tools", "fold", "repairs", "names", "keys", "folds", "json_reads"
@@ -299,6 +304,7 @@ def reduce_top(
     except ZeroDivisionError: raise reader.fail(pos, "expression", "a division by zero") from None
     except OverflowError: raise reader.fail(pos, "too_complex", f"too large a result of {operator!r}") from None
 
+# %% ../../nbs/data/01_values.ipynb #push-operator
 def push_operator(
     reader:Reader, # the text
     frame:Frame,   # the expression
@@ -340,6 +346,7 @@ def finish_element(
     if frame.key in frame.items: raise reader.fail(pos, "duplicate_key", f"the key {frame.key[:60]!r} again")
     frame.items[frame.key], frame.keyed = value, False
 
+# %% ../../nbs/data/01_values.ipynb #finish-key
 def finish_key(
     reader:Reader, # the text
     frame:Frame,   # its expression is a key
@@ -496,6 +503,7 @@ def skip_blank(
         pos = SPACE.match(text, end if end >= 0 else len(text)).end()
     return pos
 
+# %% ../../nbs/data/01_values.ipynb #read-value
 def read_value(
     reader:Reader, # the text
     pos:int,       # where the value starts
@@ -521,6 +529,7 @@ def unique(
     if len(found) != len(pairs): raise ValueError("a key twice")
     return found
 
+# %% ../../nbs/data/01_values.ipynb #finite
 def finite(
     token:str, # a number as JSON spells it; NaN and Infinity arrive here as well
 ) -> float: # ValueError when it is not finite
@@ -529,6 +538,7 @@ def finite(
     if number - number: raise ValueError("not finite")
     return number
 
+# %% ../../nbs/data/01_values.ipynb #refuse-constant
 def refuse_constant(
     token:str, # NaN, Infinity or -Infinity
 ) -> None: # always raises ValueError

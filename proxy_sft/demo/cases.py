@@ -126,6 +126,7 @@ def number_spellings(rng):
         "value=-3, scale=1.5e-3, ratio=2.0", rng, value=INTEGER, scale={"type": "number"}, ratio={"type": "number"}
     )
 
+# %% ../../nbs/demo/03_cases.ipynb #white-space
 @plant(2)
 def white_space(rng):
     "White space around and inside of a call."
@@ -144,6 +145,7 @@ def keyword_argument_names(rng):
     "Arguments named like keywords of Python."
     return note('from="SFO", class="first", import=1', rng, **{"from": STRING, "class": STRING, "import": INTEGER})
 
+# %% ../../nbs/demo/03_cases.ipynb #odd-tool-names
 @plant(2)
 def odd_tool_names(rng):
     "A hyphen and a slash in the tool's name."
@@ -182,6 +184,7 @@ def null_string_calls(rng):
     "`function_calls` is the string null."
     return plain_after_call(rng, "null")
 
+# %% ../../nbs/demo/03_cases.ipynb #empty-string-calls
 @plant(2)
 def empty_string_calls(rng):
     "`function_calls` is an empty string."
@@ -251,6 +254,7 @@ def repeated_tool(rng):
     "One tool listed twice with the same body."
     return with_functions(one_call(rng), lambda tools: [*tools, tools[0]])
 
+# %% ../../nbs/demo/03_cases.ipynb #no-parameters
 @plant(2)
 def no_parameters(rng):
     "A call with no arguments of a tool without parameters."
@@ -324,6 +328,7 @@ def two_texts(rng):
     "Two text turns of the assistant in a row."
     return [*one_call(rng), message("assistant", "Anything else?")]
 
+# %% ../../nbs/demo/03_cases.ipynb #empty-assistant
 @plant(3, "repaired", "empty_assistant")
 def empty_assistant(rng):
     "An assistant message with neither text nor call, before its real answer."
@@ -348,6 +353,7 @@ def trailing_user(rng):
     "A last question that nobody answers."
     return [*one_call(rng), message("user", rng.choice(THANKS))]
 
+# %% ../../nbs/demo/03_cases.ipynb #empty-answer
 @plant(2, "rejected", "empty_answer")
 def empty_answer(rng):
     "An empty answer between two questions."
@@ -362,6 +368,7 @@ def consecutive_users(rng):
     messages = one_call(rng)
     return [messages[0], message("user", "Hello!"), *messages[1:]]
 
+# %% ../../nbs/demo/03_cases.ipynb #call-turns-merged
 @plant(2, "repaired", "call_turns_merged")
 def call_turns_merged(rng):
     "Two call turns, then the results of both."
@@ -415,6 +422,7 @@ def more_results(rng):
         *messages[4:],
     ]
 
+# %% ../../nbs/demo/03_cases.ipynb #unsplittable-results
 @plant(4, "rejected", "unsplittable_results")
 def unsplittable_results(rng):
     "Two calls; a bundle that is not one JSON value per call."
@@ -428,6 +436,7 @@ def undeclared_function(rng):
     messages = one_call(rng)
     return [*messages[:2], message("assistant", None, 'weather.history(city="Paris")'), *messages[3:]]
 
+# %% ../../nbs/demo/03_cases.ipynb #conflicting-tools
 @plant(3, "kept", "conflicting_tools")
 def conflicting_tools(rng):
     "Two tools of one name with different bodies."
@@ -514,6 +523,7 @@ def half_surrogate(rng):
     "Half of a character in an argument."
     return note(r'text="\ud83d half"', rng)
 
+# %% ../../nbs/demo/03_cases.ipynb #too-many-positional
 @plant(2, "rejected", "positional_arguments")
 def too_many_positional(rng):
     "More arguments without names than the tool has parameters."

@@ -115,6 +115,7 @@ def draw_calls(
     tools = tools or TOOLS
     return [draw_call(tools[index], rng) for index in sorted(rng.sample(range(len(tools)), count))]
 
+# %% ../../nbs/demo/02_conversations.ipynb #single
 @kind(22)
 def single(rng):
     "One question, one call."
@@ -151,6 +152,7 @@ def separate_results(rng):
     calls = draw_calls(2, rng)
     return conversation(calls, exchange(calls, rng, separate=True), rng)
 
+# %% ../../nbs/demo/02_conversations.ipynb #several-steps
 @kind(3)
 def several_steps(rng):
     "Two calls, the second after the first one's result."
@@ -252,6 +254,7 @@ def python_function(rng):
     return (f"Write a Python function {name} that adds {number} to its argument.",
             f"```python\ndef {name}(value):\n    return value + {number}\n```")
 
+# %% ../../nbs/demo/02_conversations.ipynb #in-capitals
 def in_capitals(rng):
     "An instruction that can be checked."
     word, times = draw("word", rng)[0], rng.randrange(2, 6)

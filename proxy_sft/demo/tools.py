@@ -21,6 +21,7 @@ def words_pool(
     "A pool of words that stand for themselves."
     return {word: word for word in text.split()}
 
+# %% ../../nbs/demo/01_tools.ipynb #numbers-pool
 def numbers_pool(
     numbers:range,  # which numbers
 ) -> dict[str, int]:  # decimal spelling -> number
@@ -224,6 +225,7 @@ def spell_value(
     "One literal, in Python's or in JSON's spelling."
     return repr(value) if python_style else json.dumps(value, ensure_ascii=False)
 
+# %% ../../nbs/demo/01_tools.ipynb #spell-call
 def spell_call(
     call:DemoCall,      # what to call
     rng:random.Random,  # chooses the spelling: mostly JSON's

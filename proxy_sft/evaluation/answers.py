@@ -43,7 +43,7 @@ def split_blocks(
         at = end + len(CLOSE)
     return blocks, "".join([*around, text[at:]])
 
-
+# %% ../../nbs/evaluation/01_answers.ipynb #as-server-reads
 def as_server_reads(
     text: str, # a model's answer, without its stop token
 ) -> Optional[list[dict]]: # `{"name", "arguments"}` of each call, in order; None when a server could not read them all
@@ -72,7 +72,7 @@ def unfenced_calls(
     right = isinstance(value.get("name"), str) and isinstance(arguments, dict)
     return [{"name": value["name"], "arguments": arguments}] if right else []
 
-
+# %% ../../nbs/evaluation/01_answers.ipynb #as-it-was-meant
 BEFORE_JSON = re.compile(r"[^\[{<]*")  # a code fence or a word may stand before the JSON
 
 
@@ -104,7 +104,7 @@ class Answer:
     parseable: bool = True  # a server reads the same calls
     stopped: bool = True    # it ended by itself
 
-
+# %% ../../nbs/evaluation/01_answers.ipynb #read-answer
 def read_answer(
     text: str, # generated text, without its stop token
     stopped: bool = True, # it ended with a stop token, not at the limit
@@ -126,7 +126,7 @@ class Reply:
     calls: Optional[list[dict]] = None  # `{"name", "arguments"}` with arguments as text, where a server read them
     problem: str = ""  # why there is no answer
 
-
+# %% ../../nbs/evaluation/01_answers.ipynb #read-reply
 def read_reply(
     reply: Reply, # generated here or by a server
 ) -> Answer: # never fails
@@ -185,7 +185,7 @@ def in_plain_form(
         return sorted(items, key=canonical) if schema.get("uniqueItems") is True else items
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
-
+# %% ../../nbs/evaluation/01_answers.ipynb #plain-call
 def plain_call(
     call: dict, # `{"name", "arguments"}`
     tools: list[dict], # the declared tools
@@ -208,7 +208,7 @@ def arguments_are_exact(
         if rivals: left.remove(same[0])
     return bool(made)
 
-
+# %% ../../nbs/evaluation/01_answers.ipynb #fits-schema
 def fits_schema(
     call: dict, # `{"name", "arguments"}`
     tools: list[dict], # the declared tools
@@ -353,7 +353,7 @@ def read_rows(
                     "Run nbs/01_convert.ipynb again."
                 ) from error
 
-
+# %% ../../nbs/evaluation/01_answers.ipynb #what-is-known
 def what_is_known(
     path: Path, # heldout.jsonl
 # source of each row, tools that only held-out rows declare; empty when it is not known
@@ -379,7 +379,7 @@ def smallest(
             yield hashlib.sha256(f"{seed}/{words}".encode()).digest(), place, item
     return [item for _, _, item in sorted(heapq.nsmallest(number, keyed(), key=lambda i: i[:2]), key=lambda i: i[1])]
 
-
+# %% ../../nbs/evaluation/01_answers.ipynb #choose-turns
 def choose_turns(
     path: Path, # heldout.jsonl
     max_turns: int = 200, # at most so many
@@ -410,7 +410,7 @@ class ChatRow:
     messages: list[dict]  # the whole conversation
     source: str = ""      # empty when that is not known
 
-
+# %% ../../nbs/evaluation/01_answers.ipynb #choose-chat-rows
 def choose_chat_rows(
     path: Path, # heldout.jsonl
     max_rows: int = 100, # at most so many

@@ -80,7 +80,7 @@ def evaluation_dict(
         ],
     }
 
-
+# %% ../../nbs/evaluation/09_asking.ipynb #save-evaluation
 def save_evaluation(
     evaluation: Evaluation, # of one model or two
     folder: Path, # made if missing
@@ -115,7 +115,7 @@ def model_folders(
         )
     return folders
 
-
+# %% ../../nbs/evaluation/09_asking.ipynb #shown
 def shown(
     folder: Path, # any folder
     settings: Settings, # whose root it may lie in
@@ -168,7 +168,7 @@ class Questions:
         key = digest([*decides, self.settings.template, self.limit, self.batching, self.prompts])
         return AnswerStore(self.settings.run_dir / self.folder, key) if self.keep else None
 
-
+# %% ../../nbs/evaluation/09_asking.ipynb #progress
 def progress(name: str, total: int, unit: str): # a bar, silent in tests
     "The bar that people watch."
     return tqdm(
@@ -243,7 +243,7 @@ def forget_answers(questions: Questions) -> None:
     gathered({})
     if place()[0] == 0: shutil.rmtree(questions.settings.run_dir / questions.folder, ignore_errors=True)
 
-
+# %% ../../nbs/evaluation/09_asking.ipynb #ask-server
 def ask_server(
     server: Any, # `servers.Server`
     questions: Questions, # what to ask

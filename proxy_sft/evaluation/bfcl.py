@@ -83,7 +83,7 @@ def kind_of(allowed: list) -> Optional[type]: # None when the list only says tha
     "The type of the allowed values, which is that of the first."
     return next((type(value) for value in allowed if value != ""), None)
 
-
+# %% ../../nbs/evaluation/06_bfcl.ipynb #has-kind
 def has_kind(
     value: Any, # an argument
     kind: type, # declared
@@ -106,7 +106,7 @@ def dict_fits(
     return (all(key in lists and in_short(one) in map(in_short, lists[key]) for key, one in value.items())
             and all(key in value or "" in values for key, values in lists.items()))
 
-
+# %% ../../nbs/evaluation/06_bfcl.ipynb #is-among
 def is_among(
     value: Any, # an argument whose type fits
     kind: type, # declared
@@ -139,7 +139,7 @@ def number_or_text(
     found = re.fullmatch(f"({pattern})\n?", text) if len(text) <= 400 else None  # a line may end behind it
     return kind(re.sub("[lLfFn]$", "", found[1])) if found else text
 
-
+# %% ../../nbs/evaluation/06_bfcl.ipynb #loose-value
 def loose_value(
     text: str, # an element of a collection whose type is not declared
     quotes: str, # that strings stand in
@@ -179,7 +179,7 @@ def java_value(
         else {key: java_item(value.strip()) for key, value in re.findall(r'put\("(.*?)",\s*(.*?)\)', filled)}
     )
 
-
+# %% ../../nbs/evaluation/06_bfcl.ipynb #inside
 def inside(
     text: str,
     made: str,
@@ -192,7 +192,7 @@ def inside(
     if closed: return filled
     return "" if re.search(made, text) else None
 
-
+# %% ../../nbs/evaluation/06_bfcl.ipynb #java-item
 def java_item(text: str, name: Optional[str] = None) -> Any:
     "An element of a Java collection, by its declared type or as it looks."
     if name: return java_value(text, name)
@@ -211,7 +211,7 @@ def script_value(
     if name == "array": return script_array(text.strip(), items)
     return script_object(text.strip()) if name == "dict" else text
 
-
+# %% ../../nbs/evaluation/06_bfcl.ipynb #script-array
 def script_array(
     text: str, # source text without blanks around it
     items: Optional[str] = None, # declared type of the elements
@@ -231,7 +231,7 @@ def script_array(
     if parts == [""]: return []
     return [script_value(part, items) if items else loose_value(part, "'\"") for part in parts]
 
-
+# %% ../../nbs/evaluation/06_bfcl.ipynb #script-object
 def script_object(
     text: str, # source text without blanks around it
 ) -> Any: # a dictionary, or the text
@@ -321,7 +321,7 @@ def why_call_is_wrong(
     left_out = [name for name, values in allowed.items() if name not in made and "" not in values]
     return f"{left_out[0]} may not be left out" if left_out else ""
 
-
+# %% ../../nbs/evaluation/06_bfcl.ipynb #why-calls-are-wrong
 def why_calls_are_wrong(
     calls: list[dict], # `{"name", "arguments"}` of each call
     functions: list[dict], # that were declared
@@ -348,7 +348,7 @@ class Question:
     functions: list[dict] # as the file declares them
     answers: list[dict]   # one per expected call: name -> parameter -> the values that are right
 
-
+# %% ../../nbs/evaluation/06_bfcl.ipynb #json-schema
 SCHEMA_TYPES = {
     **dict.fromkeys(("float", "double", "number"), "number"),
     **dict.fromkeys(("dict", "object", "HashMap"), "object"),
@@ -392,7 +392,7 @@ def as_source(declared: dict, language: str) -> dict: # a string, its type in wo
         "type": "string",
     }
 
-
+# %% ../../nbs/evaluation/06_bfcl.ipynb #tool-of
 def tool_of(
     function: dict, # as the file declares it
     language: str = "Python",
@@ -437,7 +437,7 @@ def read_entries(path: Path) -> dict[str, dict]: # id -> entry, in the file's or
     if not found: raise EvaluateError(f"{path.name} is empty.")
     return found
 
-
+# %% ../../nbs/evaluation/06_bfcl.ipynb #read-category
 def read_category(
     folder: Path, # with the leaderboard's files
     category: str, # one of `CATEGORIES`
@@ -505,7 +505,7 @@ def chosen_categories(names: str = "") -> list[str]: # in the leaderboard's orde
             )
     return [name for name in CATEGORIES if not wanted or name in wanted]
 
-
+# %% ../../nbs/evaluation/06_bfcl.ipynb #read-questions
 def read_questions(
     folder: Path, # with the leaderboard's files
     categories: str = "", # names parted by commas; all when empty
@@ -569,7 +569,7 @@ class Leaderboard:
     def __repr__(self) -> str: return leaderboard_text(self)
     def _repr_html_(self) -> str: return leaderboard_html(self)
 
-
+# %% ../../nbs/evaluation/06_bfcl.ipynb #judge-questions
 def judge_questions(
     questions: list[Question], # what was asked
     replies: dict[str, list[Reply]], # model -> a reply per question
@@ -596,7 +596,7 @@ def leaderboard_head(board: Leaderboard) -> str: # one sentence or more
         f"{len(board.total)} categories.{silent} Right of asked, with 95 % intervals."
     )
 
-
+# %% ../../nbs/evaluation/06_bfcl.ipynb #leaderboard-rows
 def leaderboard_rows(board: Leaderboard) -> list[list[str]]: # cells; the first row is the head
     "Categories, then the leaderboard's summaries."
     models, counts = list(board.replies), {model: board.counts(model) for model in board.replies}
@@ -613,7 +613,7 @@ def leaderboard_rows(board: Leaderboard) -> list[list[str]]: # cells; the first 
         rows.append(["summary", name, "", *cells])
     return rows
 
-
+# %% ../../nbs/evaluation/06_bfcl.ipynb #leaderboard-text
 def leaderboard_text(board: Leaderboard) -> str: # lines
     "The table for a terminal."
     head, *rows = leaderboard_rows(board)

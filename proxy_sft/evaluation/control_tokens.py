@@ -62,6 +62,7 @@ class ControlTokenScore:
         return (f"{self.token} likeliest at {self.likeliest} of {self.places} (loss {self.loss:.3f}, median rank "
                 f"{self.rank:g})")
 
+# %% ../../nbs/evaluation/10_control_tokens.ipynb #control-token-scores
 def control_token_scores(
     found: list[tuple[str, float, int]], # of `control_token_ranks`
 ) -> dict[str, ControlTokenScore]: # name in the log -> its score; without tokens that stand nowhere

@@ -48,7 +48,7 @@ def got_text(reply: Reply) -> str: # as Qwen3 would have written it
     ]
     return "\n".join(part for part in (reply.text, *calls) if part)
 
-
+# %% ../../nbs/evaluation/08_failures.ipynb #difference-html
 def difference_html(expected: str, got: str) -> str: # HTML
     "What is missing and what is there instead, word by word; no patchwork where hardly a word is shared."
     old, new = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in (expected, got))

@@ -72,7 +72,7 @@ def token_batches(
         else: batches.append([i])
     return batches
 
-
+# %% ../../nbs/evaluation/02_generation.ipynb #answer-limit
 def answer_limit(
     turns: list[HeldoutTurn], # the questions
     tokenizer: Any, # a Hugging Face tokenizer
@@ -96,7 +96,7 @@ def ready_to_answer(model: Any) -> Iterator[None]:
         model.generation_config = generation
         model.train(training)
 
-
+# %% ../../nbs/evaluation/02_generation.ipynb #generate-batch
 def generate_batch(
     model: Any, # a causal language model of Transformers
     tokenizer: Any, # its tokenizer
@@ -163,7 +163,7 @@ def join_ranks() -> bool: # whether a group was started here
     dist.init_process_group("gloo")
     return True
 
-
+# %% ../../nbs/evaluation/02_generation.ipynb #stop-together
 def stop_together(reason: str) -> None: # `StopRequested` on every rank when one has a reason
     "None waits for answers of a rank that was asked to stop."
     if reason := next((r for r in all_gather(reason) if r), ""):
@@ -177,7 +177,7 @@ def gathered(mine: dict) -> dict: # the union over all ranks
     "What all ranks know together."
     return {name: value for box in all_gather(mine) for name, value in box.items()}
 
-
+# %% ../../nbs/evaluation/02_generation.ipynb #digest
 def digest(value: Any) -> str: # 32 hex digits
     "A name for a question, or for what decides an answer."
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
@@ -225,7 +225,7 @@ def model_identity(folder: Path) -> str: # changes when the model's files do
     files = sorted(path for pattern in own for path in folder.glob(pattern))
     return digest([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files])
 
-
+# %% ../../nbs/evaluation/02_generation.ipynb #load-model
 def load_model(
     folder: Path, # as `save_pretrained` writes it
     device: str = "auto", # `cpu`, or `auto` for a GPU where there is one
@@ -266,7 +266,7 @@ def token_losses(
         ]
     return float(sum(parts)), len(at)
 
-
+# %% ../../nbs/evaluation/02_generation.ipynb #losses-of
 def losses_of(
     model: Any, # a causal language model of Transformers
     rows: list[dict], # `input_ids` and `labels` of each

@@ -83,6 +83,7 @@ def require_harness() -> None: # raises EvaluateError
     if not find_spec("lm_eval"):
         raise EvaluateError(f"--harness needs the package lm-eval, which is not installed: pip install {HARNESS}")
 
+# %% ../../nbs/evaluation/11_harness.ipynb #known-tasks
 def known_tasks(
     names: list[str], # of tasks or groups
     more: Optional[Path] = None, # folder with task files of one's own (YAML)
@@ -121,6 +122,7 @@ def run_task(
                             "Its data come from the hub at the first use.") from error
     return {task: scores_of(samples) for task, samples in found["samples"].items()}
 
+# %% ../../nbs/evaluation/11_harness.ipynb #scores-of
 def scores_of(samples: list[dict]) -> dict[str, dict[str, float]]: # metric -> document -> score
     "The numbers that the package kept for each document; a filter's name stands behind its metric."
     scores = {}
@@ -156,6 +158,7 @@ def evaluate_harness(
                                     json.dumps(harness_dict(result), indent=1) + "\n")
     return result
 
+# %% ../../nbs/evaluation/11_harness.ipynb #kept-task
 # as `run_task`
 def kept_task(settings: Settings, task: str, folder: Path, manager: Any, limit: Optional[int], keep: bool) -> dict:
     "A task's scores from disk, or measured now."
@@ -171,6 +174,7 @@ def kept_task(settings: Settings, task: str, folder: Path, manager: Any, limit: 
         write_flushed(path, json.dumps(scores) + "\n")
     return scores
 
+# %% ../../nbs/evaluation/11_harness.ipynb #harness-dict
 def harness_dict(result: Harness) -> dict: # JSON values
     "What is kept: means, intervals and differences, and each document's score."
     rows = [{**asdict(score), "means": {model: [score.mean(model), *score.interval(model)] for model in score.values},

@@ -59,6 +59,7 @@ def turn_verdict(
     same_tools = Counter(c["name"] for c in answer.calls) == Counter(c["name"] for c in wanted)
     return ("other arguments" if same_tools else "another tool"), made
 
+# %% ../../nbs/evaluation/12_rollouts.ipynb #calls-of
 def calls_of(message: dict) -> list[dict]: # `{"name", "arguments"}`
     "The calls of a converted message."
     calls = message.get("tool_calls") or []
@@ -91,6 +92,7 @@ def roll_out(
         for state, reply in zip(going, answer([state.question() for state in going]), strict=True): state.take(reply)
     return [Rollout(s.row, s.turns, s.passed, s.end, s.detail) for s in states]
 
+# %% ../../nbs/evaluation/12_rollouts.ipynb #conversation
 class _Conversation:
     "A conversation on its way: the data's messages, and the history as the model made it."
 
@@ -185,10 +187,12 @@ def evaluate_rollouts(
         write_flushed(settings.run_dir / "rollouts.json", json.dumps(kept, indent=1) + "\n")
     return Rollouts(found)
 
+# %% ../../nbs/evaluation/12_rollouts.ipynb #server-answers
 def server_answers(server: Any, limit: int) -> Callable[[list[HeldoutTurn]], list[Reply]]:
     "A server that answers."
     return lambda turns: server.replies(turns, limit)
 
+# %% ../../nbs/evaluation/12_rollouts.ipynb #model-answers
 def model_answers(settings: Settings, folder: Path, limit: int) -> Callable[[list[HeldoutTurn]], list[Reply]]:
     "A model in this process that answers, with prompts as a server builds them."
     from transformers import AutoTokenizer

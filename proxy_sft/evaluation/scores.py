@@ -42,7 +42,7 @@ def drawn_sums(
     each = np.full(len(sums), 1 / len(sums))
     return np.concatenate([rng.multinomial(len(sums), each, size=100) @ sums for _ in range(DRAWS // 100)])
 
-
+# %% ../../nbs/evaluation/07_scores.ipynb #middle
 def middle(
     values: np.ndarray,
 ) -> tuple[float, float]: # the bounds of the middle 95 %; draws without any value are left out
@@ -128,7 +128,7 @@ def values_of(
     table = np.array(rows, float).reshape(len(rows), 1 + 2 * len(evaluation.replies))
     return table[:, 0], table[:, 1:]
 
-
+# %% ../../nbs/evaluation/07_scores.ipynb #estimates
 def estimates(
     groups: np.ndarray, # conversations
     values: np.ndarray, # of `values_of`: (value, weight) per model
@@ -158,12 +158,12 @@ def slices_of(
     by_size = sorted((name for name in held if ": " in name), key=lambda name: (name.split(":")[0], -held[name], name))
     return [name for name in SLICES if name in held] + by_size
 
-
+# %% ../../nbs/evaluation/07_scores.ipynb #slice-metric
 def slice_metric(evaluation: Evaluation, group: str) -> str: # a metric
     "The metric that says most about a slice."
     return "exact" if all(turn.expected for turn in evaluation.turns if group in turn.slices) else "decision"
 
-
+# %% ../../nbs/evaluation/07_scores.ipynb #rate-cells
 def rate_cells(
     evaluation: Evaluation, # of one model or two
     metric: str, # one of `METRICS`
@@ -211,7 +211,7 @@ def loss_rows(evaluation: Evaluation) -> list[list[str]]: # cells; empty without
             rows.append([name, meaning, *cells, *(f"{p:+.3f} [{low:+.3f}, {high:+.3f}]" for p, low, high in found[2:])])
     return rows
 
-
+# %% ../../nbs/evaluation/07_scores.ipynb #table-rows
 def table_rows(evaluation: Evaluation) -> list[list[str]]: # cells; the first row is the head
     "The summary: every metric, then the slices, then losses."
     models = list(evaluation.replies)
@@ -239,7 +239,7 @@ def head_line(
         "Right of asked, with 95 % intervals."
     )
 
-
+# %% ../../nbs/evaluation/07_scores.ipynb #evaluation-text
 def evaluation_text(evaluation: Evaluation) -> str: # lines
     "The summary for a terminal."
     head, *rows = table_rows(evaluation)

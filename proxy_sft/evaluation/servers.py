@@ -25,7 +25,7 @@ from ..core.settings import Settings
 class MalformedReply(ValueError):
     "A response with a good status and no chat completion in it."
 
-
+# %% ../../nbs/evaluation/04_servers.ipynb #reply-from
 def reply_from(
     completion: Any, # what the client returned
 ) -> Reply: # MalformedReply for anything that is no chat completion
@@ -128,7 +128,7 @@ def request(self: Server, turn: HeldoutTurn) -> dict: # model, messages, and too
     sent = {"model": self.name, "messages": api_messages(turn.messages[:-1])}
     return {**sent, "tools": turn.tools} if turn.tools else sent
 
-
+# %% ../../nbs/evaluation/04_servers.ipynb #ask
 @patch
 def ask(
     self: Server, turn: HeldoutTurn, limit: int
@@ -157,7 +157,7 @@ def prompt_ids(self: Server, turn: HeldoutTurn) -> Optional[list[int]]: # None w
     except (httpx.HTTPError, ValueError, KeyError, TypeError): return None
     return tokens if isinstance(tokens, list) and all(isinstance(token, int) for token in tokens) else None
 
-
+# %% ../../nbs/evaluation/04_servers.ipynb #compare-prompts
 @patch
 def compare_prompts(
     self: Server,

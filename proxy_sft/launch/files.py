@@ -38,6 +38,7 @@ def read_json(path: Path) -> Optional[dict]: # None when there is no such file o
     except (OSError, ValueError, RecursionError): return None
     return found if isinstance(found, dict) else None
 
+# %% ../../nbs/launch/02_files.ipynb #remove
 def remove(path: Path) -> None: # nothing happens where there is nothing, or it resists
     "Delete a file, or a folder that stands in its place."
     try: path.unlink(missing_ok=True)
@@ -52,6 +53,7 @@ def read_record(path: Path, needed: dict[str, type]) -> Optional[dict]: # None: 
     "A state or a failure that some process has left: every value of its kind, or none of it counts."
     return checked_record(read_json(path), needed)
 
+# %% ../../nbs/launch/02_files.ipynb #checked-record
 def checked_record(found: Any, needed: dict[str, type]) -> Optional[dict]: # what may be missing is filled in
     "A record with values of the right kinds, or None."
     if not isinstance(found, dict): return None
@@ -64,6 +66,7 @@ def checked_record(found: Any, needed: dict[str, type]) -> Optional[dict]: # wha
     failure = checked_record(found.pop("failure", None), FAILURE)
     return {**found, "failure": failure} if failure else found
 
+# %% ../../nbs/launch/02_files.ipynb #is-of-kind
 def is_of_kind(value: Any, kind: type) -> bool: # numbers are finite, and counts below 2**31
     "Whether a JSON value can be used as such."
     if kind is float: return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e11
@@ -95,6 +98,7 @@ def secrets_of(environment: dict[str, str]) -> list[str]: # longest first
         found.update([value, *lines, *([in_url[2]] if in_url else [])])
     return sorted({v for v in found if len(v) >= SHORTEST}, key=lambda v: (-len(v), v))
 
+# %% ../../nbs/launch/02_files.ipynb #is-secret
 def is_secret(value: str) -> bool: # a path, a number or a switch under such a name is none
     "Whether a value looks like one that somebody keeps to himself."
     plain = value.strip().isdigit() or value.lower() in ("true", "false", "none", "required", "optional", "disabled")
@@ -126,6 +130,7 @@ def redact_value(value: Any, secrets: list[str]) -> Any: # of the same structure
         else [redact_value(one, secrets) for one in value]
     )
 
+# %% ../../nbs/launch/02_files.ipynb #redact-output
 def redact_output(output: dict, secrets: list[str]) -> dict: # pictures are not read
     "An output of a cell, as a notebook holds it."
     texts = {k: redact_value(v, secrets) for k, v in output.items() if k in ("text", "evalue", "traceback")}
@@ -164,6 +169,7 @@ def overwrite(text: str) -> str: # what a terminal would show
     if "\r" not in text: return text
     return "\n".join(line[line.rstrip("\r").rfind("\r") + 1:] for line in text.split("\n"))
 
+# %% ../../nbs/launch/02_files.ipynb #join-stream
 def join_stream(
     text: str, # what the stream holds so far
     more: str, # what comes now

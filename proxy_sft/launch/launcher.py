@@ -183,6 +183,7 @@ def outcome(
     log_line(f"proxy-sft: failed after {took}. Logs: {launcher.folder.logs}\n{words}")
     return 1
 
+# %% ../../nbs/launch/06_launcher.ipynb #silent-failure
 def silent_failure(launcher: Launcher, code: int, states: list[dict]) -> str: # several lines
     "When no rank could say what happened: how torchrun ended, and the end of what it wrote."
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -223,6 +224,7 @@ def run_command(
     lock.release()
     return result
 
+# %% ../../nbs/launch/06_launcher.ipynb #doctor-lines
 def doctor_lines(args: argparse.Namespace, settings: Settings) -> list[str]:
     "What the doctor finds, for a dry run."
     from proxy_sft.training.doctor import diagnose  # here, not above: it imports torch
@@ -257,6 +259,7 @@ def refuse_second_run(
     if args.node_rank == 0: remove(folder.failure_file)
     return lock
 
+# %% ../../nbs/launch/06_launcher.ipynb #renewed
 def renewed(
     folder: RunFolder,
     states: list[dict],

@@ -26,6 +26,7 @@ from .files import read_record, STATE
 class LaunchError(ValueError):
     "A run that cannot start: the message says what was found and what to do."
 
+# %% ../../nbs/launch/01_parameters.ipynb #notebook-defaults
 def notebook_defaults(
     notebook: Path, # a notebook; the first cell tagged `parameters` is read, nothing is executed
 ) -> dict[str, Any]: # parameter name -> its literal default, None where it is no literal; LaunchError for no notebook
@@ -43,6 +44,7 @@ def notebook_defaults(
              for target in (s.targets if isinstance(s, ast.Assign) else [s.target])]
     return {target.id: literal(value) for target, value in pairs if isinstance(target, ast.Name)}
 
+# %% ../../nbs/launch/01_parameters.ipynb #literal
 def literal(node: Optional[ast.expr]) -> Any: # a Python value, None for anything that would have to be computed
     "The value of an expression that is a plain literal."
     try: return ast.literal_eval(node) if node is not None else None
@@ -94,6 +96,7 @@ def merge_parameters(found: dict[str, list[list[str]]]) -> dict[str, Any]: # par
     parameters.update((name, value) for name, value in found["raw"])
     return parameters
 
+# %% ../../nbs/launch/01_parameters.ipynb #yaml-mapping
 def yaml_mapping(text: str, source: str) -> dict[str, Any]: # what the YAML says; LaunchError when it is no mapping
     "YAML of parameters, dates left as text as papermill does."
     import yaml
@@ -119,6 +122,7 @@ class Request:
     @property
     def folder(self) -> "RunFolder": return RunFolder(self.settings.run_dir, self.log_dir, self.output)
 
+# %% ../../nbs/launch/01_parameters.ipynb #read-request
 def read_request(
     notebook: str, # path of the notebook
     parameters: dict[str, Any], # as given by the user
@@ -178,6 +182,7 @@ def add_parameter_arguments(parser: argparse.ArgumentParser) -> None:
     add("-f", "--parameters_file", metavar="FILE", help="YAML file of parameters", **many)
     add("-y", "--parameters_yaml", metavar="YAML", help="parameters as YAML text", **many)
 
+# %% ../../nbs/launch/01_parameters.ipynb #add-notebook-arguments
 def add_notebook_arguments(parser: argparse.ArgumentParser) -> None:
     "What launcher and worker both understand."
     add = parser.add_argument
@@ -188,6 +193,7 @@ def add_notebook_arguments(parser: argparse.ArgumentParser) -> None:
     add("--log-dir", metavar="DIR", help="folder for logs (default: logs/ in the run folder)")
     add("--kernel", "-k", metavar="NAME", help="kernel to use instead of the notebook's own")
 
+# %% ../../nbs/launch/01_parameters.ipynb #process-count
 def process_count(text: str) -> str: # raises ArgumentTypeError
     "A positive number, or a word that torchrun knows."
     if text in ("gpu", "cpu", "auto") or (text.isdigit() and int(text) > 0): return text

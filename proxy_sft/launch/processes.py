@@ -33,6 +33,7 @@ def environment_of(process: psutil.Process) -> dict[str, str]: # empty: ended me
     try: return process.environ()
     except (psutil.Error, OSError): return {}
 
+# %% ../../nbs/launch/03_processes.ipynb #kill-marked
 def kill_marked(
     mark: str,
     spare: frozenset[int] = frozenset(),
@@ -47,6 +48,7 @@ def kill_marked(
         if not living: return
         time.sleep(0.02)
 
+# %% ../../nbs/launch/03_processes.ipynb #die-with-parent
 def die_with_parent(number: int = signal.SIGKILL) -> None: # Linux; elsewhere nothing happens
     "Ask the system to send us a signal when the parent process dies."
     PR_SET_PDEATHSIG = 1
@@ -108,6 +110,7 @@ class Rank:
     def local_ranks(self) -> range: # the ranks of this machine
         return range(self.rank - self.local_rank, self.rank - self.local_rank + self.local_world_size)
 
+# %% ../../nbs/launch/03_processes.ipynb #rank-from-environment
 def rank_from_environment(environment: dict[str, str]) -> Rank: # rank 0 of 1 when torchrun did not start us
     "Read `RANK`, `WORLD_SIZE` and the like."
     names = dict(rank="RANK", world_size="WORLD_SIZE", local_rank="LOCAL_RANK", local_world_size="LOCAL_WORLD_SIZE",
@@ -127,6 +130,7 @@ def process_began(pid: int) -> float: # seconds since the epoch; now, where /pro
     try: return Path(f"/proc/{pid}").stat().st_mtime
     except OSError: return time.time()
 
+# %% ../../nbs/launch/03_processes.ipynb #threads-per-rank
 def threads_per_rank(
     place: Rank,
     torchrun_began_with: str, # the environment that torchrun was started with, NUL between the entries
@@ -140,6 +144,7 @@ def available_cores() -> int: # at least 1
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+# %% ../../nbs/launch/03_processes.ipynb #sweep-run
 def sweep_run(run: str) -> None: # guards end by themselves, after they have cleaned up
     "Kill what is left of a run on this machine."
     kill_marked(f"PROXY_SFT_RUN={run}", spare=frozenset(guards()))
@@ -168,6 +173,7 @@ class Reports:
             except (ValueError, RecursionError): continue
         return [one for one in found if isinstance(one, dict)]
 
+# %% ../../nbs/launch/03_processes.ipynb #report
 def report(kind: str, record: dict[str, Any]) -> None: # kind: state or failure; nothing happens without a launcher
     "Leave a record for the launcher; lines of several writers do not mix."
     if not (path := os.environ.get("PROXY_SFT_REPORTS")): return

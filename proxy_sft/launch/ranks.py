@@ -56,6 +56,7 @@ class RankStatus:
             try: write_atomically(self.path, json.dumps(self.values))
             except OSError as error: self.values["status_error"] = str(error)
 
+# %% ../../nbs/launch/04_ranks.ipynb #is-alive
 def is_alive(status: dict) -> bool: # for another machine: whether the heartbeat is fresh
     """Whether the worker that wrote a state is still there; its number alone could be somebody else's by now, as a
     host's name could."""
@@ -89,6 +90,7 @@ def claim_failure(
     finally: remove(aside)
     return read_failure(folder, failure["attempt"], since) or failure
 
+# %% ../../nbs/launch/04_ranks.ipynb #read-failure
 def read_failure(folder: RunFolder, attempt: int, since: float) -> Optional[dict]: # None: nothing failed so far
     "The claimed failure of this run and attempt."
     found = read_record(folder.failure_file, FAILURE)
@@ -103,6 +105,7 @@ def is_of_this_run(failure: dict) -> bool: # whatever became of the clock meanwh
 class StoppedBetweenCells(Exception):
     "A stop was requested and no cell was running that could answer it."
 
+# %% ../../nbs/launch/04_ranks.ipynb #load-ipython-extension
 def load_ipython_extension(ipython) -> None: # IPython calls it in the kernel of every rank
     "Tie a kernel to its worker, let signals to the kernel ask for a stop, and beat."
     stop_file = os.environ.get("PROXY_SFT_STOP_FILE")
@@ -118,6 +121,7 @@ def load_ipython_extension(ipython) -> None: # IPython calls it in the kernel of
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS) # held back since the kernel began to import
     threading.Thread(target=beat, args=(ending.with_name("beat"),), daemon=True).start()
 
+# %% ../../nbs/launch/04_ranks.ipynb #beat
 def beat(path: Path, seconds: float = 1.0) -> None: # until the process ends, or stands still
     "Say that this process runs: a thread of a stopped process does not."
     while True:
@@ -212,6 +216,7 @@ def short_private_folder() -> Path: # only its owner can look inside
     raise LaunchError("No temporary folder with a path of at most 80 bytes can be written; set TMPDIR "
                       f"(it is {tempfile.gettempdir()!r}).")
 
+# %% ../../nbs/launch/04_ranks.ipynb #find-kernels
 def find_kernels(name: str, private: Path):  # a KernelSpecManager that knows `name`
     "Kernels as installed; for a name that is not installed, the running interpreter under that name."
     from ipykernel.kernelspec import write_kernel_spec
@@ -339,6 +344,7 @@ def execute(session: RankSession): # the executed notebook
     return execute_notebook(source, target, session.request.parameters, engine_name="proxy_sft", kernel_name=kernel,
                             language=kernelspec.get("language") or "python", progress_bar=False, autosave_cell_every=15)
 
+# %% ../../nbs/launch/04_ranks.ipynb #kernel-words
 def kernel_words(exit_code: Optional[int]) -> str: # a sentence
     "How a kernel ended, in words."
     if exit_code is None: return "the kernel died"

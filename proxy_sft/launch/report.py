@@ -37,6 +37,7 @@ def scaled(
         for x, y in points
     )
 
+# %% ../../nbs/launch/08_report.ipynb #curve-2
 def curve(
     title: str,
     series: dict[str, list[tuple[float, float]]],
@@ -99,6 +100,7 @@ def data_html(settings: Settings) -> str: # empty when the data was not converte
            f"source</summary>{html_table(sources, ('source', 'rows', 'kept', 'not kept'))}</details>")
     )
 
+# %% ../../nbs/launch/08_report.ipynb #parity-html
 def parity_html(settings: Settings, folder: Path) -> str: # empty when no prepared folder is found
     "The parity check of the tokens that this run was trained on."
     key = (read_json(folder / "manifest.json") or {}).get("data_key", "")
@@ -123,6 +125,7 @@ def rates_html(metrics: dict[str, dict[str, dict]]) -> str: # model -> metric ->
         [(METRICS.get(n, n), *(cell(metrics[m].get(n)) for m in metrics)) for n in names], ("right answers", *metrics)
     )
 
+# %% ../../nbs/launch/08_report.ipynb #bars-html
 def bars_html(metrics: dict[str, dict[str, dict]]) -> str: # the first two models
     "The same rates as bars; the numbers stand in the table."
     parts, models = [], list(metrics)[:2]
@@ -145,6 +148,7 @@ def bars_html(metrics: dict[str, dict[str, dict]]) -> str: # the first two model
         f'0V{height}"/>{"".join(parts)}</svg></figure>'
     )
 
+# %% ../../nbs/launch/08_report.ipynb #evaluation-html
 def evaluation_html(folder: Path) -> str: # empty when it was not evaluated
     "Rates, losses, and the same by kind of turn."
     found = read_json(folder / "evaluation.json")
@@ -177,6 +181,7 @@ def environment_rows(folder: Path) -> list[tuple[str, Any]]:
         packages.items()
     )
 
+# %% ../../nbs/launch/08_report.ipynb #run-settings
 def run_settings(folder: Path) -> Optional[Settings]: # None: the run's settings are missing or of another version
     "The settings that a run recorded."
     path = folder / "settings.yaml"

@@ -28,6 +28,7 @@ def is_run(folder: Path) -> bool:
     written = ("settings.yaml", "status", "logs", MANIFEST)
     return any((folder / name).exists() for name in written) or bool(complete_checkpoints(folder))
 
+# %% ../../nbs/launch/07_status.ipynb #find-run
 def find_run(
     name: str, # a run's folder, or its name in workspace/runs
 ) -> Path: # LaunchError when there is nothing
@@ -65,6 +66,7 @@ def read_progress(folder: Path) -> list[dict[str, Any]]: # in the order they wer
         found[key] = record
     return list(found.values())
 
+# %% ../../nbs/launch/07_status.ipynb #newest
 def newest(records: list[dict], *names: str) -> dict[str, Any]: # name -> its last value; absent names are left out
     "The last value of each field that was ever logged."
     return {
@@ -83,6 +85,7 @@ def seconds_left(records: list[dict]) -> Optional[float]: # None: cannot be told
     steps = timed[-1]["step"] - timed[0]["step"] if timed else 0
     return (timed[-1]["time"] - timed[0]["time"]) / steps * (goal - timed[-1]["step"]) if goal and steps > 0 else None
 
+# %% ../../nbs/launch/07_status.ipynb #plain-time
 def plain_time(seconds: Optional[float]) -> str: # such as `1 d 4 h`, `3 h 05 min`, `12 s`
     "A duration as a person says it."
     if seconds is None: return "not known yet"
@@ -145,6 +148,7 @@ def rank_line(state: dict, now: float) -> str:
     return (f"{state['rank']:>4}  {state['state']:<8}  {state['cell']:>4}  {seen:>8.0f} s ago  "
             f"{plain_time(state['heartbeat'] - state['started']):>10}  {state['host']}:{state['pid']}{why}")
 
+# %% ../../nbs/launch/07_status.ipynb #snapshot-text
 def snapshot_text(found: dict[str, Any], now: float) -> str: # several lines
     "A snapshot for a terminal; what was not logged is not shown."
     rows = (
@@ -178,6 +182,7 @@ def add_status_arguments(parser: argparse.ArgumentParser) -> None:
         "--every", type=float, default=2, metavar="SECONDS", help="pause between two looks (default: 2)"
     )
 
+# %% ../../nbs/launch/07_status.ipynb #status-command
 def status_command(args: argparse.Namespace) -> int: # exit code
     "`proxy-sft status`."
     folder = find_run(args.run)

@@ -28,6 +28,7 @@ UPLOADED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generat
 class UploadError(RuntimeError):
     "An upload that cannot begin, or did not arrive: says what was found and what to do."
 
+# %% ../../nbs/launch/09_upload.ipynb #files-to-upload
 def files_to_upload(
     folder: Path, # of a finished run: the final model
 ) -> list[str]: # names in the folder; UploadError when the model is not complete, damaged or without a card
@@ -47,6 +48,7 @@ def files_to_upload(
     require_licence(folder / "README.md")
     return names
 
+# %% ../../nbs/launch/09_upload.ipynb #is-as-written
 def is_as_written(path: Path, entry: dict) -> bool: # entry: the manifest's, with `size` and `blake3`
     "Whether a file has the bytes that its run wrote."
     return path.is_file() and path.stat().st_size == entry["size"] and file_hash(path) == entry["blake3"]
@@ -85,6 +87,7 @@ def upload(
         raise UploadError(f"The upload to {repo} broke off: {error} The same command goes on from there.") from error
     return done.commit_url
 
+# %% ../../nbs/launch/09_upload.ipynb #sha256
 def sha256(path: Path) -> str: # 64 hex digits
     "The hub's hash of a large file."
     hasher = hashlib.sha256()
@@ -92,6 +95,7 @@ def sha256(path: Path) -> str: # 64 hex digits
         while piece := file.read(2**22): hasher.update(piece)
     return hasher.hexdigest()
 
+# %% ../../nbs/launch/09_upload.ipynb #compare-with-hub
 def compare_with_hub(api: HfApi, repo: str, commit: str, folder: Path, names: list[str]) -> None: # raises UploadError
     "Size of each file, and SHA-256 of each large one, there and here."
     there = {entry.path: entry for entry in api.list_repo_tree(repo, revision=commit, recursive=True)}
@@ -110,6 +114,7 @@ def add_upload_arguments(parser: argparse.ArgumentParser) -> None:
                                                               "(default: private)")
     parser.add_argument("--dry-run", action="store_true", help="check the model and list the files, upload nothing")
 
+# %% ../../nbs/launch/09_upload.ipynb #upload-command
 def upload_command(args: argparse.Namespace) -> int: # exit code
     "`proxy-sft upload`: check, send, compare."
     folder = find_run(args.run)

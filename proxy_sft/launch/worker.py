@@ -47,6 +47,7 @@ def watch(session: RankSession, ended: threading.Event, seconds: float = 1.0) ->
             kill_marked(session.mark)
         if session.place.under_torchrun and os.getppid() != parent: kill_now(session, signal.SIGKILL)
 
+# %% ../../nbs/launch/05_worker.ipynb #vanished
 def vanished(session: RankSession) -> Optional[dict]: # the failure of a rank of this machine whose worker is gone
     "Speak for a worker that was killed and cannot speak for itself."
     for rank in session.place.local_ranks:
@@ -58,6 +59,7 @@ def vanished(session: RankSession) -> Optional[dict]: # the failure of a rank of
         return claim_for(session, other, "WorkerKilled", f"the worker process {other['pid']} was killed")
     return None
 
+# %% ../../nbs/launch/05_worker.ipynb #claim-for
 def claim_for(session: RankSession, other: dict, ename: str, evalue: str) -> dict: # the failure that counts
     "Claim a failure for a rank that cannot do it itself."
     failure = dict(rank=other["rank"], attempt=session.place.attempt, run=other["run"], host=other["host"],
@@ -102,6 +104,7 @@ class KernelWatch:
                                                          "rank "
                          f"{culprit['rank']} on {culprit['host']} stands still after step {step}; {why}")
 
+# %% ../../nbs/launch/05_worker.ipynb #who-stalls
 def who_stalls(ranks: list[dict], now: float) -> tuple[dict, str]: # its state, and what is known
     "The rank that the others wait for."
     for s in ranks:
@@ -126,6 +129,7 @@ def handle_signals(session: RankSession) -> None: # main thread only
         else: request_stop(session.folder.stop_file, f"{signal.Signals(number).name} to rank {session.place.rank}")
     for number in STOP_SIGNALS: signal.signal(number, on_signal)
 
+# %% ../../nbs/launch/05_worker.ipynb #kill-now
 def kill_now(session: RankSession, number: int) -> None: # does not return
     "End this rank and its kernel without waiting for anything."
     session.status.update(state="killed")
@@ -146,6 +150,7 @@ def wait_for_others(
         session.status.update()
         time.sleep(0.2)
 
+# %% ../../nbs/launch/05_worker.ipynb #report-to-torchrun
 def report_to_torchrun(session: RankSession) -> None: # does nothing without torchrun
     "Write the error file that torchrun shows as the cause; the format is torch.distributed.elastic's `ErrorHandler`."
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -202,6 +207,7 @@ def report_end(error: BaseException) -> None: # nothing happens without a launch
                            run=os.environ.get("PROXY_SFT_RUN", ""), time=time.time(), ename=type(error).__name__,
                            evalue=str(error)[:2000], traceback=""))
 
+# %% ../../nbs/launch/05_worker.ipynb #run-with-plain-errors
 def run_with_plain_errors(
     command: Callable[[], int],
 ) -> int: # the command's exit code; 2: refused; 1: another error of ours
@@ -216,6 +222,7 @@ def run_with_plain_errors(
     report_end(words)
     return code
 
+# %% ../../nbs/launch/05_worker.ipynb #worker-main-2
 def worker_main(argv: list[str]) -> int: # exit code of this rank
     "`python -m proxy_sft.launch.worker`: one rank, started by torchrun or by the launcher."
     parser = argparse.ArgumentParser(prog="python -m proxy_sft.launch.worker", allow_abbrev=False)

@@ -53,6 +53,7 @@ class Scratch:
         ids, trained = (np.concatenate([column[batch][a:b] for batch, a, b in places]) for column in self.columns)
         return ids, np.where(trained.view(bool), ids, np.int32(IGNORED))
 
+# %% ../../nbs/tokens/04_blocks.ipynb #gathered
 def gathered(
     scratch: Scratch,
     rows: np.ndarray,
@@ -80,6 +81,7 @@ class Source(NamedTuple):
     starts: np.ndarray  # where each line begins, see `line_starts`; looked for once
     chosen: np.ndarray  # rows that are prepared
 
+# %% ../../nbs/tokens/04_blocks.ipynb #sources-of
 def sources_of(settings: Settings) -> dict[str, Source]: # split -> its source; empty files are left out
     "What is prepared."
     wanted, found = {"train": settings.max_train_samples, "heldout": settings.max_eval_samples}, {}
@@ -148,6 +150,7 @@ def names_of(source: Source) -> Optional[pa.Array]: # None: not known
     except ConvertError as error: raise PrepareError(str(error)) from error
     return pc.if_else(pc.equal(names, ""), "unknown", names)
 
+# %% ../../nbs/tokens/04_blocks.ipynb #describe-split
 def describe_split(source: Source, facts: pa.Table, blocks: int, settings: Settings) -> dict[str, Any]:
     "The counts of a split, which must add up; by source and length as well."
     found, rows = token_statistics(facts, settings.max_length, settings.cut, names_of(source)), len(source.chosen)

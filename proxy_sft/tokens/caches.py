@@ -27,6 +27,7 @@ class Cache(NamedTuple):
     unused: float  # days
     runs: tuple    # names of the runs that stand on it
 
+# %% ../../nbs/tokens/06_caches.ipynb #list-caches
 def list_caches(settings: Settings) -> list[Cache]: # the most recently used first
     "The complete prepared folders of the workspace."
     keys = {}
@@ -38,6 +39,7 @@ def list_caches(settings: Settings) -> list[Cache]: # the most recently used fir
                    tuple(sorted(keys.get(f.name, ())))) for f in prepared_folders(settings.prepared_dir)]
     return sorted(found, key=lambda cache: cache.unused)
 
+# %% ../../nbs/tokens/06_caches.ipynb #prune-caches
 def prune_caches(settings: Settings, days: float = 30) -> list[Path]: # what was removed
     "Delete folders that nobody used for so long and no run stands on, and what killed builders left."
     old = [cache.folder for cache in list_caches(settings) if cache.unused >= days and not cache.runs]
@@ -56,6 +58,7 @@ def cache_line(cache: Cache) -> str:
         f"{parts['settings/template']}, max_length {parts['settings/max_length']:,}; {used}"
     )
 
+# %% ../../nbs/tokens/06_caches.ipynb #caches-command-2
 def caches_command(args: argparse.Namespace) -> int: # exit code
     "`proxy-sft caches`: list prepared folders, or delete old ones."
     settings = importlib.import_module("proxy_sft.core.settings").load_settings(

@@ -62,6 +62,7 @@ def read_rows(
         else: lines = [(file.seek(int(starts[i])), file.readline())[1] for i in numbers]
     return [parsed_line(line, path, first_line + int(number)) for line, number in zip(lines, numbers)]
 
+# %% ../../nbs/tokens/03_encoding.ipynb #parsed-line
 def parsed_line(line: bytes, path: Path, number: int) -> dict:
     "One row."
     try: return orjson.loads(line)
@@ -77,6 +78,7 @@ SAMPLE, LONGEST = 64, 8  # rows of a file that are compared with the reference b
 class FastPathDiffers(PrepareError):
     "The fast libraries gave other ids than the reference; the whole run then takes the reference path."
 
+# %% ../../nbs/tokens/03_encoding.ipynb #guard-2
 def guard(
     path: Path,
     starts: np.ndarray,
@@ -90,6 +92,7 @@ def guard(
     sample = np.random.default_rng(seed).choice(chosen, min(SAMPLE, len(chosen)), replace=False)
     check(read_rows(path, starts, np.unique(np.concatenate([longest, sample]))), encoder)
 
+# %% ../../nbs/tokens/03_encoding.ipynb #check
 def check(rows: list[dict], encoder: ChatEncoder) -> None: # raises FastPathDiffers
     "Compare these rows with the reference, unless it is the reference that encodes."
     if not encoder.fallback and not encoder.verify(rows, sample=len(rows), longest=1):
@@ -110,6 +113,7 @@ def encode_whole(
             bad.append(place)
     return end_to_end(parts), bad
 
+# %% ../../nbs/tokens/03_encoding.ipynb #end-to-end
 def end_to_end(parts: list[TokenRows]) -> TokenRows: # of one row each
     "Rows in one."
     offsets = np.cumsum([0, *(len(part.ids) for part in parts)], dtype=np.int64)
@@ -124,6 +128,7 @@ def exchanges_that_fit(tokens: int, starts: np.ndarray, max_length: int, cut: st
     if cut == "keep_oldest": return max(0, int(np.searchsorted(starts, max_length, "right")) - 1)
     return int((starts[0] + tokens - starts[1:] <= max_length).sum()) if len(starts) else 0
 
+# %% ../../nbs/tokens/03_encoding.ipynb #shorten-2
 def shorten(
     row: dict,
     starts: np.ndarray,
@@ -165,6 +170,7 @@ class Encoded(NamedTuple):
     rows: TokenRows        # those that are used
     facts: pa.RecordBatch  # FACTS, one line per row read
 
+# %% ../../nbs/tokens/03_encoding.ipynb #encode-rows-2
 def encode_rows(
     rows: list[dict],
     numbers: np.ndarray,
@@ -192,6 +198,7 @@ def encode_rows(
     facts = pa.RecordBatch.from_arrays([pa.array(columns[field.name], field.type) for field in FACTS], schema=FACTS)
     return Encoded(used_rows(tokens, shorter, fate), facts)
 
+# %% ../../nbs/tokens/03_encoding.ipynb #used-rows
 def used_rows(tokens: TokenRows, shorter: dict[int, TokenRows], fate: np.ndarray) -> TokenRows:
     "Whole rows, and the shorter ones in their places; dropped ones are left out."
     if (fate == 0).all(): return tokens
@@ -216,6 +223,7 @@ def pieces_of(
     at = (np.cumsum(starts[chosen - first_line + 1] - starts[chosen - first_line]) - 1) // size
     return np.split(chosen, np.flatnonzero(np.diff(at)) + 1)
 
+# %% ../../nbs/tokens/03_encoding.ipynb #token-batch
 def token_batch(rows: TokenRows) -> pa.RecordBatch: # TOKENS
     "Rows' tokens, end to end."
     return pa.RecordBatch.from_arrays([pa.array(rows.ids), pa.array(rows.trained.view(np.int8))], schema=TOKENS)
@@ -229,6 +237,7 @@ def read_batches(path: Path) -> list[pa.RecordBatch]:
     "An Arrow stream file, mapped into memory."
     with pa.memory_map(str(path)) as file: return list(pa.ipc.open_stream(file))
 
+# %% ../../nbs/tokens/03_encoding.ipynb #read-stream
 def read_stream(path: Path) -> pa.Table:
     "The same as a table."
     with pa.memory_map(str(path)) as file: return pa.ipc.open_stream(file).read_all()
@@ -245,6 +254,7 @@ def start_worker(settings: Settings, fast: bool) -> None:
         borders=Borders.of(tokenizer),
     )
 
+# %% ../../nbs/tokens/03_encoding.ipynb #encode-piece
 def encode_piece(path: Path, starts: np.ndarray, numbers: np.ndarray, target: Path) -> list[pa.RecordBatch]: # FACTS
     "One piece, batch by batch; `starts` are those of its own span of the file."
     encoder, settings, first, facts = _worker["encoder"], _worker["settings"], int(numbers[0]), []
@@ -276,6 +286,7 @@ def encoded_pieces(
         for task in tasks: yield encode_piece(*task)
     else: yield from encoded_by_processes(tasks, processes, settings, fast)
 
+# %% ../../nbs/tokens/03_encoding.ipynb #encoded-by-processes
 def encoded_by_processes(
     tasks: list[tuple],
     processes: int,

@@ -38,6 +38,7 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         return f"{' '.join(self.lines)} Run {self.page}: {self.command}"
 
+# %% ../../nbs/tokens/07_inputs.ipynb #differences-of
 PARTS = ("dataset_config", "dataset_split", "max_rows")  # of a dataset
 
 def differences_of(
@@ -61,6 +62,7 @@ def model_differences(settings: Settings) -> list[str]: # sentences
     if is_path(settings.model) or settings.model == "demo": return []
     return record_differences(settings.model_dir, "model", settings.model, settings.model_revision)
 
+# %% ../../nbs/tokens/07_inputs.ipynb #dataset-differences
 def dataset_differences(settings: Settings) -> list[str]: # sentences
     "How the downloaded rows differ from those that the settings name."
     try: input_of(settings)
@@ -74,6 +76,7 @@ def dataset_differences(settings: Settings) -> list[str]: # sentences
         found.append(f"max_rows: {made.get('max_rows')} when the dataset was downloaded, {settings.max_rows} now.")
     return found
 
+# %% ../../nbs/tokens/07_inputs.ipynb #record-differences
 def record_differences(folder: Path, kind: str, name: str, revision: str) -> list[str]: # sentences
     "How a folder's `download.json` differs from a name and a revision."
     record = record_of(folder / "download.json")
@@ -84,6 +87,7 @@ def record_differences(folder: Path, kind: str, name: str, revision: str) -> lis
         found.append(f"{kind}_revision: {record.get('revision')} was downloaded, {revision} is wanted.")
     return found
 
+# %% ../../nbs/tokens/07_inputs.ipynb #record-of
 def record_of(path: Path) -> dict: # empty when there is none that can be read
     "A record of an earlier step."
     try: record = json.loads(path.read_text(encoding="utf-8"))
@@ -108,6 +112,7 @@ def conversion_differences(settings: Settings) -> list[str]: # sentences
     if record.get("code") != code_version(): found.append("The code of the conversion has changed since.")
     return found + changed_files(folder, record.get("files", []))
 
+# %% ../../nbs/tokens/07_inputs.ipynb #changed-files
 def changed_files(folder: Path, files: list[dict]) -> list[str]: # sentences
     "Which files are not as they were written."
     def differs(path, one): return not path.is_file() or content_hash(path) != one["blake3"]

@@ -77,6 +77,7 @@ def key_parts(
     parts |= {f"library/{name}": version(name) for name in KEY_LIBRARIES}
     return {**parts, "template": blake3(chat_template(settings.template).encode()).hexdigest(), "format": FORMAT}
 
+# %% ../../nbs/tokens/02_keys.ipynb #cache-key
 def cache_key(parts: dict[str, Any]) -> str: # 20 hex digits
     "The name of the folder for these parts."
     return blake3(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
@@ -95,6 +96,7 @@ def what_changed(parts: dict[str, Any], prepared_dir: Path) -> str: # for the lo
         else "nothing is prepared yet"
     )
 
+# %% ../../nbs/tokens/02_keys.ipynb #prepared-folders
 def prepared_folders(prepared_dir: Path) -> list[Path]: # sorted by name
     "The complete folders."
     return [f for f in sorted(prepared_dir.glob("[0-9a-f]*")) if f.is_dir() and is_complete(f)]

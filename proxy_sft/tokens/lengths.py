@@ -27,6 +27,7 @@ def exchanges(messages: list[dict]) -> list[list[dict]]: # the first entry is wh
         groups[-1].append(message)
     return groups
 
+# %% ../../nbs/tokens/01_lengths.ipynb #cut-to-fit
 def cut_to_fit(
     row: dict, # `messages` and `tools`
     max_length: int, # tokens
@@ -96,6 +97,7 @@ def supervised_before(tokens: TokenRows, places: np.ndarray) -> np.ndarray: # po
     before = np.cumsum(np.concatenate([[counted[:edges[0]].sum() if len(edges) else counted.sum()], sums]))
     return before[np.searchsorted(edges, places)]
 
+# %% ../../nbs/tokens/01_lengths.ipynb #describe-rows
 def describe_rows(
     tokens: TokenRows, borders: Borders
 ) -> dict[str, Any]: # columns of FACTS that do not depend on max_length
@@ -131,6 +133,7 @@ class Facts(NamedTuple):
         return cls(*(np.asarray(whole(n)) for n in ("tokens", "supervised")), row, np.diff(row, prepend=-1) > 0,
                    *(whole(n).flatten().to_numpy().astype(np.int64) for n in ("exchange_starts", "supervised_before")))
 
+# %% ../../nbs/tokens/01_lengths.ipynb #fit
 def fit(
     facts: Facts, max_length: int, cut: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # fate (of FATES), tokens, supervised tokens kept
@@ -162,6 +165,7 @@ def some_rows(
     if not isinstance(table, pa.Table): yield table
     else: yield from (table.slice(at, rows) for at in range(0, len(table), rows))
 
+# %% ../../nbs/tokens/01_lengths.ipynb #lengthtable
 class LengthTable:
     "`max_length` -> rows whole, cut, dropped; supervised tokens lost."
 
@@ -244,6 +248,7 @@ def count_tokens(table: Any, chosen: np.ndarray) -> dict[str, int]: # columns of
         "supervised_tokens": int(np.asarray(table["used_supervised"])[chosen].sum()),
     }
 
+# %% ../../nbs/tokens/01_lengths.ipynb #token-statistics
 def token_statistics(
     table: Any, # columns of FACTS
     max_length: int,
@@ -271,6 +276,7 @@ def pack(
     rows, counts = packed_rows(lengths, max_length)
     return [some.tolist() for some in np.split(rows, np.cumsum(counts)[:-1])] if len(rows) else []
 
+# %% ../../nbs/tokens/01_lengths.ipynb #packed-rows
 def packed_rows(
     lengths: np.ndarray, max_length: int
 ) -> tuple[np.ndarray, np.ndarray]: # rows of all blocks one after the other; how many in each

@@ -93,6 +93,7 @@ def build(settings: Settings, progress: Callable[[str], None] = lambda text: Non
     finally: claim.release()
     return folder
 
+# %% ../../nbs/tokens/05_preparation.ipynb #claim-of
 def claim_of(folder: Path) -> Path:
     "The file that is locked as long as somebody builds this folder."
     return folder.with_name(f".claim-{folder.name}")
@@ -129,6 +130,7 @@ def build_claimed(
     except WorkerLost as error: raise PrepareError(str(error)) from error
     finally: shutil.rmtree(aside, ignore_errors=True)
 
+# %% ../../nbs/tokens/05_preparation.ipynb #empty-folder
 def empty_folder(folder: Path) -> Path:
     "The folder, empty."
     shutil.rmtree(folder, ignore_errors=True)
@@ -156,6 +158,7 @@ def build_splits(
         )
     return splits
 
+# %% ../../nbs/tokens/05_preparation.ipynb #check-train-parity
 def check_train_parity(
     settings: Settings,
     sources: dict[str, Source],
@@ -235,6 +238,7 @@ class Prepared:
 
     def __repr__(self) -> str: return "\n".join(split_line(name, counts) for name, counts in self.splits.items())
 
+# %% ../../nbs/tokens/05_preparation.ipynb #require-fit
 def require_fit(prepared: Prepared, settings: Settings) -> None: # raises PrepareError
     "Refuse prepared data of other settings, or of rows that were replaced since."
     wanted, then = key_parts(settings, data=World.from_environment().rank == 0), prepared.manifest["key_parts"]
@@ -243,6 +247,7 @@ def require_fit(prepared: Prepared, settings: Settings) -> None: # raises Prepar
                            f"{', '.join(changed)} "
                            "changed. Prepare again with these settings: train(settings) does it.")
 
+# %% ../../nbs/tokens/05_preparation.ipynb #split-line
 def split_line(name: str, s: dict[str, Any]) -> str:
     "A split's counts."
     return (
@@ -263,6 +268,7 @@ def prepare(
     after a request to stop."""
     with listening(): return build_or_wait(settings, ensure_inputs)
 
+# %% ../../nbs/tokens/05_preparation.ipynb #build-or-wait
 def build_or_wait(settings: Settings, ensure_inputs: Callable[[Settings], None]) -> Prepared:
     "Which of the two it is on this rank."
     world, shared = World.from_environment(), settings.shared_file_system
@@ -288,6 +294,7 @@ def build_or_wait(settings: Settings, ensure_inputs: Callable[[Settings], None])
         return build_for(settings, here, ensure_inputs, world.rank)
     return Prepared(settings.prepared_dir / key)
 
+# %% ../../nbs/tokens/05_preparation.ipynb #waiting-line
 def waiting_line(
     rank: int,
     every: float = 30,
@@ -327,6 +334,7 @@ def build_for(
     heartbeat.update("done", folder.name)
     return Prepared(folder)
 
+# %% ../../nbs/tokens/05_preparation.ipynb #check-folder
 def check_folder(folder: Path) -> None: # raises PrepareError
     "Every byte against the manifest; the marker is touched, so that `caches` knows when the folder was last used."
     try: verify(folder)

@@ -79,6 +79,7 @@ def merged_folder(
     publish(aside, target, {**facts, "merged_from": (checkpoint / COMPLETE).read_text(encoding="utf-8").strip()})
     return target
 
+# %% ../../nbs/training/04_adapters.ipynb #write-merged
 def write_merged(settings: Settings, checkpoint: Path, aside: Path) -> None:
     "Merge on the CPU; a merged weight that is no number is an error."
     base = AutoModelForCausalLM.from_pretrained(
@@ -93,6 +94,7 @@ def write_merged(settings: Settings, checkpoint: Path, aside: Path) -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint / name, place)
 
+# %% ../../nbs/training/04_adapters.ipynb #is-merged
 def is_merged(run_dir: Path, checkpoint: Path) -> bool:
     "Whether the run's folder holds this checkpoint's merged model already."
     return (

@@ -51,6 +51,7 @@ def speed_record(trainer: SFTTrainer, settings: Settings) -> dict[str, Any]: # f
         print(f"{chosen}{'' if kernels == 'none' else f' Kernels: {kernels}.'}", flush=True)
     return {**chosen.record(), "kernels": kernels}
 
+# %% ../../nbs/training/10_arguments.ipynb #whole-weights
 def whole_weights(model: PreTrainedModel) -> AbstractContextManager:
     "Under ZeRO-3 a rank holds a part of each weight until something gathers them; here they are whole."
     if not is_deepspeed_zero3_enabled(): return nullcontext()
@@ -66,6 +67,7 @@ def uses_deepspeed(settings: Settings) -> bool:
     "DeepSpeed is for processes that torchrun started; one process trains plainly."
     return settings.deepspeed is not None and "RANK" in os.environ
 
+# %% ../../nbs/training/10_arguments.ipynb #optimizer-of
 def optimizer_of(
     settings: Settings,
 ) -> tuple[
@@ -77,6 +79,7 @@ def optimizer_of(
         settings, weights_dtype(settings, uses_deepspeed(settings)), training_device(settings), uses_deepspeed(settings)
     )
 
+# %% ../../nbs/training/10_arguments.ipynb #checkpointing-arguments
 CHECKPOINTING = next(
     n for n in ("activation_checkpointing", "gradient_checkpointing") if n in SFTConfig.__dataclass_fields__
 )  # renamed in 5.23
@@ -88,6 +91,7 @@ def checkpointing_arguments(kind: str) -> dict[str, Any]: # none, selective or f
         f"{CHECKPOINTING}_kwargs": {"selective": True} if kind == "selective" else None,
     }
 
+# %% ../../nbs/training/10_arguments.ipynb #deepspeed-values
 def deepspeed_values(
     settings: Settings,
     separate: bool,
@@ -158,6 +162,7 @@ def training_arguments(
         )
     )
 
+# %% ../../nbs/training/10_arguments.ipynb #one-device
 def one_device(arguments: SFTConfig) -> SFTConfig: # changed
     "A process computes on its own GPU; transformers would spread it over all that it sees, which TRL refuses."
     if arguments.n_gpu > 1: arguments._n_gpu = 1

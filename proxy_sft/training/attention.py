@@ -79,6 +79,7 @@ def varlen_attention(
     )
     return made[None], None
 
+# %% ../../nbs/training/05_attention.ipynb #restarts
 def restarts(position_ids: torch.Tensor, query: torch.Tensor) -> bool:
     "Whether positions say that one row holds several conversations."
     return (
@@ -120,6 +121,7 @@ def is_installed(name: str) -> bool: # a name of ORDER
              "flex_attention": lambda: find_spec("triton") is not None}
     return known[name]() if name in known else True
 
+# %% ../../nbs/training/05_attention.ipynb #unavailable-reason
 def unavailable_reason(
     name: str, # of ORDER
     capability: Optional[tuple[int, int]], # of the GPU; None: no GPU
@@ -169,6 +171,7 @@ def log_probabilities(
     logs = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
     return logs.gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels != -100].cpu()
 
+# %% ../../nbs/training/05_attention.ipynb #block
 def block(
     rows: list[list[int]],
     collate: Callable[
@@ -179,6 +182,7 @@ def block(
     ids = np.concatenate(rows)
     return collate([{"input_ids": ids, "labels": ids, "seq_lengths": np.array([len(row) for row in rows])}])
 
+# %% ../../nbs/training/05_attention.ipynb #compare-packed
 def compare_packed(
     model: PreTrainedModel, # without dropout
     collate: Callable[[list[dict]], dict[str, Any]], # the trainer's collator, padding-free
@@ -219,6 +223,7 @@ class Attention:
             "attention_check": asdict(self.check) if self.check else None,
         }
 
+# %% ../../nbs/training/05_attention.ipynb #prove
 def prove(
     model: PreTrainedModel,
     name: str,
@@ -237,6 +242,7 @@ def prove(
     if slope is None or not bool(slope.isfinite().all()): raise AttentionError(f"{name} gives no finite gradient.")
     return found
 
+# %% ../../nbs/training/05_attention.ipynb #refusal
 def refusal(found: PackedCheck) -> str:
     "Why an attention that leaks is refused, and what to set."
     return (
@@ -291,6 +297,7 @@ def choose_attention(
     finally: model.train(training)
     raise AttentionError(f"attention cannot be set to what is wanted ({wanted}): {'; '.join(passed_over)}")
 
+# %% ../../nbs/training/05_attention.ipynb #warn-of
 def warn_of(name: str, problem: str) -> None:
     "An installed implementation that raised is no quiet choice: name it, its error and what the next one costs."
     warnings.warn(
@@ -300,6 +307,7 @@ def warn_of(name: str, problem: str) -> None:
         "attention to the one that you want.",
         RuntimeWarning, stacklevel=2)
 
+# %% ../../nbs/training/05_attention.ipynb #reason
 def reason(wanted: str, capability: Optional[tuple[int, int]], passed_over: list[str]) -> str:
     "Why this one, in words for the log."
     if wanted != "auto": return "as the settings say"
@@ -309,6 +317,7 @@ def reason(wanted: str, capability: Optional[tuple[int, int]], passed_over: list
         else f"the fastest that fits ({'; '.join(passed_over) or 'the first in the list'})"
     )
 
+# %% ../../nbs/training/05_attention.ipynb #tried
 def tried(
     act: Callable[[], Optional[PackedCheck]],
     name: str,

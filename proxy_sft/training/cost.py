@@ -151,6 +151,7 @@ def padded_share(lengths: np.ndarray, batch: int, seed: int = 0) -> float: # sha
     drawn = np.random.default_rng(seed).permutation(lengths)[:len(lengths) // batch * batch].reshape(-1, batch)
     return float(1 - drawn.sum() / (drawn.max(1) * batch).sum())
 
+# %% ../../nbs/training/01_cost.ipynb #batchingtable
 class BatchingTable:
     "What a real token costs by way of making batches."
 
@@ -218,6 +219,7 @@ def peak_flops(device_name: str) -> Optional[float]: # operations per second; No
     if "MIG" in words: return None  # a part of a card
     return next((peak for name, peak in PEAKS.items() if set(name) <= set(words)), None)
 
+# %% ../../nbs/training/01_cost.ipynb #utilisation
 def utilisation(tokens_per_second: float, flops: float, peak: Optional[float]) -> Optional[float]: # share of the peak
     "Model FLOPs utilisation of one device: tokens per second x operations per token / peak."
     return None if peak is None else tokens_per_second * flops / peak
@@ -272,6 +274,7 @@ def keep_attention(model: PreTrainedModel) -> None:
     enable._is_sac_wrapped = True
     model.gradient_checkpointing_enable = enable
 
+# %% ../../nbs/training/01_cost.ipynb #set-checkpointing
 def set_checkpointing(model: PreTrainedModel, kind: str) -> None: # none, selective or full
     "Which activations the backward pass computes anew; selective keeps what attention gave."
     if kind == "none": return
@@ -291,6 +294,7 @@ def tiled_loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor: #
         else model(**batch, use_cache=False).loss
     )
 
+# %% ../../nbs/training/01_cost.ipynb #one-pass
 def one_pass(model: PreTrainedModel, tokens: int) -> None:
     "Forwards and backwards over one block, with the loss of the run."
     ids, places = torch.ones(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
@@ -303,6 +307,7 @@ def one_pass(model: PreTrainedModel, tokens: int) -> None:
         )
     loss.backward()
 
+# %% ../../nbs/training/01_cost.ipynb #loss-in-tiles
 def loss_in_tiles(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     "TRL 1.14's loss, tile by tile; its own loop asks for a count of labels, which fake tensors do not have."
     size, parts = sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE, hidden[torch.arange(len(ids))]
@@ -311,6 +316,7 @@ def loss_in_tiles(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor)
     )[0]
     return sum(tile(a) for a in range(0, len(ids), size))
 
+# %% ../../nbs/training/01_cost.ipynb #build-model
 def build_model(config: PreTrainedConfig, layers: int, dtype: torch.dtype, checkpointing: str) -> PreTrainedModel:
     "A model of this shape with random weights and the fused loss, in training mode."
     changed = type(config)(**{**config.to_dict(), "num_hidden_layers": layers, "layer_types": None, "use_cache": False})
@@ -339,6 +345,7 @@ def activation_bytes(
             one_pass(model, tokens)
     return meter.peak - static
 
+# %% ../../nbs/training/01_cost.ipynb #rehearse-2
 def rehearse(
     config: PreTrainedConfig,
     tokens: int, # in one micro-batch: blocks times `max_length`
@@ -349,6 +356,7 @@ def rehearse(
     "Activations at the worst moment of a micro-batch, logits included."
     return rehearsed(config.to_json_string(), type(config), tokens, dtype, checkpointing, bf16)
 
+# %% ../../nbs/training/01_cost.ipynb #rehearsed
 @lru_cache
 def rehearsed(config: str, kind: type, *how) -> int: # a configuration as JSON, because it has no hash
     "The same question is answered once."
@@ -365,6 +373,7 @@ def weights_dtype(settings: Settings, with_deepspeed: bool) -> torch.dtype:
     if settings.weights != "auto": return getattr(torch, settings.weights)
     return torch.bfloat16 if settings.bf16 and (with_deepspeed or settings.lora_rank) else torch.float32
 
+# %% ../../nbs/training/01_cost.ipynb #state-bytes
 # what an optimizer needs beside PyTorch
 PACKAGES = {"adamw_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes", "adamw_bf16": "torchao"}
 
@@ -375,12 +384,12 @@ def state_bytes(optimizer: str, weight: int) -> int: # per weight; weight: bytes
     if optimizer == "adamw_bf16": return 4
     return 2 * weight if optimizer.startswith("adamw_torch") else 8
 
+# %% ../../nbs/training/01_cost.ipynb #optimizer-bytes
 # weights: trained; size: bytes of one; embedding: of them, in lookup tables
 def optimizer_bytes(optimizer: str, weights: int, size: int, embedding: int = 0) -> int:
     "Bytes of the optimizer's states; beside 8-bit states transformers has bitsandbytes keep an embedding's in 32 bits."
     wide = embedding * (8 - state_bytes(optimizer, size)) if optimizer == "adamw_8bit" else 0
     return weights * state_bytes(optimizer, size) + wide
-
 
 # %% ../../nbs/training/01_cost.ipynb #trained
 def trained_parameters(shape: Shape, settings: Settings) -> int:
@@ -401,6 +410,7 @@ def trained_parameters(shape: Shape, settings: Settings) -> int:
     )
     return settings.lora_rank * shape.layers * sum(shape.hidden + sides.get(name, 0) for name in named)
 
+# %% ../../nbs/training/01_cost.ipynb #frozen-bytes
 def frozen_bytes(shape: Shape, settings: Settings, size: int) -> int: # size: bytes of a weight
     "Weights as they are stored: with nf4, half a byte and 0.02 for the scales in all linear layers but the head."
     linear = shape.layers * shape.layer_matrices
@@ -425,6 +435,7 @@ def bucket_bytes(
     if stage < 3: return bucket * size * (2 if zero.get("overlap_comm", False) else 1)
     return (bucket + min(count, int(zero.get("stage3_max_live_parameters", 1_000_000_000)))) * size
 
+# %% ../../nbs/training/01_cost.ipynb #memory-parts-2
 def memory_parts(
     config: PreTrainedConfig,
     settings: Settings,

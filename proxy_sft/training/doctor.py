@@ -53,6 +53,7 @@ class Finding:
     text: str   # what was found
     advice: str = ""  # the setting to change
 
+# %% ../../nbs/training/09_doctor.ipynb #report
 class Report:
     "All findings: a table in a notebook, coloured lines in a terminal."
 
@@ -90,6 +91,7 @@ def zero_of(settings: Settings, ranks: int) -> Optional[dict[str, Any]]: # None:
     "What the DeepSpeed configuration says about dividing memory."
     return zero_settings(settings) if settings.deepspeed and (ranks > 1 or offloads(settings)) else None
 
+# %% ../../nbs/training/09_doctor.ipynb #device-memory
 def device_memory(settings: Settings) -> Optional[int]: # bytes of the first card; None: no GPU, or not wanted
     "What one card holds."
     return (
@@ -127,6 +129,7 @@ def needed(
     host = sum(n for name, n in parts.items() if name.startswith("host"))
     return parts, sum(parts.values()) - host, host
 
+# %% ../../nbs/training/09_doctor.ipynb #ways-to-fit
 def ways_to_fit(
     settings: Settings,
     ranks: int,
@@ -174,12 +177,14 @@ def check_gpu_memory(
         "(ds_zero3.json).")
     return Finding("memory", level, told, advice)
 
+# %% ../../nbs/training/09_doctor.ipynb #host-memory
 def host_memory() -> Optional[int]: # bytes that a program can still get; None: not known
     "What is left of the machine's memory."
     try: lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError: return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
+# %% ../../nbs/training/09_doctor.ipynb #check-host-memory
 def check_host_memory(
     settings: Settings,
     ranks: int,
@@ -216,6 +221,7 @@ def disk_needed(config: PreTrainedConfig, settings: Settings, ranks: int) -> int
     merged = 0 if settings.lora_rank is None else shape.parameters * each
     return checkpoints_to_come(settings.run_dir, settings.save_total_limit) * size + merged
 
+# %% ../../nbs/training/09_doctor.ipynb #existing
 def existing(folder: Path) -> Path: # the nearest folder upwards that is there
     "Where a folder would be made."
     return next(f for f in (folder, *folder.parents) if f.exists())
@@ -228,6 +234,7 @@ def check_disk_space(settings: Settings, needed: int, free: int) -> Finding: # b
     if needed > free: return Finding("disk", "warn" if settings.on_full_disk == "go_on" else "fail", told, advice)
     return Finding("disk", "warn" if needed > 0.8 * free else "ok", told)
 
+# %% ../../nbs/training/09_doctor.ipynb #check-run-folder
 def check_run_folder(folder: Path, setting: str = "workspace or output_dir") -> Finding:
     "Whether a folder can be written."
     try:
@@ -289,6 +296,7 @@ def check_terminal(environment: dict[str, str], is_terminal: bool, ignores_hangu
         "Start `tmux new -s sft` first." if level == "warn" else "",
     )
 
+# %% ../../nbs/training/09_doctor.ipynb #check-compiler
 def check_compiler(compiler: Optional[str], headers: bool) -> Finding: # its path; whether Python.h is there
     "Whether Triton can build what starts its kernels: the fused loss needs it on a GPU."
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -321,6 +329,7 @@ def installed(package: str) -> Optional[str]: # version
     try: return version(package)
     except PackageNotFoundError: return None
 
+# %% ../../nbs/training/09_doctor.ipynb #check-versions
 def check_versions(settings: Settings, found: dict[str, str]) -> Iterator[Finding]: # package -> version
     "What is installed, beside what was tested; and what an optimizer needs."
     lock = settings.root / "requirements.lock"
@@ -352,6 +361,7 @@ def check_versions(settings: Settings, found: dict[str, str]) -> Iterator[Findin
             f"`pip install {needs}`, or set optimizer to adamw_torch_fused.",
         )
 
+# %% ../../nbs/training/09_doctor.ipynb #check-devices
 def check_devices(settings: Settings, local: int, names: list[str]) -> Finding: # processes, and GPUs, of this machine
     "Whether there is a GPU for each process, and whether it can do what is asked."
     told = f"{len(names)} GPU(s) {', '.join(sorted(set(names)))}." if names else "No GPU."
@@ -392,6 +402,7 @@ def asked(*question: str) -> Optional[str]: # None: nobody can tell
     except subprocess.TimeoutExpired: return None  # a driver that takes so long is no reason to hold up the run
     return done.stdout if done.returncode == 0 else None
 
+# %% ../../nbs/training/09_doctor.ipynb #check-interconnect
 def check_interconnect(text: Optional[str]) -> Finding: # `nvidia-smi topo -m`
     "NVLink or PCIe between each pair of GPUs."
     if text is None: return Finding("links", "ok", "nvidia-smi does not tell how the GPUs are connected.")
@@ -407,6 +418,7 @@ def check_interconnect(text: Optional[str]) -> Finding: # `nvidia-smi topo -m`
         "deepspeed to ds_zero1.json, which exchanges once per step.",
     )
 
+# %% ../../nbs/training/09_doctor.ipynb #check-other-processes
 def check_other_processes(
     text: Optional[str], mine: list[str]
 ) -> Finding: # a line per card: index, uuid, MiB in use; uuids of the cards of this run
@@ -450,6 +462,7 @@ def matching(
         else (Prepared(best), "")
     )
 
+# %% ../../nbs/training/09_doctor.ipynb #check-data
 def check_data(settings: Settings, prepared: Optional[Prepared], why: str) -> Finding:
     "Whether the data is there, and prepared."
     if prepared:
@@ -507,6 +520,7 @@ def amounts(
         told,
     )
 
+# %% ../../nbs/training/09_doctor.ipynb #check-duration
 def check_duration(
     settings: Settings,
     ranks: int,
@@ -557,6 +571,7 @@ def check_model(settings: Settings) -> Finding:
     )
     return Finding("model", "warn", f"{settings.model} is not downloaded yet. {known}", "Run nbs/00_download.ipynb.")
 
+# %% ../../nbs/training/09_doctor.ipynb #diagnose-2
 def diagnose(
     settings: Settings,
     ranks: int = 1, # processes of the run
@@ -584,6 +599,7 @@ def diagnose(
         [*found, *folders, *check_system(settings, ranks, local or int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))]
     )
 
+# %% ../../nbs/training/09_doctor.ipynb #require-health
 def require_health(settings: Settings, ranks: int = 1) -> Report: # raises DoctorError
     """`diagnose`, and an end when something failed and `preflight` does not say warn; memory is counted where there is
     a card to compare with."""

@@ -45,6 +45,7 @@ def memory_advice(
     ]
     return [text for fits, text in offers if fits][:3]
 
+# %% ../../nbs/training/02_memory.ipynb #out-of-memory
 def out_of_memory(settings: Settings, divided: bool, error: torch.OutOfMemoryError) -> str:
     "The allocator's first sentence, and what to do."
     return (f"The device is out of memory: {str(error).splitlines()[0][:300]} Set "
@@ -56,6 +57,7 @@ def longest_blocks(data: Dataset, count: int) -> list[int]:
     lengths = pc.list_value_length(data.with_format("arrow")[:]["input_ids"]).to_numpy()
     return np.argsort(-lengths, kind="stable")[:count].tolist()
 
+# %% ../../nbs/training/02_memory.ipynb #standing-in
 def standing_in(
     trainer: Any,
     trained: list[torch.nn.Parameter],
@@ -72,6 +74,7 @@ def standing_in(
         ]
     return [torch.empty(n, dtype=torch.uint8, device=device) for n in later]
 
+# %% ../../nbs/training/02_memory.ipynb #probe-2
 def probe(trainer: Any) -> int: # tokens that went through; 0: not probed
     """Forwards and backwards over the longest blocks; weights, gradients, states, random numbers and the order of data
     stay as they were."""
@@ -102,11 +105,11 @@ def probe(trainer: Any) -> int: # tokens that went through; 0: not probed
     np.random.set_state(before[1])
     return int(batch["input_ids"].numel())
 
+# %% ../../nbs/training/02_memory.ipynb #trained-embedding
 def trained_embedding(model: Any) -> int: # weights
     "Trained weights in lookup tables."
     tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding))
     return sum(weight.numel() for table in tables for weight in table.parameters() if weight.requires_grad)
-
 
 # %% ../../nbs/training/02_memory.ipynb #callback
 class MemoryProbe(TrainerCallback):

@@ -29,6 +29,7 @@ def training_device(settings: Settings) -> torch.device:
     if settings.device == "cpu" or not torch.cuda.is_available(): return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
+# %% ../../nbs/training/03_model.ipynb #quantization
 def quantization(settings: Settings) -> Optional[BitsAndBytesConfig]: # None: weights as they are; raises ModelError
     "How frozen weights are stored."
     if settings.quantize == "none": return None
@@ -55,6 +56,7 @@ def quantization(settings: Settings) -> Optional[BitsAndBytesConfig]: # None: we
         bnb_4bit_compute_dtype=torch.bfloat16 if settings.bf16 else torch.float32,
     )
 
+# %% ../../nbs/training/03_model.ipynb #require-package
 def require_package(package: str, setting: str, instead: str) -> None: # raises ModelError
     "See that a setting's package is installed."
     if not find_spec(package):
@@ -88,6 +90,7 @@ def load_for_training(settings: Settings, tokenizer: PreTrainedTokenizerBase, dt
     if settings.activation_checkpointing == "selective": keep_attention(model)
     return model
 
+# %% ../../nbs/training/03_model.ipynb #require-dtype
 def require_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None: # raises ModelError
     "See that no weight came in another precision."
     wrong = [(name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point() and p.dtype != dtype]
@@ -114,6 +117,7 @@ def kernels_for(settings: Settings, device: torch.device) -> str: # none or lige
     if settings.kernels == "liger": raise ModelError(f"kernels is liger, and {missing}. Set kernels to auto or none.")
     return "none"
 
+# %% ../../nbs/training/03_model.ipynb #kernel-arguments
 def kernel_arguments(kernels: str) -> dict[str, Any]: # of SFTConfig
     "The kernels in TRL's words."
     return {"use_liger_kernel": True, "liger_kernel_config": LIGER} if kernels == "liger" else {}

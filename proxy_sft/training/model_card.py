@@ -17,6 +17,7 @@ def hub_name(name: str) -> str: # empty for a local path and for the demo
     "A model or dataset as the hub knows it."
     return "" if is_path(name) or name == "demo" else name
 
+# %% ../../nbs/training/14_model_card.ipynb #front-matter
 def front_matter(settings: Settings) -> str: # between two lines of dashes
     "What the hub reads of a card."
     model, data = hub_name(settings.model), hub_name(settings.dataset)

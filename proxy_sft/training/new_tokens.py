@@ -28,6 +28,7 @@ class NewToken:
     norm: float # of its embedding row
     typical: float # median norm of the rows that were there
 
+# %% ../../nbs/training/20_new_tokens.ipynb #missing-tokens
 def missing_tokens(tokenizer: Any, tokens: tuple[str, ...] = NEW_TOKENS) -> tuple[str, ...]: # in their order
     "Which of the tokens the tokenizer would split."
     known = {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()}
@@ -52,6 +53,7 @@ def add_control_tokens(
     norms = row_norms(model)
     return [NewToken(token, ids[token], spelled[token], norms[ids[token]].item(), typical) for token in missing]
 
+# %% ../../nbs/training/20_new_tokens.ipynb #embedding-tables
 def embedding_tables(model: Any) -> list[torch.Tensor]: # one when tied
     "The matrices, and the output layer's bias, that have a row for each token."
     output = model.get_output_embeddings()
@@ -65,6 +67,7 @@ def begin_row(model: Any, row: int, pieces: list[int]) -> None:
     "Set a token's row to the mean of other tokens' rows, in every table."
     for table in embedding_tables(model): table[row] = table[pieces].float().mean(0).to(table.dtype)
 
+# %% ../../nbs/training/20_new_tokens.ipynb #row-norms
 @torch.no_grad()
 def row_norms(model: Any) -> torch.Tensor: # one per row of the input embeddings
     "Length of each token's embedding."
@@ -97,6 +100,7 @@ def folder_norms(folder: Path) -> Optional[torch.Tensor]:
             return torch.cat([rows[start:start + 2**14].float().norm(dim=-1) for start in starts])
     return None
 
+# %% ../../nbs/training/20_new_tokens.ipynb #untrained-control-tokens
 def untrained_control_tokens(
     folder: Path, # of a model and its tokenizer
     tokenizer: Any, # of the folder

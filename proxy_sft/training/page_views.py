@@ -113,6 +113,7 @@ def result_card(
     ]
     return Table(rows, ("", ""))
 
+# %% ../../nbs/training/16_page_views.ipynb #shown-path
 def shown_path(path: Path, settings: Settings) -> str:
     "Relative to the repository where that is possible."
     return str(path.relative_to(settings.root)) if path.is_relative_to(settings.root) else str(path)

@@ -108,6 +108,7 @@ def progress_record(
     known = {**logs, "step": step, "max_steps": max_steps, "time": round(time.time(), 3)}
     return {**{name: known.get(name) for name in FIELDS}, **known}
 
+# %% ../../nbs/training/08_progress.ipynb #progress-line
 def progress_line(record: dict[str, Any]) -> Optional[str]: # None: nothing for people
     "A record as one line."
     head = f"step {record['step']:>6,} of {record['max_steps']:,}"
@@ -115,6 +116,7 @@ def progress_line(record: dict[str, Any]) -> Optional[str]: # None: nothing for 
     if record["loss"] is None: return None
     return f"{head}  loss {record['loss']:.4f}  learning rate {record['learning_rate']:.2e}{speed_words(record)}"
 
+# %% ../../nbs/training/08_progress.ipynb #speed-words
 def speed_words(record: dict[str, Any]) -> str: # empty for a run of a few minutes: its lines stay the same each time
     "How fast and how long still, where it takes long enough to be asked."
     if (record["eta_seconds"] or 0) < 600 or record["step"] < 2:
@@ -157,6 +159,7 @@ def guard_loggers(callbacks: list[TrainerCallback]) -> None: # changed in place
         for name in [n for n in dir(TrainerCallback) if n.startswith("on_")]:
             setattr(callback, name, guarded(callback, getattr(callback, name)))
 
+# %% ../../nbs/training/08_progress.ipynb #guarded
 def guarded(callback: TrainerCallback, act: Callable) -> Callable:
     "One event of a logger."
     def event(args, state, control, **kwargs):
@@ -174,6 +177,7 @@ def thinned(points: list, most: int = 120) -> list: # at most so many; the first
     step = max(1, math.ceil(len(points) / most))
     return points[::step] + ([points[-1]] if points and (len(points) - 1) % step else [])
 
+# %% ../../nbs/training/08_progress.ipynb #curves
 def curves(
     records: list[dict[str, Any]],
     speed: bool = False,

@@ -62,6 +62,7 @@ class Start(NamedTuple):
     separate: bool # each machine has a run folder of its own
     resume: str # as this start means it: auto, never, or a path
 
+# %% ../../nbs/training/13_run.ipynb #begin-run
 def begin_run(settings: Settings, prepared: Prepared, lock: RunLock) -> Start: # raises TrainError, CheckpointError
     """Settle with all ranks what is trained and where it goes on. Nothing is written: a start that is refused changes
     no run."""
@@ -89,6 +90,7 @@ def begin_run(settings: Settings, prepared: Prepared, lock: RunLock) -> Start: #
     if separate and not tidies: checkpoint = find(check=False)
     return Start(facts, checkpoint if separate else broadcast(checkpoint), separate, resume)
 
+# %% ../../nbs/training/13_run.ipynb #begin-writing
 # what `sweep` gave; raises CheckpointError
 def begin_writing(settings: Settings, start: Start, needed: int) -> dict[str, str]:
     "Everything is checked; now tidy the run's folder and write down the settings. `needed`: bytes of a checkpoint."
@@ -130,6 +132,7 @@ def start_processes(settings: Settings) -> None:
         # joins the group that is there: ZeRO-3 divides weights before a trainer exists, and would count one rank
         init_distributed(auto_mpi_discovery=False)
 
+# %% ../../nbs/training/13_run.ipynb #keep-memory-whole
 def keep_memory_whole() -> None:
     """Blocks differ in length; PyTorch's allocator then leaves gaps that nothing fits, unless its segments can grow.
     Read at the first use of a GPU."""
@@ -153,6 +156,7 @@ def publish_model(
     publish_final(merged, settings.run_dir)
     shutil.rmtree(merged)
 
+# %% ../../nbs/training/13_run.ipynb #trainresult
 class TrainResult:
     "Where the final model lies, and what was logged on the way."
 
@@ -207,6 +211,7 @@ def train_from(start: Start, settings: Settings, prepared: Prepared) -> Optional
                          "nothing to publish.")
     return trainer.written[-1] if trainer.publishes else None
 
+# %% ../../nbs/training/13_run.ipynb #stop-words
 def stop_words(trainer: Any, settings: Settings) -> str:
     "Why the training ended, what is complete, and how to go on."
     reason = f" ({trainer.stop.reason})" if trainer.stop.reason else ""
@@ -221,6 +226,7 @@ def bytes_of_checkpoint(trainer: Any, settings: Settings) -> int: # an estimate
     return expected_bytes(settings.run_dir, count, settings.optimizer, uses_deepspeed(settings),
                           weights[0].element_size())
 
+# %% ../../nbs/training/13_run.ipynb #converted
 def converted(
     checkpoint: Path,
     settings: Settings,

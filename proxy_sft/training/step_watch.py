@@ -83,6 +83,7 @@ def which_blocks(
             at += fitting[1]
     return found
 
+# %% ../../nbs/training/11_step_watch.ipynb #lines-of
 def lines_of(
     prepared: Prepared,
     settings: Settings,

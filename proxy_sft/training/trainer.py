@@ -194,6 +194,7 @@ def build_trainer(
     trainer.lines = lambda blocks: lines_of(prepared, settings, blocks)
     return trainer
 
+# %% ../../nbs/training/12_trainer.ipynb #trainer-columns
 def trainer_columns(data: Dataset, settings: Settings) -> Dataset: # as numpy arrays: no Python integer per token
     "What the collator reads; without packing each block is one conversation and needs no lengths."
     return (data if settings.packing else data.remove_columns("seq_lengths")).with_format("numpy")
