@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['HEADER', 'STOP_TOKEN', 'EMPTY_THINK', 'TEMPLATES', 'ROW_ERRORS', 'TYPE_NAMES', 'EDITS', 'LEFT_TO_TEMPLATE',
-           'ChatError', 'chat_template', 'json_text', 'tool_text', 'served_template', 'serving_options', 'render_chat',
-           'apply_template', 'control_tokens', 'control_pattern', 'render_marked', 'encode_text']
+           'TOOL_TOKENS', 'ChatError', 'chat_template', 'json_text', 'tool_text', 'served_template', 'serving_options',
+           'render_chat', 'apply_template', 'control_tokens', 'control_pattern', 'missing_control_tokens',
+           'render_marked', 'encode_text']
 
 # %% ../../nbs/chat/01_templates.ipynb #imports
 import json
@@ -231,6 +232,19 @@ def control_pattern(
 ) -> re.Pattern:
     "Matches every control token, the longest first."
     return re.compile("|".join(re.escape(token) for token in sorted(control_tokens(tokenizer), key=len, reverse=True)))
+
+# %% ../../nbs/chat/01_templates.ipynb #missing-export
+# Qwen3's, not special: decoding shows them
+TOOL_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+
+
+def missing_control_tokens(
+    tokenizer: Any, # a fast Hugging Face tokenizer
+    tokens: tuple[str, ...] = TOOL_TOKENS, # to look for
+) -> tuple[str, ...]: # in their order
+    "Which of the tokens the tokenizer would split."
+    known = {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()}
+    return tuple(token for token in tokens if token not in known)
 
 # %% ../../nbs/chat/01_templates.ipynb #mark-controls
 def _mark_controls(messages: list, tools: Optional[list], pattern: re.Pattern, left: str) -> tuple[list, list, str]:
