@@ -164,6 +164,8 @@ def own_page(page: dict, parameters: dict) -> dict: # a notebook as JSON
     for cell in cells:
         if "parameters" not in cell["metadata"].get("tags", []): continue
         for name, value in parameters.items():
+            if not re.search(rf"(?m)^{name}: ", cell["source"]): # a setting that this page does not list
+                cell["source"] += f"\n{name} = {value!r}"
             cell["source"] = re.sub(
                 rf"(?m)^({name}: [^=\n]+= )[^#\n]*?(?=  #|$)", lambda m, value=value: m[1] + repr(value), cell["source"]
             )

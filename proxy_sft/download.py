@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from .core.settings import Settings
 from .data.hub import plain_words
 from .data.local import dataset_job, model_job
+from .data.page_views import raw_rows, shortened
 from .data.transfer import check_disk, MARGIN
 
 # %% ../nbs/00_download.ipynb #download
@@ -50,16 +51,8 @@ def first_row(
     most: int = 200, # rows that are looked through for one with tools
     width: int = 600, # characters of a value that are shown
 ) -> str: # JSON
-    "A raw row of the data set, long values cut."
-    with settings.train_file.open(encoding="utf-8") as lines:
-        some = [json.loads(line) for line in itertools.islice(lines, most)]
+    "A raw row of the data set, whatever form it lies in, long values cut."
+    some = [row for _, row in itertools.islice(raw_rows(settings), most)]
     row = next((row for row in some if any(m.get("functions") for m in row.get("messages") or [])),
                some[0] if some else {})
-    cut = lambda value: f"{value[:width]} … ({len(value):,} characters)" if isinstance(value,
-            str) and len(value) > width else value
-    messages = [
-        {name: cut(value) for name, value in message.items() if value is not None}
-        for message in row.get("messages") or []
-    ]
-    return json.dumps({**{name: cut(value) for name, value in row.items()}, "messages": messages}, indent=1,
-                      ensure_ascii=False)
+    return json.dumps(shortened(row, width), indent=1, ensure_ascii=False)

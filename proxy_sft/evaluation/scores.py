@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DRAWS', 'SLICES', 'COLOURS', 'drawn_sums', 'middle', 'Evaluation', 'judge', 'values_of', 'estimates', 'slices_of',
            'slice_metric', 'rate_cells', 'loss_rows', 'table_rows', 'head_line', 'evaluation_text', 'plot_svg',
-           'evaluation_html']
+           'rate_figure', 'evaluation_html']
 
 # %% ../../nbs/evaluation/07_scores.ipynb #imports
 import math
@@ -284,6 +284,26 @@ def plot_svg(
         f'aria-label="rates of {escape(" and ".join(models))}"><rect width="100%" height="100%" '
         f'fill="#ffffff"/>{"".join(parts)}</svg>'
     )
+
+# %% ../../nbs/evaluation/07_scores.ipynb #figure-export
+def rate_figure(
+    evaluation: Evaluation, # of one model or two
+) -> Any: # a matplotlib figure
+    "One bar per metric and model, with its interval."
+    from matplotlib.figure import Figure
+    models, names = list(evaluation.replies), list(METRICS)
+    figure = Figure((9, 0.7 + 0.32 * len(names)), 64, layout="constrained")
+    axes, height = figure.subplots(), 0.8 / len(models)
+    for i, name in enumerate(names):
+        for k, (model, found) in enumerate(zip(models, estimates(*values_of(evaluation, name)), strict=False)):
+            rate, low, high = (100 * x for x in found)
+            axes.barh(i + (k - (len(models) - 1) / 2) * height, rate, height, color=COLOURS.get(model, "#777777"),
+                      xerr=[[max(0, rate - low)], [max(0, high - rate)]], ecolor="#222222",
+                      label=model if not i else None)
+    axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 100), xlabel="%")
+    axes.invert_yaxis()
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
 
 # %% ../../nbs/evaluation/07_scores.ipynb #html-export
 def evaluation_html(evaluation: Evaluation) -> str: # semantic tags, everything from data escaped
