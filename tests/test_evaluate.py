@@ -27,7 +27,7 @@ from proxy_sft.evaluation.answers import wilson
 from proxy_sft.evaluate import evaluate
 from proxy_sft.evaluation.asking import evaluate_leaderboard, model_folders
 from proxy_sft.evaluation.failures import browse_failures, show_turn
-from proxy_sft.evaluation.scores import Evaluation, evaluation_html, judge, plot_svg, table_rows
+from proxy_sft.evaluation.scores import Evaluation, evaluation_html, judge, rate_figure, table_rows
 from proxy_sft.evaluation.generation import (
     answer_limit, ask_in_time, generate_replies, load_model, questions_that_fit, token_batches
 )
@@ -243,7 +243,7 @@ def test_slices_and_rates():
     assert found.changed("exact") == (1, 0) and found.changed("decision") == (2, 0) and found.failures("tuned") == [2]
     assert found.failures("tuned", group="single") == [] and found.failures("tuned", group="parallel") == [2]
     assert "tuned" in repr(found) and "wrong: names, complete, exact" in show_turn(found, 2)
-    assert all(len(r) == 5 for r in table_rows(found)) and plot_svg(found).count(" height=\"9\"") == 2 * len(METRICS)
+    assert all(len(r) == 5 for r in table_rows(found)) and len(rate_figure(found).axes[0].patches) == 2 * len(METRICS)
     pages = browse_failures(found, "base", static=False)
     first = pages.children[1].value
     pages.children[0].value = 1  # the slider moves

@@ -43,10 +43,11 @@ class RowBeside(NamedTuple):
 
     def _repr_html_(self) -> str:
         raw = message_lines(self.raw["messages"]) if self.raw else "not found"
+        head = "".join(f'<th style="text-align:left">{name}</th>' for name in (f"raw, line {self.line:,}", "converted"))
         texts = raw, message_lines(row_parts(self.row)[0])
         cells = "".join(f'<td style="text-align:left;vertical-align:top;width:50%"><pre style="white-space:pre-wrap">'
                         f"{escape(text)}</pre></td>" for text in texts)
-        return (f'<table style="width:100%"><thead><tr><th>raw, line {self.line:,}</th><th>converted</th></tr></thead>'
+        return (f'<table style="width:100%"><thead><tr>{head}</tr></thead>'
                 f"<tbody><tr>{cells}</tr></tbody></table>")
 
 # %% ../../nbs/chat/18_page_views.ipynb #find

@@ -62,14 +62,15 @@ class Table:
 
 # %% ../../nbs/core/08_display.ipynb #picture
 def small_png(figure: Any) -> bytes: # of a matplotlib figure, which is closed
-    "A figure as a PNG with a palette of sixteen colours."
+    "A figure as a PNG with a palette of 32 colours."
     import io
     import matplotlib.pyplot as plt
     from PIL import Image
     drawn, packed = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", facecolor="white")
     plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(16, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
+    drawing, plain = Image.open(drawn).convert("RGB"), Image.Dither.NONE
+    drawing.quantize(32, Image.Quantize.MAXCOVERAGE, dither=plain).save(packed, "PNG", optimize=True)
     return packed.getvalue()
 
 # %% ../../nbs/core/08_display.ipynb #show-small

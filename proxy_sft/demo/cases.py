@@ -70,27 +70,29 @@ def note_tool(**properties) -> dict:
 
 # %% ../../nbs/demo/03_cases.ipynb #demo-note
 def note(
-    arguments:str,       # what stands between the parentheses
+    arguments:str,       # what stands between the parentheses; NOTE in it becomes what the user wants noted
     rng:random.Random,   # makes the row its own
+    wanted:str="",       # what the user wants noted, where that is not a sentence for NOTE
     **properties,        # the tool's parameters; default: one string, `text`
 ) -> list[dict]:  # a conversation
     "A conversation with one call of `notes.save`, spelled by hand."
-    word = draw("word", rng)[0]
+    word, person = draw("word", rng)[0], draw("person", rng)[0]
+    question = f"Save a note about the {word} for {person}: {wanted or f'look at the {word}'}."
     tool = note_tool(**(properties or {"text": {"type": "string"}}))
-    return custom(tool, f"Save a note about the {word} for {draw('person', rng)[0]}.", f"notes.save({arguments})",
-                  ('{"saved": true}',), "Saved.")
+    called = f"notes.save({arguments.replace('NOTE', f'look at the {word}')})"
+    return custom(tool, question, called, ('{"saved": true}',), "Saved.")
 
 # %% ../../nbs/demo/03_cases.ipynb #demo-spelling-cases
 @plant(3)
 def python_literals(rng):
     "`True`, `None` and single quotes."
     any_type = {}
-    return note("text='a', done=True, tag=None", rng, text=STRING, done=BOOLEAN, tag=any_type)
+    return note("text='NOTE', done=True, tag=None", rng, text=STRING, done=BOOLEAN, tag=any_type)
 
 @plant(3)
 def json_literals(rng):
     "`true` and `null` beside keyword arguments."
-    return note('text="a", done=true, tag=null', rng, text=STRING, done=BOOLEAN, tag={})
+    return note('text="NOTE", done=true, tag=null', rng, text=STRING, done=BOOLEAN, tag={})
 
 # %% ../../nbs/demo/03_cases.ipynb #demo-nested-arguments
 @plant(3)
@@ -99,38 +101,41 @@ def nested_arguments(rng):
     return note(
         """items=[{"name": 'pen', "tags": ["a", 'b'], "sold": True}, {"name": "cup", "tags": [], "sold": false}]""",
         rng,
+        "two items, a pen that is sold and a cup that is not",
         items={"type": "array", "items": {"type": "object"}},
     )
 
 @plant(2)
 def raw_newline(rng):
     "A line break inside a string: still one call."
-    return note('text="first line\nsecond line"', rng)
+    return note('text="first line\nsecond line"', rng, "a first line and a second line")
 
 # %% ../../nbs/demo/03_cases.ipynb #demo-escapes
 @plant(2)
 def escapes(rng):
     "Escapes of both languages, and quotes in quotes."
-    return note(r"""text="tab\t, \"quoted\", back\\slash, \u00e9, it's" """.strip(), rng)
+    return note(r"""text="tab\t, \"quoted\", back\\slash, \u00e9, it's" """.strip(), rng, "signs that need escapes")
 
 # %% ../../nbs/demo/03_cases.ipynb #demo-number-cases
 @plant(2)
 def big_integer(rng):
     "An integer beyond 64 bits."
-    return note("text='big', value=123456789012345678901234567890", rng, text=STRING, value=INTEGER)
+    arguments, wanted = "text='big', value=123456789012345678901234567890", "big, 123456789012345678901234567890"
+    return note(arguments, rng, wanted, text=STRING, value=INTEGER)
 
 @plant(2)
 def number_spellings(rng):
     "Negative numbers, exponents, and a float that is whole."
     return note(
-        "value=-3, scale=1.5e-3, ratio=2.0", rng, value=INTEGER, scale={"type": "number"}, ratio={"type": "number"}
+        "value=-3, scale=1.5e-3, ratio=2.0", rng, "value -3, scale 0.0015, ratio 2", value=INTEGER,
+        scale={"type": "number"}, ratio={"type": "number"}
     )
 
 # %% ../../nbs/demo/03_cases.ipynb #white-space
 @plant(2)
 def white_space(rng):
     "White space around and inside of a call."
-    return note("  text = 'a' ,\n  tag = 'b'  ", rng, text=STRING, tag=STRING)
+    return note("  text = 'NOTE' ,\n  tag = 'b'  ", rng, text=STRING, tag=STRING)
 
 # %% ../../nbs/demo/03_cases.ipynb #demo-spelling-names
 def renamed(messages, name):
@@ -143,31 +148,32 @@ def renamed(messages, name):
 @plant(2)
 def keyword_argument_names(rng):
     "Arguments named like keywords of Python."
-    return note('from="SFO", class="first", import=1', rng, **{"from": STRING, "class": STRING, "import": INTEGER})
+    return note('from="SFO", class="first", import=1', rng, "from SFO, first class, import 1",
+                **{"from": STRING, "class": STRING, "import": INTEGER})
 
 # %% ../../nbs/demo/03_cases.ipynb #odd-tool-names
 @plant(2)
 def odd_tool_names(rng):
     "A hyphen and a slash in the tool's name."
-    return renamed(note('text="a"', rng), "notes-api/save")
+    return renamed(note('text="NOTE"', rng), "notes-api/save")
 
 # %% ../../nbs/demo/03_cases.ipynb #demo-non-ascii
 @plant(2)
 def non_ascii(rng):
     "Text outside ASCII in calls, results and answers."
-    messages = note('text="naïve café 数据 🚀"', rng)
+    messages = note('text="naïve café 数据 🚀"', rng, "naïve café 数据 🚀")
     return [*messages[:3], message("environment", '{"saved": "naïve café 数据 🚀"}'), message("assistant", "保存 ✓")]
 
 @plant(2, "repaired", "positional_arguments")
 def positional_arguments(rng):
     "Arguments without names, in the order of the schema."
-    return note('"a", 3', rng, text=STRING, count=INTEGER)
+    return note('"NOTE", 3', rng, text=STRING, count=INTEGER)
 
 # %% ../../nbs/demo/03_cases.ipynb #demo-leftover-tags
 @plant(2, "repaired", "xml_tags")
 def leftover_tags(rng):
     "The tags that the system text asks for, left in the column."
-    messages = note('text="a"', rng)
+    messages = note('text="NOTE"', rng)
     messages[2]["function_calls"] = f"<function_calls>\n{messages[2]['function_calls']}\n</function_calls>"
     return messages
 
@@ -202,14 +208,14 @@ def text_with_call(rng):
 @plant(2)
 def array_result(rng):
     "A lone JSON array is one result."
-    messages = note('text="a"', rng)
+    messages = note('text="NOTE"', rng)
     return [*messages[:3], message("environment", '[{"id": 1}, {"id": 2}]'), messages[-1]]
 
 # %% ../../nbs/demo/03_cases.ipynb #demo-truncated-result
 @plant(2)
 def truncated_result(rng):
     "A result that is cut off; there is one call, so it is that one's."
-    messages = note('text="a"', rng)
+    messages = note('text="NOTE"', rng)
     return [*messages[:3], message("environment", '{"saved": true, "items": [1, 2, '), messages[-1]]
 
 # %% ../../nbs/demo/03_cases.ipynb #demo-tool-shape-cases
@@ -233,7 +239,7 @@ def bare_tools(rng):
 def loose_type_names(rng):
     "`dict`, `int`, `float` and `bool` as type names."
     loose = {name: {"type": name} for name in ("dict", "int", "float", "bool")}
-    return note('dict={"a": 1}, int=2, float=0.5, bool=True', rng, **loose)
+    return note('dict={"a": 1}, int=2, float=0.5, bool=True', rng, "a is 1, then 2, 0.5 and true", **loose)
 
 @plant(2)
 def no_required(rng):
@@ -247,7 +253,7 @@ def no_required(rng):
 @plant(2)
 def wrong_default(rng):
     "A default that is not of its parameter's type."
-    return note("limit=3", rng, limit={"type": "integer", "default": "ten"})
+    return note("limit=3", rng, "at most 3", limit={"type": "integer", "default": "ten"})
 
 @plant(2, "repaired", "duplicate_tool_dropped")
 def repeated_tool(rng):
@@ -478,23 +484,23 @@ def missing_required(rng):
     def change(tools):
         tools[0]["function"]["parameters"]["required"] = ["text", "level"]
         return tools
-    return with_functions(note('text="a"', rng, **STRICT), change)
+    return with_functions(note('text="NOTE"', rng, **STRICT), change)
 
 @plant(2, "rejected", "schema_violation")
 def wrong_type(rng):
     "A string where the schema wants a whole number."
-    return note('text="a", count="many"', rng, **STRICT)
+    return note('text="NOTE", count="many"', rng, **STRICT)
 
 # %% ../../nbs/demo/03_cases.ipynb #demo-not-in-enum
 @plant(2, "rejected", "schema_violation")
 def not_in_enum(rng):
     "A value outside of the schema's list."
-    return note('text="a", level="medium"', rng, **STRICT)
+    return note('text="NOTE", level="medium"', rng, **STRICT)
 
 @plant(2, "rejected", "schema_violation")
 def unknown_argument(rng):
     "An argument that the tool does not have."
-    return note('text="a", colour="red"', rng, **STRICT)
+    return note('text="NOTE", colour="red"', rng, **STRICT)
 
 # %% ../../nbs/demo/03_cases.ipynb #demo-malformed-cases
 def malformed(name, arguments):
@@ -504,18 +510,18 @@ def malformed(name, arguments):
     plant(2, "rejected", "malformed_calls")(build)
 
 for name, arguments in {
-    "unclosed_string": 'text="a', "unclosed_list": "value=[1, 2", "arithmetic": "value=2*3",
+    "unclosed_string": 'text="NOTE', "unclosed_list": "value=[1, 2", "arithmetic": "value=2*3",
     "nested_call": "value=open('a')", "comprehension": "value=[i for i in range(3)]", "set_literal": "value={1, 2}",
     "bytes_literal": 'value=b"a"', "not_a_number": "value=nan", "infinite": "value=1e999",
-    "repeated_argument": 'text="a", text="b"', "repeated_key": 'value={"a": 1, "a": 2}',
-    "unpacked": '**{"text": "a"}', "number_keys": "value={1: 2}",
+    "repeated_argument": 'text="NOTE", text="b"', "repeated_key": 'value={"a": 1, "a": 2}',
+    "unpacked": '**{"text": "NOTE"}', "number_keys": "value={1: 2}",
 }.items(): malformed(name, arguments)
 
 # %% ../../nbs/demo/03_cases.ipynb #demo-prose-calls
 @plant(1, "rejected", "malformed_calls")
 def prose_calls(rng):
     "Prose where calls should be."
-    messages = note('text="a"', rng)
+    messages = note('text="NOTE"', rng)
     return [*messages[:2], message("assistant", None, "I would save a note now."), *messages[3:]]
 
 @plant(1, "rejected", "surrogate_in_call")
@@ -527,4 +533,4 @@ def half_surrogate(rng):
 @plant(2, "rejected", "positional_arguments")
 def too_many_positional(rng):
     "More arguments without names than the tool has parameters."
-    return note('"a", 3, 4', rng, text=STRING, count=INTEGER)
+    return note('"NOTE", 3, 4', rng, text=STRING, count=INTEGER)

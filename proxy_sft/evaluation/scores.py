@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'SLICES', 'COLOURS', 'drawn_sums', 'middle', 'Evaluation', 'judge', 'values_of', 'estimates', 'slices_of',
-           'slice_metric', 'rate_cells', 'loss_rows', 'table_rows', 'head_line', 'evaluation_text', 'plot_svg',
-           'rate_figure', 'evaluation_html']
+           'slice_metric', 'rate_cells', 'loss_rows', 'table_rows', 'head_line', 'evaluation_text', 'rate_figure',
+           'headline', 'evaluation_html']
 
 # %% ../../nbs/evaluation/07_scores.ipynb #imports
 import math
@@ -248,43 +248,6 @@ def evaluation_text(evaluation: Evaluation) -> str: # lines
 # %% ../../nbs/evaluation/07_scores.ipynb #plot-export
 COLOURS = {"base": "#9aa5b1", "tuned": "#2a78c2"}  # readable on white and on black
 
-
-def plot_svg(
-    evaluation: Evaluation, # of one model or two
-) -> str: # an SVG element without script or style sheet
-    """One bar per metric and model, with its interval, on a white ground: JupyterLab shows it as a picture, which knows
-    nothing of dark pages."""
-    models = list(evaluation.replies)
-    step, top = 11 * len(models) + 8, 20
-    height = top + len(METRICS) * step + 4
-    parts = [
-        (f'<path d="M{x} {top}V{height}" stroke="#888888" stroke-opacity=".4"/><text x="{x}" y="{height + 12}" '
-         f'text-anchor="middle">{name}</text>')
-        for x, name in ((84, "0"), (234, "50"), (384, "100 %"))
-    ]
-    for k, model in enumerate(models):
-        parts.append(
-            f'<circle cx="{90 + 70 * k}" cy="8" r="5" fill="{COLOURS.get(model, "#777777")}"/><text x="{100 + 70 * k}" '
-            f'y="12">{escape(model)}</text>'
-        )
-    for i, metric in enumerate(METRICS):
-        parts.append(
-            f'<text x="76" y="{top + i * step + 13 + 5 * (len(models) - 1)}" text-anchor="end">{metric}</text>'
-        )
-        for k, (model, found) in enumerate(zip(models, estimates(*values_of(evaluation, metric)))):
-            rate, low, high = (84 + 300 * x for x in found)
-            y = top + i * step + 4 + 11 * k
-            parts.append(
-                f'<rect x="84" y="{y}" width="{rate - 84:.0f}" height="9" fill="{COLOURS.get(model, "#777777")}"/>'
-                f'<path d="M{low:.0f} {y + 4.5}H{high:.0f}" stroke="#222222"/>'
-            )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="410" height="{height + 18}" font-family="sans-serif" '
-        'font-size="11" fill="#222222" role="img" '
-        f'aria-label="rates of {escape(" and ".join(models))}"><rect width="100%" height="100%" '
-        f'fill="#ffffff"/>{"".join(parts)}</svg>'
-    )
-
 # %% ../../nbs/evaluation/07_scores.ipynb #figure-export
 def rate_figure(
     evaluation: Evaluation, # of one model or two
@@ -292,7 +255,7 @@ def rate_figure(
     "One bar per metric and model, with its interval."
     from matplotlib.figure import Figure
     models, names = list(evaluation.replies), list(METRICS)
-    figure = Figure((9, 0.7 + 0.32 * len(names)), 64, layout="constrained")
+    figure = Figure((13.5, 0.7 + 0.32 * len(names)), 64, layout="constrained")
     axes, height = figure.subplots(), 0.8 / len(models)
     for i, name in enumerate(names):
         for k, (model, found) in enumerate(zip(models, estimates(*values_of(evaluation, name)), strict=False)):
@@ -306,7 +269,16 @@ def rate_figure(
     return figure
 
 # %% ../../nbs/evaluation/07_scores.ipynb #html-export
+def headline(evaluation: Evaluation) -> str: # one sentence
+    "The metric that matters most: the data's calls, exactly."
+    names = [*evaluation.replies, *(["difference"] if len(evaluation.replies) == 2 else [])]
+    cells = zip(names, rate_cells(evaluation, "exact"), strict=True)
+    return f"{METRICS['exact'].capitalize()}: {'; '.join(f'{name} {cell}' for name, cell in cells)}."
+
 def evaluation_html(evaluation: Evaluation) -> str: # semantic tags, everything from data escaped
-    "The summary for a notebook."
+    "The summary for a notebook; slices and sources are folded."
     head, *rows = table_rows(evaluation)
-    return f"<figure><figcaption>{escape(head_line(evaluation))}</figcaption>{html_table(rows, head)}</figure>"
+    whole, parts = ([row for row in rows if (": " in row[0]) is sliced] for sliced in (False, True))
+    folded = f"<details><summary>{len(parts)} slices</summary>{html_table(parts, head)}</details>" if parts else ""
+    return (f"<p><strong>{escape(headline(evaluation))}</strong></p><p>{escape(head_line(evaluation))}</p>"
+            f"{html_table(whole, head)}{folded}")
