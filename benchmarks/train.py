@@ -2,15 +2,16 @@
 run.
 
     python benchmarks/train.py [--record] [--rows N] [--steps N] [--layers N] [--accumulation N] [--minutes N] [-p NAME
-    VALUE] [--upstream NAME VALUE]
+    VALUE] [--upstream NAME VALUE] [--alone]
 
 On a GPU: Qwen3-8B's real shape with random weights, with as many of its 36 layers as the doctor's count lets fit
 (`--layers` sets their number; the table says it). What is known is printed at once, and a side that fails or takes
-longer than `--minutes` is told with its last words and does not lose the other. Without one: the same code from end to
-end with a tiny model, whose speeds say nothing about a GPU; what needs none, padding and packing, is exact. Both sides
-are the project's own: `load_settings` on the profiles `qwen3_8b` and `upstream`, `prepare`, `build_trainer`, each in a
-process of its own. `-p` changes a setting on both sides, `--upstream` on the other side alone: to fit a card, both
-sides get the optimizer and the precision of weights of ours.
+longer than `--minutes` is told with its last words and does not lose the other (the exit code is then 1). Without one:
+the same code from end to end with a tiny model, whose speeds say nothing about a GPU; what needs none, padding and
+packing, is exact. Both sides are the project's own: `load_settings` on the profiles `qwen3_8b` and `upstream`,
+`prepare`, `build_trainer`, each in a process of its own. `-p` changes a setting on both sides, `--upstream` on the
+other side alone, `--alone` leaves the other side out: to fit a card, both sides get the optimizer and the precision of
+weights of ours.
 
 The conversations are drawn as in benchmarks/prepare.py: lengths as in Dolci-Instruct-SFT as far as its published size
 tells (2,152,112 rows, 227,579 with tools, 3.3 KB each on average, a long tail), text of the installed packages, the
@@ -77,6 +78,7 @@ def arguments():
             metavar=("NAME", "VALUE"),
             help="a setting: both sides, the other side",
         )
+    parser.add_argument("--alone", action="store_true", help="this project's side only")
     parser.add_argument("--side", help=argparse.SUPPRESS)  # in a process of its own: a folder with side.json
     return parser.parse_args()
 
@@ -86,7 +88,7 @@ def arguments():
 def write_inputs(folder, args, gpu):
     "Conversations and a model of random weights; what they are, in a line."
     sys.path.insert(0, str(Path(__file__).parent))
-    from prepare import Text, draw_converted
+    from prepare import Text, draw_converted, hashes
     import orjson
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -98,6 +100,9 @@ def write_inputs(folder, args, gpu):
     for split, count in (("heldout", 2), ("train", args.rows)):
         with (converted / f"{split}.jsonl").open("wb") as file:
             for number in range(count): file.write(orjson.dumps(draw_converted(number, chance, text)) + b"\n")
+    report = {"rows": args.rows + 2, "kept": args.rows + 2, "heldout": 2, "rejected": {}, "repaired": {}, "flags": {},
+              "by_source": {"generated": {"rows": args.rows + 2}}, "files": hashes([*converted.glob("*.jsonl")])}
+    (converted / "report.json").write_text(json.dumps(report))  # as a conversion that had written these files
     real = (SHARED / "tokenizer.json").is_file()
     small = build_demo_tokenizer([text.take(2_000_000)])
     counting = AutoTokenizer.from_pretrained(SHARED) if real else small
@@ -212,7 +217,7 @@ def sides(folder, args, gpu):
         "max_steps": 5 * args.steps + 2,
         **{name: parsed(value) for name, value in args.upstream},
     }
-    return {"this project": ours, "upstream": other}
+    return {"this project": ours} if args.alone else {"this project": ours, "upstream": other}
 
 
 def load(profile):
@@ -318,6 +323,8 @@ def run_side(folder):
         "peak_flops": peak_flops(device),
         "mfu": utilisation(speed, flops, peak_flops(device)),
         "flops": flops,
+        "context": counted["squares"] / counted["tokens"],
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "as it comes"),
         "split": clock.spent,
         "settings": {
             n: getattr(settings, n)
@@ -397,6 +404,7 @@ def compare(args):
             )
         yield ""
         if results: yield from table(results, gpu)
+        args.failed = len(results) < len(sides(folder, args, gpu))
 
 
 def run_apart(place, minutes):
@@ -431,12 +439,14 @@ def table(results, gpu):
     yield line("measured: steps, real tokens", lambda r: f"{r['steps']}, {r['tokens']:,.0f}")
     yield line("padding computed", lambda r: f"{1 - r['tokens'] / r['computed']:.1%}")
     yield line("real tokens per second", lambda r: f"{r['speed']:,.0f}")
-    yield line("GFLOP per real token", lambda r: f"{r['flops'] / 1e9:,.3f}")
+    yield line("mean context, tokens", lambda r: f"{r['context']:,.1f}")
+    yield line("GFLOP per real token", lambda r: f"{r['flops'] / 1e9:,.6g}")
     yield line(
         "MFU",
         lambda r: "no peak is known" if r["mfu"] is None else f"{r['mfu']:.1%} of {r['peak_flops'] / 1e12:.1f} TFLOP/s",
     )
     yield line("peak memory, GiB" if gpu else "most memory of the process, GiB", lambda r: f"{r['peak'] / 2**30:.2f}")
+    yield line("allocator", lambda r: r["allocator"])
     for part in ("data", "forward", "backward", "optimizer"):
         yield line(f"share of a step: {part}", lambda r: f"{r['split'].get(part, 0) / r['split']['step']:.1%}")
     yield line(
@@ -488,6 +498,7 @@ def main():
         print(line, flush=True)
         lines.append(line)
     if args.record: record("\n".join(lines))
+    return 1 if args.failed else 0
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": sys.exit(main())

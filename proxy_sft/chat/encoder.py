@@ -97,6 +97,7 @@ class Coder:
 
     def load(self) -> None:
         "Take the fast library, once for each tokenizer."
+        import awkward  # noqa: F401 (without it gigatoken gives lists, and the message would not name what is missing)
         import gigatoken
         size, self._giga = _giga_encoders.get(self.tokenizer, (0, None))
         if size == len(self.tokenizer): return
