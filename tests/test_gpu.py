@@ -3,6 +3,7 @@ real ones, and the signatures of packages that may be installed."""
 import inspect
 import json
 import shutil
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -222,3 +223,97 @@ def test_our_words_fit_the_packages_that_are_installed():
         inspect.signature(given[0]).bind([], **given[1])
         bound.append("torchao")
     assert "bitsandbytes" in bound and set(PACKAGES.values()) == {"bitsandbytes", "torchao"}
+
+
+LIGER_STAND_IN = '''import torch
+
+def _apply_liger_kernel_to_instance(model, **config):
+    "Liger's entry, for layers of its own: every norm is counted, and computes in another way."
+    assert config["rms_norm"] and not config["fused_linear_cross_entropy"]
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"): module.forward = norm_of(module)
+
+CALLS = []
+
+def norm_of(module):
+    def forward(rows):
+        CALLS.append(torch.is_grad_enabled())
+        return torch.nn.functional.rms_norm(rows.float(), rows.shape[-1:], module.weight.float()).to(rows.dtype)
+    return forward
+'''
+
+
+def prove_with_kernels(settings):
+    "The proof of attention as `build_trainer` has it, on a trainer whose layers are to run with kernels."
+    import liger_kernel.transformers as liger
+    from proxy_sft.pipeline import ensure_prepared
+    from proxy_sft.training.arguments import speed_record
+    from proxy_sft.training.checkpoints import checkpoint_facts
+    from proxy_sft.training.model import kernel_arguments
+    from proxy_sft.training.run import start_processes
+    from proxy_sft.training.trainer import build_trainer
+    prepared = ensure_prepared(settings)
+    start_processes(settings)
+    trainer = build_trainer(settings, prepared, checkpoint_facts(settings, prepared.key, 1), resumed=True)
+    assert not liger.CALLS
+    with trainer.accelerator.autocast(): assert not torch.is_autocast_cache_enabled()
+    for name, value in kernel_arguments("liger").items(): setattr(trainer.args, name, value)
+    record = speed_record(trainer, settings)
+    proved = [grad for grad in liger.CALLS]
+    print(json.dumps({"kernels": record["kernels"], "proved": len(proved), "with_slopes": sum(proved)}))
+
+
+def test_attention_is_proved_on_the_layers_that_train(tmp_path, monkeypatch):
+    "The fused layers must be there when packed rows are compared, or something else is proved than is trained."
+    home = tmp_path / "packages"
+    for name, text in (("__init__.py", ""), ("transformers.py", LIGER_STAND_IN)):
+        (home / "liger_kernel").mkdir(parents=True, exist_ok=True)
+        (home / "liger_kernel" / name).write_text(text)
+    (home / "liger_kernel-0.8.5.dist-info").mkdir()
+    (home / "liger_kernel-0.8.5.dist-info" / "METADATA").write_text("Name: liger-kernel\nVersion: 0.8.5\n")
+    done = run_training(**{**SMALL, "workspace": str(tmp_path), "run_name": "proof", "bf16": True},
+                        act=PathFirst(str(home), prove_with_kernels))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    # packed, three rows alone, joined, and once with slopes: each norm of the model every time
+    assert found["kernels"] == "liger" and found["proved"] >= 6 and found["with_slopes"] > 0
+
+
+class PathFirst:
+    "An `act` of a training that finds packages in a folder."
+    def __init__(self, folder, act): self.folder, self.act = folder, act
+
+    def __call__(self, settings):
+        sys.path.insert(0, self.folder)
+        from transformers.utils import import_utils
+        import_utils.is_liger_kernel_available.cache_clear()
+        self.act(settings)
+
+
+def test_the_rehearsals_tensors_are_ligers(monkeypatch):
+    "Kept and made, to the byte, by Liger's own functions; their kernels, which need a GPU, are left out."
+    norms = pytest.importorskip("liger_kernel.ops.rms_norm", exc_type=ImportError)
+    from liger_kernel.ops import rope, swiglu
+
+    from proxy_sft.training.cost import AllocationMeter
+    from proxy_sft.training.fused_kernels import GateTensors, NormTensors, TurnTensors
+    class Nothing:
+        def __getitem__(self, grid): return lambda *args, **kwargs: None
+    for module in (norms, rope, swiglu):
+        for name in dir(module):
+            if name.endswith(("_kernel", "_tiled", "_triton_rope")): monkeypatch.setattr(module, name, Nothing())
+
+    def allocated(act, given):
+        given = [t.clone().requires_grad_() * 1 for t in given]
+        with AllocationMeter(given) as meter:
+            before, out = meter.live, act(*given)
+            after, out = meter.live, out if isinstance(out, tuple) else (out,)
+            torch.autograd.backward(out, [torch.ones_like(one) for one in out])
+        return after - before, meter.peak - before
+    row, wide, head = torch.randn(1, 8, 64), torch.randn(1, 8, 128), torch.randn(1, 8, 2, 16).transpose(1, 2)
+    turn = torch.randn(1, 8, 16)
+    norm = lambda rows, weight: norms.LigerRMSNormFunction.apply(rows, weight, 1e-6, 0.0, "llama", True, None)
+    for theirs, ours, given in ((norm, NormTensors.apply, (row, torch.ones(64))),
+                                (swiglu.LigerSiLUMulFunction.apply, GateTensors.apply, (wide, wide)),
+                                (rope.LigerRopeFunction.apply, TurnTensors.apply, (head, head, turn, turn))):
+        assert allocated(theirs, given) == allocated(ours, given)

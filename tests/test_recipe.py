@@ -157,9 +157,10 @@ def folder(tmp_path_factory):
 
 
 def test_the_doctors_memory_is_what_one_process_allocates(folder):
-    for said, seen in said_and_seen(folder, "plain", 1):
+    for said, seen in (*said_and_seen(folder, "plain", 1),
+                       *said_and_seen(folder, "copies", 1, weights="bfloat16_master", bf16=True)):
         assert seen["before the step"] == pytest.approx(
-            said["weights"] + said["gradients"] + said["optimizer"], rel=0.01
+            said["weights"] + said["gradients"] + said["32-bit copy"] + said["optimizer"], rel=0.01
         )
         assert seen["peak"] == pytest.approx(sum(said.values()), rel=0.1)
 

@@ -329,7 +329,7 @@ def cost_of(layers, dtype, tokens, checkpointing, liger, attention, change):
     if change == "round once": round_once(model)
     batch, mixed = (
         block(tokens),
-        (lambda: torch.autocast(DEVICE.type, torch.bfloat16, cache_enabled=change != "no cache")),
+        (lambda: torch.autocast(DEVICE.type, torch.bfloat16, cache_enabled=change == "cache")),
     )
     def ahead():
         with mixed(): return tiled_loss(model, batch) / tokens
@@ -347,7 +347,7 @@ VARIANTS = [  # weights, tokens per block, recomputed, Liger, attention, change
     (torch.bfloat16, TOKENS, "none", True, "auto", ""),
     (torch.bfloat16, TOKENS // 4, "none", True, "auto", ""),
     (torch.float32, TOKENS, "full", True, "auto", "round once"),
-    (torch.float32, TOKENS, "full", True, "auto", "no cache"),
+    (torch.float32, TOKENS, "full", True, "auto", "cache"),
     (torch.float32, TOKENS, "selective", True, "auto", ""),
     (torch.bfloat16, TOKENS // 2, "none", True, "auto", ""),
     (torch.bfloat16, TOKENS, "every 2", True, "auto", ""),
@@ -426,13 +426,13 @@ def profile():
     "One block of the profile's recipe, and of 16-bit weights without recomputation."
     from torch.profiler import ProfilerActivity, profile as recording
     from transformers.integrations.liger import apply_liger_kernel
-    from proxy_sft.training.cost import tiled_loss
+    from proxy_sft.training.cost import autocast, tiled_loss
     from proxy_sft.training.model import LIGER
     for dtype, checkpointing in ((torch.float32, "full"), (torch.bfloat16, "none")):
         model, batch = model_of(MORE, dtype, checkpointing), block(TOKENS)
         if GPU: apply_liger_kernel(model, LIGER)
         def step(model=model, batch=batch):
-            with torch.autocast(DEVICE.type, torch.bfloat16): loss = tiled_loss(model, batch) / TOKENS
+            with autocast(DEVICE.type): loss = tiled_loss(model, batch) / TOKENS
             loss.backward()
         step()
         wait()

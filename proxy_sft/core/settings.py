@@ -168,8 +168,10 @@ class Training(Group):
 class Hardware(Group):
     "Numerics, memory and processes."
     bf16: bool = Field(True, description="bfloat16 arithmetic")
-    weights: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="precision in which weights are kept; auto: bfloat16 under DeepSpeed, else 32 bits"
+    weights: Literal["auto", "bfloat16_master", "bfloat16", "float32"] = Field(
+        "auto",
+        description="precision in which weights are kept; bfloat16_master: 16 bits, beside a 32-bit copy in the "
+        "optimizer (DeepSpeed's where it runs); auto: bfloat16 under DeepSpeed and with adapters, else 32 bits",
     )
     attention: str = Field(
         "auto", min_length=1, description="attention implementation; auto takes the fastest exact one that is installed"

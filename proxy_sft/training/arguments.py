@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINTING', 'PATIENCE', 'TrainError', 'speed_record', 'whole_weights', 'short_rows', 'uses_deepspeed',
-           'optimizer_of', 'checkpointing_arguments', 'deepspeed_values', 'training_arguments', 'one_device']
+           'optimizer_of', 'checkpointing_arguments', 'deepspeed_values', 'training_arguments', 'optimizer_class',
+           'one_device']
 
 # %% ../../nbs/training/10_arguments.ipynb #imports
 import json
@@ -23,7 +24,8 @@ from trl import SFTConfig, SFTTrainer
 # %% ../../nbs/training/10_arguments.ipynb #imports-own
 from ..core.settings import deepspeed_file, Settings
 from .attention import choose_attention
-from .cost import weights_dtype
+from .cost import keeps_master, weights_dtype
+from .master_weights import with_master
 from .model import kernel_arguments, kernels_for, optimizer_arguments, training_device
 
 # %% ../../nbs/training/10_arguments.ipynb #error
@@ -161,6 +163,17 @@ def training_arguments(
             ddp_timeout=PATIENCE,
         )
     )
+
+# %% ../../nbs/training/10_arguments.ipynb #optimizer-class
+def optimizer_class(settings: Settings, arguments: SFTConfig) -> Optional[tuple[type, dict[str, Any]]]:
+    "A class and its options where the name in the arguments is not enough; raises TrainError."
+    if not keeps_master(settings, uses_deepspeed(settings)): return optimizer_of(settings)[1]
+    if arguments.world_size > 1:
+        raise TrainError(f"weights is bfloat16_master, and {arguments.world_size} ranks train without DeepSpeed. Set "
+                         "deepspeed to ds_config_zero2.json, or weights to auto.")
+    kind, options = SFTTrainer.get_optimizer_cls_and_kwargs(arguments)
+    return with_master(kind), options
+
 
 # %% ../../nbs/training/10_arguments.ipynb #one-device
 def one_device(arguments: SFTConfig) -> SFTConfig: # changed

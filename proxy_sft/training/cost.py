@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'DOLCI', 'PEAKS', 'KEPT', 'FUSED', 'PACKAGES', 'Shape', 'published_config', 'flops_per_token',
            'mean_context', 'CostTable', 'padded_share', 'BatchingTable', 'peak_flops', 'utilisation', 'AllocationMeter',
-           'keep_attention', 'set_checkpointing', 'tiled_loss', 'one_pass', 'loss_in_tiles', 'build_model',
-           'activation_bytes', 'rehearse', 'rehearsed', 'weights_dtype', 'state_bytes', 'optimizer_bytes',
-           'trained_parameters', 'frozen_bytes', 'bucket_bytes', 'memory_parts']
+           'keep_attention', 'set_checkpointing', 'tiled_loss', 'one_pass', 'loss_in_tiles', 'autocast', 'build_model',
+           'activation_bytes', 'rehearse', 'rehearsed', 'kernels_that_run', 'weights_dtype', 'keeps_master',
+           'saved_bytes', 'state_bytes', 'optimizer_bytes', 'trained_parameters', 'frozen_bytes', 'bucket_bytes',
+           'memory_parts']
 
 # %% ../../nbs/training/01_cost.ipynb #imports
 import json
@@ -16,7 +17,8 @@ import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Iterable, Optional
+from importlib.util import find_spec
+from typing import Any, ContextManager, Iterable, Optional
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3Config
 from trl.trainer import sft_trainer, utils as trl_utils
 
+from .fused_kernels import fused_tensors
 from ..core.settings import Settings
 from ..core.display import html_table, text_table
 
@@ -295,16 +298,17 @@ def tiled_loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor: #
     )
 
 # %% ../../nbs/training/01_cost.ipynb #one-pass
-def one_pass(model: PreTrainedModel, tokens: int) -> None:
-    "Forwards and backwards over one block, with the loss of the run."
+def one_pass(model: PreTrainedModel, tokens: int, arithmetic: ContextManager) -> None:
+    "Forwards and backwards over one block, with the loss of the run; `arithmetic` (autocast) ends before backwards."
     ids, places = torch.ones(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
-    if FUSED: loss = tiled_loss(model, {"input_ids": ids, "labels": ids, "position_ids": places})
-    else:
-        loss = loss_in_tiles(
-            model.base_model(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state[0],
-            model.lm_head.weight,
-            ids[0],
-        )
+    with arithmetic:
+        if FUSED: loss = tiled_loss(model, {"input_ids": ids, "labels": ids, "position_ids": places})
+        else:
+            loss = loss_in_tiles(
+                model.base_model(input_ids=ids, position_ids=places, use_cache=False).last_hidden_state[0],
+                model.lm_head.weight,
+                ids[0],
+            )
     loss.backward()
 
 # %% ../../nbs/training/01_cost.ipynb #loss-in-tiles
@@ -315,6 +319,12 @@ def loss_in_tiles(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor)
         sft_trainer._chunk, parts[a : a + size], weight, None, ids[a : a + size], 1.0, None, use_reentrant=False
     )[0]
     return sum(tile(a) for a in range(0, len(ids), size))
+
+# %% ../../nbs/training/01_cost.ipynb #autocast
+def autocast(device: str) -> torch.autocast: # cuda or cpu
+    "bfloat16 arithmetic as the trainer has it: no rounded copies are kept."
+    return torch.autocast(device, torch.bfloat16, cache_enabled=False)
+
 
 # %% ../../nbs/training/01_cost.ipynb #build-model
 def build_model(config: PreTrainedConfig, layers: int, dtype: torch.dtype, checkpointing: str) -> PreTrainedModel:
@@ -333,16 +343,21 @@ def activation_bytes(
     dtype: torch.dtype,
     checkpointing: str,
     bf16: bool,
+    kernels: str = "none",
+    master: bool = False,
     real: bool = False,
 ) -> int:
     "The peak of the second micro-batch above weights and gradients; `real` runs it instead of rehearsing it."
     with nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True):
         model = build_model(config, layers, dtype, checkpointing)
-        mixed = torch.autocast("cpu", torch.bfloat16) if bf16 and dtype == torch.float32 else nullcontext()
-        for weights in model.parameters(): weights.grad = torch.zeros_like(weights)
-        with AllocationMeter([t for p in model.parameters() for t in (p.data, p.grad)]) as meter, mixed:
+        layered = fused_tensors(model) if kernels == "liger" else nullcontext()
+        mixed = autocast("cpu") if bf16 and dtype == torch.float32 else nullcontext()
+        for weights in model.parameters():
+            if master: weights.grad_dtype = torch.float32
+            weights.grad = torch.zeros_like(weights, dtype=torch.float32 if master else dtype)
+        with AllocationMeter([t for p in model.parameters() for t in (p.data, p.grad)]) as meter, layered:
             static = meter.live
-            one_pass(model, tokens)
+            one_pass(model, tokens, mixed)
     return meter.peak - static
 
 # %% ../../nbs/training/01_cost.ipynb #rehearse-2
@@ -352,9 +367,11 @@ def rehearse(
     dtype: torch.dtype = torch.bfloat16, # of the weights
     checkpointing: str = "selective", # none, selective or full
     bf16: bool = True, # bfloat16 arithmetic
+    kernels: str = "none", # none or liger
+    master: bool = False, # gradients of 16-bit weights are added up in 32 bits
 ) -> int: # bytes
     "Activations at the worst moment of a micro-batch, logits included."
-    return rehearsed(config.to_json_string(), type(config), tokens, dtype, checkpointing, bf16)
+    return rehearsed(config.to_json_string(), type(config), tokens, dtype, checkpointing, bf16, kernels, master)
 
 # %% ../../nbs/training/01_cost.ipynb #rehearsed
 @lru_cache
@@ -366,12 +383,32 @@ def rehearsed(config: str, kind: type, *how) -> int: # a configuration as JSON, 
     few, more = measure(2), measure(4)
     return few + (more - few) // 2 * (layers - 2)
 
+# %% ../../nbs/training/01_cost.ipynb #kernels-that-run
+def kernels_that_run(settings: Settings) -> str: # none or liger
+    "The kernels of the layers, as they will be on this machine; what the settings name is counted wherever it is."
+    if settings.kernels != "auto": return settings.kernels
+    here = settings.device == "auto" and torch.cuda.is_available() and find_spec("liger_kernel")
+    return "liger" if here else "none"
+
+
 # %% ../../nbs/training/01_cost.ipynb #dtype
 def weights_dtype(settings: Settings, with_deepspeed: bool) -> torch.dtype:
-    """The precision in which the model is loaded: bfloat16 where DeepSpeed keeps a 32-bit copy or weights are frozen,
-    else 32 bits, unless the settings say otherwise."""
-    if settings.weights != "auto": return getattr(torch, settings.weights)
+    """The precision in which the model is loaded: bfloat16 where a 32-bit copy is kept or weights are frozen, else 32
+    bits, unless the settings say otherwise."""
+    if settings.weights != "auto": return getattr(torch, settings.weights.removesuffix("_master"))
     return torch.bfloat16 if settings.bf16 and (with_deepspeed or settings.lora_rank) else torch.float32
+
+
+# %% ../../nbs/training/01_cost.ipynb #keeps-master
+def keeps_master(settings: Settings, with_deepspeed: bool) -> bool:
+    "Whether our optimizer keeps a 32-bit copy (`training/18_master_weights`); DeepSpeed has its own, adapters are one."
+    return settings.weights == "bfloat16_master" and settings.lora_rank is None and not with_deepspeed
+
+def saved_bytes(settings: Settings, with_deepspeed: bool) -> int: # of one trained weight
+    "What a checkpoint takes for each trained weight beside the optimizer's states."
+    if settings.lora_rank: return 4
+    return weights_dtype(settings, with_deepspeed).itemsize + (4 if keeps_master(settings, with_deepspeed) else 0)
+
 
 # %% ../../nbs/training/01_cost.ipynb #state-bytes
 # what an optimizer needs beside PyTorch
@@ -445,16 +482,16 @@ def memory_parts(
     "What lives on one device, and for it in the host's memory, at the worst moment."
     shape, dtype = Shape.of(config), weights_dtype(settings, zero is not None)
     count, size, stage = shape.parameters, dtype.itemsize, (zero or {}).get("stage", 0)
+    master = keeps_master(settings, zero is not None)
     share = lambda since: ranks if stage >= since else 1
     away = lambda what: ((zero or {}).get(f"offload_{what}") or {}).get("device", "none") != "none"
     logits = 4 * min(4096, settings.batch_size * settings.max_length) * min(32_768, shape.vocabulary)
-    activations = rehearse(
-        config, settings.batch_size * settings.max_length, dtype, settings.activation_checkpointing, settings.bf16
-    )
+    activations = rehearse(config, settings.batch_size * settings.max_length, dtype, settings.activation_checkpointing,
+                           settings.bf16, kernels_that_run(settings), master)
     trained = trained_parameters(shape, settings)
     # of what is trained: adapters have 32 bits beside frozen weights of 16
     each = size if trained == count or stage else 4
-    copy = 4 * trained // share(1) if stage else 0
+    copy = 4 * trained // share(1) if stage or master else 0
     embedding = shape.vocabulary * shape.hidden if trained == count else 0
     states = {
         "32-bit copy": copy,
@@ -462,7 +499,7 @@ def memory_parts(
     }
     weights, gradients = (
         (frozen_bytes(shape, settings, size) + (0 if trained == count else trained * each)) // share(3),
-        trained * each // share(2),
+        trained * (4 if master else each) // share(2),
     )
     parts = {
         "weights": 0 if away("param") else weights,

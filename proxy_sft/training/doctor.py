@@ -32,7 +32,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .checkpoints import checkpoints_to_come, expected_bytes
 from proxy_sft.training.cost import (
-    DOLCI, flops_per_token, mean_context, memory_parts, PACKAGES, peak_flops, published_config, Shape,
+    DOLCI, flops_per_token, mean_context, memory_parts, PACKAGES, peak_flops, published_config, saved_bytes, Shape,
     trained_parameters, weights_dtype
 )
 from ..tokens.keys import key_parts, prepared_folders
@@ -215,7 +215,7 @@ def disk_needed(config: PreTrainedConfig, settings: Settings, ranks: int) -> int
         trained_parameters(shape, settings),
         settings.optimizer,
         divided,
-        each if settings.lora_rank is None else 4,
+        saved_bytes(settings, divided),
     )
     # the final model is written anew, with the adapter in it
     merged = 0 if settings.lora_rank is None else shape.parameters * each

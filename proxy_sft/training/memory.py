@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from .cost import bucket_bytes, optimizer_bytes, tiled_loss
+from .cost import bucket_bytes, keeps_master, optimizer_bytes, tiled_loss
 from ..core.settings import Settings
 
 # %% ../../nbs/training/02_memory.ipynb #advice
@@ -64,7 +64,8 @@ def standing_in(
     zero: Optional[dict[str, Any]],
 ) -> list[torch.Tensor]: # zero: DeepSpeed's `zero_optimization`; None: without it
     "As many bytes as will lie there later: states of a plain optimizer, gradients and buckets under ZeRO."
-    count, size, device = sum(p.numel() for p in trained), trained[0].element_size(), trained[0].device
+    count, device = sum(p.numel() for p in trained), trained[0].device
+    size = 4 if keeps_master(trainer.settings, zero is not None) else trained[0].element_size()
     if zero is None: later = [optimizer_bytes(trainer.settings.optimizer, count, size,
                                               trained_embedding(trainer.model))]
     else:

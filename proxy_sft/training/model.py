@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..chat.saving import stop_token_ids
-from .cost import keep_attention, PACKAGES
+from .cost import keep_attention, keeps_master, PACKAGES
 from ..core.settings import Settings
 
 # %% ../../nbs/training/03_model.ipynb #error
@@ -134,6 +134,11 @@ def optimizer_arguments(
 ]: # for SFTConfig, and a class where transformers has no name; raises ModelError
     "The optimizer in transformers' words."
     name = settings.optimizer
+    if name == "adamw_bf16" and keeps_master(settings, with_deepspeed):
+        raise ModelError(
+            "optimizer is adamw_bf16, which rounds weights by chance, and weights is bfloat16_master, which keeps a "
+            "copy of them. Set optimizer to adamw_8bit or adamw_torch_fused, or weights to bfloat16."
+        )
     if package := PACKAGES.get(name):
         if with_deepspeed:
             raise ModelError(

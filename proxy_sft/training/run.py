@@ -36,6 +36,7 @@ from proxy_sft.training.checkpoints import (
     expected_bytes, lock_run, require_room, resume_of, sees_other_disk, set_aside, lost_checkpoints_message, sweep,
     weights_only
 )
+from .cost import saved_bytes
 from .memory import out_of_memory
 from .model import training_device
 from .trainer import build_trainer, check_batch
@@ -224,7 +225,7 @@ def bytes_of_checkpoint(trainer: Any, settings: Settings) -> int: # an estimate
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
     count = sum(getattr(p, "ds_numel", p.numel()) for p in weights)
     return expected_bytes(settings.run_dir, count, settings.optimizer, uses_deepspeed(settings),
-                          weights[0].element_size())
+                          saved_bytes(settings, uses_deepspeed(settings)))
 
 # %% ../../nbs/training/13_run.ipynb #converted
 def converted(

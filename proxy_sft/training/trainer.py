@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from accelerate.utils import AutocastKwargs
 from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback
 from trl import SFTTrainer
@@ -28,7 +29,7 @@ from ..evaluation.samples import SamplesWhileTraining
 from ..evaluation.serving import serving_notes
 from ..tokens.preparation import Prepared
 from .adapters import adapter_config
-from .arguments import optimizer_of, speed_record, TrainError, training_arguments, uses_deepspeed
+from .arguments import optimizer_class, speed_record, TrainError, training_arguments, uses_deepspeed
 from .checkpoint_writer import CompleteCheckpoints, StopOnRequest
 from .cost import Shape, weights_dtype
 from .doctor import device_name
@@ -49,6 +50,7 @@ class ToolTrainer(CompleteCheckpoints, SFTTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)  # each weight is used once a forward
         self.means = defaultdict(TokenMeans)  # train and eval: since the last record; run: since the start
 
     # what is saved
@@ -163,7 +165,7 @@ def build_trainer(
         eval_dataset=None if heldout is None else trainer_columns(heldout, settings),
         callbacks=[stop, progress, LivePlot(), probe := MemoryProbe(settings.memory_probe)],
         peft_config=adapter_config(settings, model),
-        optimizer_cls_and_kwargs=optimizer_of(settings)[1],
+        optimizer_cls_and_kwargs=optimizer_class(settings, arguments),
     )
     speed = speed_record(trainer, settings)
     progress.more = {name: speed[name] for name in ("attention", "kernels")}
