@@ -167,6 +167,7 @@ class Training(Group):
 # %% ../../nbs/core/01_settings.ipynb #hardware
 class Hardware(Group):
     "Numerics, memory and processes."
+    gpus: int = Field(1, ge=1, description="GPUs that the profile is meant for: the doctor counts for so many")
     bf16: bool = Field(True, description="bfloat16 arithmetic")
     weights: Literal["auto", "bfloat16_master", "bfloat16", "float32"] = Field(
         "auto",

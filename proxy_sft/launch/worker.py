@@ -218,7 +218,8 @@ def run_with_plain_errors(
     except (ValueError, RuntimeError) as error:
         if not type(error).__module__.startswith("proxy_sft."): raise
         code, words = 1, error
-    if os.environ.get("RANK", "0") == "0": log_line(f"proxy-sft: {words}")
+    beside = os.environ.get("RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" in os.environ  # rank 0 says the same
+    if not beside: log_line(f"proxy-sft: {words}")
     report_end(words)
     return code
 

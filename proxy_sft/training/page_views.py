@@ -23,7 +23,8 @@ from ..core.settings import offloads, read_profile, Settings, yaml_scalar
 from ..evaluation.answers import choose_turns, EvaluateError, expected_text
 from ..evaluation.failures import got_text
 from ..evaluation.generation import answer_limit, generate_batch, load_model, questions_that_fit
-from .doctor import diagnose, Report
+from .doctor import require_health
+from .findings import Report
 from .progress import thinned
 from .run import keep_memory_whole
 
@@ -190,7 +191,8 @@ def costs(
     "Memory of a device, memory of the host, disk and hours."
     keep_memory_whole()
     wanted = ("memory", "host memory", "disk", "time")
-    return Report([finding for finding in diagnose(settings, ranks).findings if finding.about in wanted])
+    report = require_health(settings, ranks)  # what would fail later ends the page here, before anything is prepared
+    return Report([finding for finding in report.findings if finding.about in wanted])
 
 # %% ../../nbs/training/16_page_views.ipynb #answers
 def three_answers(

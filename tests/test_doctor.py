@@ -1,0 +1,75 @@
+"""What the doctor says beforehand: every setting that the training would refuse later, and its first line at once."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from proxy_sft import commands
+from proxy_sft.core.settings import load_settings
+from proxy_sft.train import train
+
+PROGRAM = str(Path(sys.executable).parent / "proxy-sft")
+WRONG = {  # what is given -> what the doctor has to name
+    ("report_to", "tensorbord"): "tensorbord", ("report_to", "swanlab"): "not installed",
+    ("lora_targets", "q_porj"): "q_porj", ("attention", "flash_attn_2"): "flash_attn_2",
+    ("attention", "flash_attention_3"): "not installed", ("resume", "nowhere/checkpoint-3"): "does not exist",
+    ("template", "nothnk"): "nothnk", ("template", "missing.jinja"): "missing.jinja",
+    ("dataset", "/nowhere/other.jsonl"): "/nowhere/other.jsonl", ("optimizer", "adamw_bf16"): "torchao",
+}
+
+
+@pytest.fixture(scope="module")
+def demo_model(tmp_path_factory):
+    from proxy_sft.demo.model import write_demo_model
+    folder = tmp_path_factory.mktemp("demo") / "model"
+    write_demo_model(folder, n=200)
+    return folder
+
+
+@pytest.mark.parametrize("given", WRONG)
+def test_what_the_training_would_refuse_is_said_beforehand(given, demo_model, tmp_path, capsys):
+    name, value = given
+    if name == "optimizer" and commands_know("torchao"): pytest.skip("torchao is installed")
+    if value == "swanlab" and commands_know("swanlab"): pytest.skip("swanlab is installed")
+    words = ["doctor", "-p", "profile", "demo", "-p", "model", str(demo_model), "-p", "workspace", str(tmp_path),
+             "-p", "lora_rank", "4", "-p", name, value]
+    code, shown = commands.main(words), capsys.readouterr().out
+    told = " ".join(shown.split())
+    assert WRONG[given] in told and ("Cannot start" in told), told
+    assert code == 1 or name == "dataset"
+    assert not list(tmp_path.iterdir()), "the doctor writes nothing"
+
+
+def commands_know(package: str) -> bool:
+    from importlib.util import find_spec
+    return find_spec(package) is not None
+
+
+def test_training_refuses_before_anything_is_prepared(demo_model, tmp_path):
+    settings = load_settings("demo", model=str(demo_model), workspace=str(tmp_path), report_to=["tensorbord"])
+    with pytest.raises(RuntimeError, match=r"Did you mean\s+'tensorboard'"): train(settings)
+    assert not (tmp_path / "prepared").exists() and not (tmp_path / "converted").exists()
+
+
+def test_a_rank_alone_says_its_errors_and_ranks_beside_it_do_not():
+    for environment, heard in (({"RANK": "1"}, True), ({"RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, False)):
+        done = subprocess.run([PROGRAM, "doctor", "-p", "profil", "demo"], capture_output=True, text=True,
+                              env={**os.environ, **environment})
+        assert done.returncode == 2 and ("profil" in done.stderr) == heard, done.stderr
+
+
+def test_the_first_line_comes_before_pytorch_is_loaded(tmp_path):
+    script = ("import sys, proxy_sft.training.doctor_command as c\n"
+              "assert 'torch' not in sys.modules and 'transformers' not in sys.modules")
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_hours_and_memory_on_a_named_card(capsys, tmp_path):
+    words = ["doctor", "-p", "profile", "qwen3_8b_8gpu", "-p", "workspace", str(tmp_path)]
+    assert commands.main([*words, "--gpu", "h200"]) in (0, 1)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "8 processes" in told and "hours" in told and "operations" not in told and "8 x H200" in told
+    assert commands.main([*words, "--gpu", "h300"]) == 1
+    assert "Known: A100, H100" in capsys.readouterr().err
