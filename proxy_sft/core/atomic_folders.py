@@ -132,8 +132,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     raise AtomicFolderError(f"{folder / MANIFEST} lists no files. Somebody else wrote it; delete {folder}.")
 
 # %% ../../nbs/core/04_atomic_folders.ipynb #damages
-# file -> a sentence; `AtomicFolderError` for a link
-def damages(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
+def damages(
+    folder: Path,
+    manifest: dict[str, Any], # sizes and hashes as they were written
+) -> dict[str, str]: # file -> a sentence; `AtomicFolderError` for a link
     "Every file that is not what the manifest says: gone, added, cut, or of other bytes."
     expected, found = manifest["files"], {p.relative_to(folder).as_posix(): p for p in files_in(folder)}
     def damage(name: str) -> str: # empty where the file is as it was written

@@ -29,8 +29,10 @@ class RunLock:
     def __init__(self, path: Path): # the file that is locked; its folder must exist when it is taken
         self.path, self.lock = path, FileLock(path, thread_local=False)
 
-    # seconds to wait for an owner that is just ending; InUseError, OSError
-    def take(self, patience: float = 3) -> "RunLock":
+    def take(
+        self,
+        patience: float = 3, # seconds to wait for an owner that is just ending
+    ) -> "RunLock": # itself; InUseError, OSError
         "Lock, or say who has it."
         try: self.lock.acquire(timeout=patience, poll_interval=0.1)
         except Timeout:

@@ -84,8 +84,9 @@ def answer_limit(
 
 # %% ../../nbs/evaluation/02_generation.ipynb #greedy-export
 @contextmanager
-# a causal language model of Transformers, maybe in the middle of training
-def ready_to_answer(model: Any) -> Iterator[None]:
+def ready_to_answer(
+    model: Any, # a causal language model of Transformers, maybe in the middle of training
+) -> Iterator[None]:
     "Evaluation mode, and greedy answers whatever the model's folder says about sampling; all as before afterwards."
     training, generation = model.training, model.generation_config
     model.eval()

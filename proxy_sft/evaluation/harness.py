@@ -41,8 +41,9 @@ class TaskScore:
         scores = np.array(list(self.values[model].values()), float)
         return middle(drawn_sums(np.arange(len(scores)), scores[:, None])[:, 0] / len(scores))
 
-    # tuned - base, lower and upper bound; None with one model
-    def difference(self) -> Optional[tuple[float, float, float]]:
+    def difference(
+        self,
+    ) -> Optional[tuple[float, float, float]]: # tuned - base, lower and upper bound; None with one model
         "The mean difference over the documents that both models have."
         if len(self.values) < 2: return None
         both = [name for name in self.values["base"] if name in self.values["tuned"]]
@@ -159,8 +160,14 @@ def evaluate_harness(
     return result
 
 # %% ../../nbs/evaluation/11_harness.ipynb #kept-task
-# as `run_task`
-def kept_task(settings: Settings, task: str, folder: Path, manager: Any, limit: Optional[int], keep: bool) -> dict:
+def kept_task(
+    settings: Settings,
+    task: str,
+    folder: Path, # of the model
+    manager: Any, # of the harness: finds tasks
+    limit: Optional[int], # documents; None for all
+    keep: bool, # on disk, in the run's folder
+) -> dict: # as of `run_task`
     "A task's scores from disk, or measured now."
     key = digest([model_identity(folder), task, limit, settings.template, HARNESS])
     path = settings.run_dir / "harness" / f"{key}.json"

@@ -44,8 +44,10 @@ class SamplesWhileTraining(TrainerCallback):
         self.turns, self.prompts = questions_that_fit(turns, tokenizer, settings)
         self.limit = answer_limit(self.turns, tokenizer, 1024)
 
-    # by turn, the same on every rank; turns for which there was no time are left out
-    def ask(self, model: Any) -> dict[int, Reply]:
+    def ask(
+        self,
+        model: Any, # in the middle of training
+    ) -> dict[int, Reply]: # by turn, the same on every rank; turns for which there was no time are left out
         "This rank's share, then everybody's."
         (rank, size), end, made = place(), time.monotonic() + self.settings.eval_tool_calls_seconds, {}
         stop = stop_token_ids(self.tokenizer, model.generation_config.to_dict())

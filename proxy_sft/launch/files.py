@@ -146,8 +146,12 @@ def redact_outputs(notebook: dict, secrets: list[str]) -> dict: # changed in pla
 # %% ../../nbs/launch/02_files.ipynb #handler
 class AtomicNotebooks:
     "A papermill IO handler: notebooks appear whole, without the secrets of the environment."
-    # problem: why the last write failed
-    def __init__(self, secrets: list[str]): self.secrets, self.problem = secrets, None
+
+    def __init__(
+        self,
+        secrets: list[str], # texts that no notebook may hold
+    ): self.secrets, self.problem = secrets, None  # problem: why the last write failed
+
     def read(self, path: str) -> str: return Path(path).read_text(encoding="utf-8")
     def listdir(self, path: str) -> list[str]: return sorted(str(p) for p in Path(path).iterdir())
     def pretty_path(self, path: str) -> str: return path

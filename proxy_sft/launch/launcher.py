@@ -131,8 +131,9 @@ class Launcher:
             return Path(os.devnull)
 
     @property
-    # a scheduler's USR1 and the hang-up of a terminal may come again without impatience
-    def signalled_twice(self) -> bool:
+    def signalled_twice(
+        self,
+    ) -> bool: # a scheduler's USR1 and the hang-up of a terminal may come again without impatience
         moments = [moment for moment, number in self.signalled if number in (signal.SIGINT, signal.SIGTERM)]
         return len(moments) > 1 and moments[-1] - moments[0] > 1
 

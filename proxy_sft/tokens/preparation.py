@@ -183,8 +183,10 @@ def check_train_parity(
 # %% ../../nbs/tokens/05_preparation.ipynb #abandoned
 KEY = re.compile(r"(?:\.claim-|\.building-)?([0-9a-f]{20})(?:-[0-9a-f]+)?")
 
-# what was removed; mine: already held
-def remove_abandoned(prepared_dir: Path, mine: Optional[Claim] = None) -> list[Path]:
+def remove_abandoned(
+    prepared_dir: Path,
+    mine: Optional[Claim] = None, # already held
+) -> list[Path]: # what was removed
     """Delete what killed builders left. Only who holds a folder's lock looks whether it is complete: nobody can be
     publishing it then."""
     names = [p.name for p in prepared_dir.glob("*")] if prepared_dir.is_dir() else []

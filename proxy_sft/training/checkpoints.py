@@ -312,8 +312,12 @@ def require_fitting(
     if check: refuse_acting_pickles(folder)
 
 # %% ../../nbs/training/06_checkpoints.ipynb #resume-beyond
-# raises CheckpointError
-def require_nothing_beyond(settings: Settings, facts: dict[str, Any], step: int, limit: Optional[int] = None) -> None:
+def require_nothing_beyond(
+    settings: Settings,
+    facts: dict[str, Any],
+    step: int,
+    limit: Optional[int] = None,
+) -> None: # raises CheckpointError
     """What is complete in the run's folder must lie at or before the step that is gone on from, and be of this
     training: later saves would meet it."""
     run_dir = settings.run_dir

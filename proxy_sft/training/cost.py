@@ -67,8 +67,9 @@ class Shape:
     def layer_matrices(self) -> int: # weights
         return 2 * self.hidden * (self.attention_width + self.key_heads * self.head_dim) + 3 * self.hidden * self.inner
     @property
-    # weights that every token is multiplied with; looking up an embedding is no multiplication
-    def matrices(self) -> int:
+    def matrices(
+        self,
+    ) -> int: # weights that every token is multiplied with; looking up an embedding is no multiplication
         return self.layers * self.layer_matrices + self.hidden * self.vocabulary
     @property
     def parameters(self) -> int: # all weights
@@ -422,8 +423,12 @@ def state_bytes(optimizer: str, weight: int) -> int: # per weight; weight: bytes
     return 2 * weight if optimizer.startswith("adamw_torch") else 8
 
 # %% ../../nbs/training/01_cost.ipynb #optimizer-bytes
-# weights: trained; size: bytes of one; embedding: of them, in lookup tables
-def optimizer_bytes(optimizer: str, weights: int, size: int, embedding: int = 0) -> int:
+def optimizer_bytes(
+    optimizer: str,
+    weights: int, # that are trained
+    size: int, # bytes of a weight
+    embedding: int = 0, # of the weights, those in lookup tables
+) -> int:
     "Bytes of the optimizer's states; beside 8-bit states transformers has bitsandbytes keep an embedding's in 32 bits."
     wide = embedding * (8 - state_bytes(optimizer, size)) if optimizer == "adamw_8bit" else 0
     return weights * state_bytes(optimizer, size) + wide

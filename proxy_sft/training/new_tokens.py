@@ -81,8 +81,9 @@ def untrained_rows(
 # %% ../../nbs/training/20_new_tokens.ipynb #folder-norms
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")  # how the matrix is called at the end of its name
 
-# one per row; None where there are no safetensors or no such matrix
-def folder_norms(folder: Path) -> Optional[torch.Tensor]:
+def folder_norms(
+    folder: Path, # of a model
+) -> Optional[torch.Tensor]: # one per row; None where there are no safetensors or no such matrix
     "Length of each token's embedding, from a model's files."
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, "pt") as file:

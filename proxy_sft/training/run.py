@@ -92,8 +92,11 @@ def begin_run(settings: Settings, prepared: Prepared, lock: RunLock) -> Start: #
     return Start(facts, checkpoint if separate else broadcast(checkpoint), separate, resume)
 
 # %% ../../nbs/training/13_run.ipynb #begin-writing
-# what `sweep` gave; raises CheckpointError
-def begin_writing(settings: Settings, start: Start, needed: int) -> dict[str, str]:
+def begin_writing(
+    settings: Settings,
+    start: Start,
+    needed: int, # bytes of a checkpoint
+) -> dict[str, str]: # what `sweep` gave; raises CheckpointError
     "Everything is checked; now tidy the run's folder and write down the settings. `needed`: bytes of a checkpoint."
     swept = sweep(settings.run_dir)
     if start.separate and start.resume == "auto" and start.checkpoint:
@@ -185,8 +188,11 @@ def out_of_memory_explained(settings: Settings): # raises TrainError
             error)) from error
 
 # %% ../../nbs/training/13_run.ipynb #train-from
-# the last checkpoint; None on ranks that publish nothing
-def train_from(start: Start, settings: Settings, prepared: Prepared) -> Optional[Path]:
+def train_from(
+    start: Start,
+    settings: Settings,
+    prepared: Prepared,
+) -> Optional[Path]: # the last checkpoint; None on ranks that publish nothing
     "Train until the last step; `StopRequested` after a stop."
     checkpoint, facts = start.checkpoint, start.facts
     due = checkpoint is not None and read_manifest(checkpoint).get("evaluation_due", False)
