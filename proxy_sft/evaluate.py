@@ -24,12 +24,12 @@ def evaluate(
     settings: Settings, # model_dir, run_dir, converted_dir, template, seed, max_length, device
     tuned: Optional[Path] = None, # a trained model elsewhere than at the root of run_dir
     base_only: bool = False, # measure the base model alone; nothing is written then
-    max_turns: int = 200, # turns to ask, a seeded choice
+    max_turns: int = 200, # turns to measure, a seeded choice
     max_new_tokens: int = 1024, # an answer's tokens at most; fewer when all expected answers are short
     batch_size: int = 32, # turns per batch at most
     batch_tokens: int = 65536, # prompt and answer tokens per batch at most, for the memory's sake
     max_chat_rows: int = 100, # plain conversations of the forgetting check
-    # `base` or `tuned` -> a `servers.Server` that is asked instead of the folder's model
+    # `base` or `tuned` -> a `servers.Server` that answers instead of the folder's model
     servers: Optional[dict[str, Any]] = None,
 ) -> Evaluation: # on every rank; also written to run_dir/evaluation.json; EvaluateError when something is missing
     "Base and tuned model on the same held-out turns; goes on where a killed one was."
@@ -40,7 +40,7 @@ def evaluate(
     choose_turns(settings.converted_dir / "heldout.jsonl", 1, settings.seed)
     folders, servers = model_folders(settings, tuned, base_only), servers or {}
     if "tuned" in folders: require_same_heldout(settings, folders["tuned"])
-    for server in servers.values(): _ = server.name  # asked before a model has worked for hours
+    for server in servers.values(): _ = server.name  # known before a model has worked for hours
     questions, found, too_long = prepare_questions(
         settings,
         AutoTokenizer.from_pretrained(folders["base"], local_files_only=True),
@@ -50,7 +50,7 @@ def evaluate(
         batching={"batch_size": batch_size, "batch_tokens": batch_tokens},
         keep=not base_only,
     )
-    told = {
+    results = {
         name: ask_server(servers[name], questions, name) if name in servers else ask_model(folder, questions, name)
         for name, folder in folders.items()
     }
@@ -66,13 +66,13 @@ def evaluate(
     weighed = not servers  # losses need the weights of both
     evaluation = judge(
         questions.turns,
-        {name: one[0] for name, one in told.items()},
+        {name: one[0] for name, one in results.items()},
         found=found,
         too_long=too_long,
         about=about,
-        losses={name: one[1] for name, one in told.items()} if weighed else {},
+        losses={name: one[1] for name, one in results.items()} if weighed else {},
         chats=questions.chats if weighed else [],
-        chat_losses={name: one[2] for name, one in told.items()} if weighed else {},
+        chat_losses={name: one[2] for name, one in results.items()} if weighed else {},
     )
     if not base_only and place()[0] == 0: save_evaluation(evaluation, settings.run_dir)
     if not base_only: forget_answers(questions)

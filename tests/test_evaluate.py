@@ -29,7 +29,7 @@ from proxy_sft.evaluation.asking import evaluate_leaderboard, model_folders
 from proxy_sft.evaluation.failures import browse_failures, show_turn
 from proxy_sft.evaluation.scores import Evaluation, evaluation_html, judge, rate_figure, table_rows
 from proxy_sft.evaluation.generation import (
-    answer_limit, ask_in_time, generate_replies, load_model, questions_that_fit, token_batches
+    answer_limit, answer_in_time, generate_replies, load_model, questions_that_fit, token_batches
 )
 from proxy_sft.core.settings import load_settings
 from proxy_sft.core.stop_requests import StopRequested
@@ -342,7 +342,8 @@ def test_base_beside_tuned(world):
     assert found.rate("base", "names") == (0, calling) and found.rate("base", "stops")[0] == 0
     assert found.rate("tuned", "exact") == (calling, calling) and found.rate("tuned", "stops") == (7, 7)
     saved = json.loads((settings.run_dir / "evaluation.json").read_text())
-    assert saved["metrics"]["tuned"]["exact"]["right"] == calling and saved["asked"] == 7 and len(saved["turns"]) == 7
+    assert saved["metrics"]["tuned"]["exact"]["right"] == calling
+    assert saved["measured"] == 7 and len(saved["turns"]) == 7
     again = judge(
         found.turns,
         found.replies,
@@ -499,11 +500,11 @@ def test_asking_in_training_is_bounded(world):
     settings, tokenizer = world
     model, _ = load_model(settings.run_dir, "cpu")
     turns, prompts = questions_that_fit([t for i in range(4) for t in turns_of(**ASKED[i])], tokenizer, settings)
-    counts = ask_in_time(model.train(), tokenizer, turns, prompts, limit=64, seconds=3600)
+    counts = answer_in_time(model.train(), tokenizer, turns, prompts, limit=64, seconds=3600)
     assert (
         counts["answered"] == [8, 8] and counts["exact"] == [4, 4] and counts["decision"] == [8, 8] and model.training
     )
-    assert ask_in_time(model, tokenizer, turns, prompts, limit=64, seconds=0.0)["answered"] == [0, 8]
+    assert answer_in_time(model, tokenizer, turns, prompts, limit=64, seconds=0.0)["answered"] == [0, 8]
 
 
 def test_base_alone_writes_nothing(world, tmp_path):

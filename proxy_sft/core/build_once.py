@@ -72,7 +72,7 @@ def start_of(pid: int) -> str: # empty when there is no such process
     try: os.kill(pid, 0)
     except ProcessLookupError: return ""
     except PermissionError: return "of another user"
-    return "not told by this system"
+    return "unknown on this system"
 
 # %% ../../nbs/core/05_build_once.ipynb #pace
 BEAT_SECONDS = 1.0   # between two heartbeats

@@ -68,7 +68,7 @@ class Places(Group):
     bfcl: Optional[str] = Field(
         None,
         min_length=1,
-        description="folder of the Berkeley leaderboard's files (BFCL v4), asked by 03_evaluate when set",
+        description="folder of the Berkeley leaderboard's files (BFCL v4), measured by 03_evaluate when set",
     )
     demo_rows: int = Field(1600, ge=200, description="demo: conversations that are generated")
 
@@ -219,7 +219,7 @@ class Record(Group):
     eval_tool_calls_every: Optional[int] = Field(
         None, ge=1, description="optimizer steps between questions to the model in training; null for never"
     )
-    eval_tool_calls_turns: int = Field(64, ge=1, description="held-out turns that are asked then")
+    eval_tool_calls_turns: int = Field(64, ge=1, description="held-out turns that are answered then")
     eval_tool_calls_seconds: float = Field(120.0, gt=0, description="longest time that asking may take")
     sample_steps: Optional[int] = Field(
         None,
@@ -227,7 +227,7 @@ class Record(Group):
         description="optimizer steps between samples: answers to a few held-out turns in log and logs/samples.jsonl; "
         "null for never",
     )
-    sample_turns: int = Field(3, ge=1, description="held-out turns that are asked for samples")
+    sample_turns: int = Field(3, ge=1, description="held-out turns whose answers are shown as samples")
     control_token_turns: int = Field(
         32, ge=0,
         description="held-out turns whose control tokens are measured by themselves at each evaluation; 0 for none",
@@ -239,7 +239,7 @@ class Record(Group):
         description="optimizer steps between saves of the weights alone, without optimizer; none when not set",
     )
     on_full_disk: Literal["stop", "go_on"] = Field(
-        "stop", description="too little room for a checkpoint: stop, or go on without it and say so"
+        "stop", description="too little free disk for a checkpoint: stop, or go on without it and say so"
     )
     max_hours: Optional[float] = Field(
         None, gt=0, description="save and stop, to be started again, after so many hours"

@@ -90,9 +90,9 @@ def report_lines(report: ConvertReport) -> list[str]:
     unseen = report.facts.get("unseen_tools", [])
     if unseen:
         lines.append(f"{len(unseen):,} tools in held-out rows only: {', '.join(unseen[:5])}{', …' * (len(unseen) > 5)}")
-    asked = report.facts.get("choices", {}).get("heldout_tools", 0)
-    if missed := sorted({*asked} - {*unseen}) if isinstance(asked, (list, tuple)) else []:
-        lines.append(f"asked to be held out, but declared by no row that is kept: {', '.join(missed)}")
+    wanted = report.facts.get("choices", {}).get("heldout_tools", 0)
+    if missed := sorted({*wanted} - {*unseen}) if isinstance(wanted, (list, tuple)) else []:
+        lines.append(f"to be held out, but declared by no row that is kept: {', '.join(missed)}")
     return lines + [report.why] if report.why else lines
 
 # %% ../../nbs/data/12_conversion.ipynb #report-text
@@ -144,13 +144,13 @@ def split_facts(choices: Choices) -> dict:
             "seed": choices.seed, "heldout_fraction": choices.heldout_fraction, "heldout_tools": choices.heldout_tools}
 
 # %% ../../nbs/data/12_conversion.ipynb #convert-write
-FLUSHED_BYTES = 8 << 20  # of one file, before the disk is asked for them
+FLUSHED_BYTES = 8 << 20  # of one file, before they are flushed
 
 class Output:
     "A file that is written in order, and flushed while it grows; its facts are known with its last line."
     def __init__(self, path: Path, disk: ThreadPoolExecutor):
         self.path, self.stream, self.hasher, self.lines = path, open(path, "wb"), blake3(), 0
-        self.disk, self.flushing, self.waiting = disk, None, 0  # waiting: bytes that no flush was asked for
+        self.disk, self.flushing, self.waiting = disk, None, 0  # waiting: bytes that are not being flushed
 
     def write(self, lines: bytes) -> None:
         self.stream.write(lines)

@@ -195,18 +195,18 @@ def piece_from(path: Path, sizes: dict, *others) -> Piece:
     return Piece(files, *others)
 
 # %% ../../nbs/data/11_files.ipynb #serve-parts
-def serve_parts(asked, choices: tuple) -> None: # asked: a connection; until its other end is closed
-    "What a helper does: parts come in, pieces go out, in order; an error is told to who asked."
+def serve_parts(connection, choices: tuple) -> None: # connection: until its other end is closed
+    "What a helper does: parts come in, pieces go out, in order; an error goes to the other end."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_memory()
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # who asked is done, or dead
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the other end is done, or dead
         while True:
-            part, path = asked.recv()
+            part, path = connection.recv()
             try: made = convert_apart(part, choices, path)
             except Exception as error:
                 made = error
                 if not isinstance(error, ConvertError): error.add_note(traceback.format_exc())
-            asked.send(made)
+            connection.send(made)
 
 # %% ../../nbs/data/11_files.ipynb #convert-inputs
 SMALL = 8 << 20  # bytes of input that one process converts before others have started
@@ -334,7 +334,7 @@ class Task:
     "A part in its turn, and what became of it."
     __slots__ = ("part", "made", "path", "lines", "helper")
     def __init__(self, part: Optional[Part], made=None):
-        self.part, self.made = part, made  # made: None, a `Piece`, what `convert_apart` told, or the error of this part
+        self.part, self.made = part, made  # made: None, a `Piece`, a `Piece` apart, or this part's error
         self.path, self.lines = None, None  # where a helper puts what it made, and where its lines were put for it
 
     def piece(self) -> Piece: # the error of the part is raised
@@ -349,14 +349,14 @@ class Helper:
         context = multiprocessing.get_context("forkserver")  # a kernel has threads, and a fork of threads can hang
         context.set_forkserver_preload(["proxy_sft.data.files"])  # imported once, not once per process
         work = importlib.import_module("proxy_sft.data.files").serve_parts  # others know the module, not the notebook
-        self.tasks = deque()  # what it was asked for and has not told, in order
+        self.tasks = deque()  # what it was given and has not returned, in order
         self.ends, other = context.Pipe()
         self.process = context.Process(target=work, args=(other, astuple(choices)), daemon=True)
         with without_main(), other: self.process.start()
         self.news = select.poll()  # one call to the system; `Connection.poll` takes twenty times as long
         self.news.register(self.ends, select.POLLIN)
 
-    def ask(self, task: Task, path: Path) -> None:
+    def send(self, task: Task, path: Path) -> None:
         "Hand over a part: where its lines stand, or are put, since a pipe would make this process wait."
         part, task.path = replace(task.part, lines=None), path
         if task.part.lines is not None and not part.place:
@@ -393,7 +393,7 @@ def helpers(count: int, choices: Choices): # yields `Helper`s
 AHEAD = 3  # parts that a helper has: one in work, and the next while nobody looks
 
 def tasks_of(parts):
-    "Parts as tasks; a fault in the reading waits for its turn, so that the first fault of the input is told."
+    "Parts as tasks; a fault in the reading waits for its turn, so that the first fault of the input is raised."
     try: yield from map(Task, parts)
     except ConvertError as error: yield Task(None, error)
 
@@ -416,7 +416,7 @@ def converted_parts(parts, choices: Choices, num_proc: int, folder: Path):
                 helper.collect()
                 while len(helper.tasks) < AHEAD and len(waiting) < 16 * num_proc and (task := next(tasks, None)):
                     waiting.append(task)
-                    if task.made is None: helper.ask(task, next(paths))
+                    if task.made is None: helper.send(task, next(paths))
             if not waiting: return
             if waiting[0].made is not None: yield (task := waiting.popleft()).part, task.piece()
             elif len(waiting) < 8 * num_proc and (task := next(tasks, None)): waiting.append(do_here(task, choices))

@@ -143,16 +143,16 @@ def read_tool_calls(
 def read_switch(
     message: dict, # as the data has it
     index: int, # its position
-) -> Optional[bool]: # None when nothing is said; DefectError(loss_switch) when no mask can honour it
+) -> Optional[bool]: # None without a switch; DefectError(loss_switch) when no mask can honour it
     "Whether a message is to be trained."
-    said = {field: message[field] for field in SWITCHES if message.get(field) is not None}
-    if not said: return None
-    odd = [field for field, value in said.items() if type(value) not in (bool, int, float) or value not in (0, 1)]
+    given = {field: message[field] for field in SWITCHES if message.get(field) is not None}
+    if not given: return None
+    odd = [field for field, value in given.items() if type(value) not in (bool, int, float) or value not in (0, 1)]
     if odd:
-        found = f"{odd[0]} is {str(said[odd[0]])[:40]}, expected 0, 1, true or false"
+        found = f"{odd[0]} is {str(given[odd[0]])[:40]}, expected 0, 1, true or false"
         raise DefectError("loss_switch", found, index)
-    values = {bool(value) for value in said.values()}
-    if len(values) > 1: raise DefectError("loss_switch", f"{' and '.join(said)} contradict each other", index)
+    values = {bool(value) for value in given.values()}
+    if len(values) > 1: raise DefectError("loss_switch", f"{' and '.join(given)} contradict each other", index)
     return values.pop()
 
 # %% ../../nbs/data/06_forms.ipynb #message

@@ -25,14 +25,14 @@ from .splits import choose_files, ChoiceError
 
 # %% ../../nbs/data/13_hub.ipynb #error
 class DownloadError(RuntimeError):
-    "What was asked, what came back and what to do."
+    "What was requested, what came back and what to do."
     def __init__(self,
-        asked: str, # what was wanted, and from whom
+        request: str, # what was wanted, and from whom
         answer: str, # what came back instead
         advice: str, # what a person can do
     ):
-        self.asked, self.answer, self.advice = asked, answer, advice
-        super().__init__(f"Asked for {asked}.\nCame back: {answer}.\nWhat to do: {advice}.")
+        self.request, self.answer, self.advice = request, answer, advice
+        super().__init__(f"Asked for {request}.\nCame back: {answer}.\nWhat to do: {advice}.")
 
 def hub_endpoint() -> str: # no slash at the end
     "The hub's address: `HF_ENDPOINT` as it is now, or huggingface.co."
@@ -95,14 +95,14 @@ def explain_no_answer(
 # %% ../../nbs/data/13_hub.ipynb #plain-words
 @contextmanager
 def plain_words(
-    asked: str, # what is wanted inside the block
+    request: str, # what is wanted inside the block
     answer_is_read: bool = False, # the block also reads the hub's answer, which may be another site's page
 ):
     "Errors of the library, the network and the file system leave the block as `DownloadError`."
     strange = (ValueError, KeyError, TypeError, AttributeError, AssertionError) if answer_is_read else ()
     try: yield
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError, *strange) as error:
-        raise DownloadError(asked, *(explain_status(error) or explain_no_answer(error))) from None
+        raise DownloadError(request, *(explain_status(error) or explain_no_answer(error))) from None
 
 # %% ../../nbs/data/13_hub.ipynb #source
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def is_tool_row(row: dict) -> bool:
             or any(map(tools_of, messages)))
 
 def left_out(row: dict, choices: Choices) -> Optional[str]: # a key of `LEFT_OUT`, None for a row to convert
-    "Why a row was not asked for."
+    "Why a row is left out."
     if choices.include_sources is not None and source_of(row) not in choices.include_sources: return "source"
     if source_of(row) in choices.exclude_sources: return "source"
     return "chat_row" if choices.tool_rows_only and not is_tool_row(row) else None
@@ -237,7 +237,7 @@ GROUP_ROWS = 1 << 15  # rows of a row group, and what is held in memory of them
 
 @functools.lru_cache(maxsize=1)
 def facts_schema(): # a `pyarrow.Schema`
-    "What is told of a kept row."
+    "What is recorded of a kept row."
     import pyarrow
     return pyarrow.schema([("id", pyarrow.string()), ("source", pyarrow.string()), ("line", pyarrow.int64()),
                            ("calls", pyarrow.int32()), ("repairs", pyarrow.list_(pyarrow.string()))])

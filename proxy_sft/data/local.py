@@ -141,7 +141,7 @@ def demo_dataset(
 
 # %% ../../nbs/data/18_local.ipynb #jobs
 def model_job(settings: Settings, stack: ExitStack, verify: bool, refresh: bool, margin: int) -> tuple:
-    "What the model needs on disk, and the function that brings it; the hub is asked, nothing is fetched yet."
+    "What the model needs on disk, and the function that brings it; the hub is queried, nothing is fetched yet."
     folder, name = settings.model_dir, settings.model
     if name == "demo": return [], lambda: demo_model(folder, settings.seed, settings.demo_rows, verify)
     if is_path(name): return [], lambda: local_model(folder)

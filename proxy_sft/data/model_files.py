@@ -42,8 +42,8 @@ def check_index(
         if not (folder / shard).is_file(): return {}, f"the index names {shard}, which is not there"
         names, size = shard_tensors(folder / shard)
         for name in sorted(names ^ {n for n, s in where.items() if s == shard})[:1]:
-            found, said = "in" if name in names else "not in", where.get(name, "no shard")
-            return {}, f"the tensor {name} is {found} {shard}; the index says it lies in {said}"
+            found, listed = "in" if name in names else "not in", where.get(name, "no shard")
+            return {}, f"the tensor {name} is {found} {shard}; the index says it lies in {listed}"
         total += size
     promised = int(index.get("metadata", {}).get("total_size", total))
     if promised != total: return {}, f"the index promises {promised} bytes of tensors, the shards hold {total}"
@@ -94,7 +94,7 @@ def download_model(
     workers: int = 4, # files at a time
     margin: int = MARGIN, # bytes of disk that stay free
 ) -> dict: # the record in download.json, with `weights` and `fetched`
-    "Bring a model's folder up to date; nothing is asked of the hub when all is there. Raises `DownloadError`."
+    "Bring a model's folder up to date; no request is sent to the hub when all is there. Raises `DownloadError`."
     folder = Path(folder)
     with plain_words(f"model {repo} in {folder}"), one_at_a_time(folder):
         plan = make_plan(repo, "model", folder, revision, verify, refresh, endpoint, token)

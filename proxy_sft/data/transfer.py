@@ -91,11 +91,11 @@ class FileProgress:
 
 # %% ../../nbs/data/14_transfer.ipynb #transfer
 def gets_token(
-    asked: str, # the address that was asked
+    requested: str, # the address of the request
     answer: str, # the address that it named
 ) -> bool: # same scheme, host and port; or huggingface.co itself
     "Whether the hub's token may go to the place that an answer names."
-    return urlsplit(asked)[:2] == urlsplit(answer)[:2] or urlsplit(answer)[:2] == ("https", "huggingface.co")
+    return urlsplit(requested)[:2] == urlsplit(answer)[:2] or urlsplit(answer)[:2] == ("https", "huggingface.co")
 
 # %% ../../nbs/data/14_transfer.ipynb #transfer-2
 def transfer(

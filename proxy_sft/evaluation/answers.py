@@ -145,7 +145,7 @@ def unanswered(
 ) -> dict[str, dict[str, int]]: # model -> problem -> how often; without the models that answered everything
     "Why there is no answer, and how often."
     kinds = {
-        model: Counter(sorted(reply.problem for reply in told if reply.problem)) for model, told in replies.items()
+        model: Counter(sorted(reply.problem for reply in given if reply.problem)) for model, given in replies.items()
     }
     return {model: dict(found) for model, found in kinds.items() if found}
 
@@ -277,9 +277,9 @@ class HeldoutTurn:
             "no tool fits": not calls and not after,
             "unseen tools": any(call["name"] in self.unseen for call in calls),
         }
-        asked = next((m.get("content") or "" for m in reversed(self.messages) if m["role"] == "user"), "")
+        question = next((m.get("content") or "" for m in reversed(self.messages) if m["role"] == "user"), "")
         kind = ("no call", "single", "parallel")[min(len(calls), 2)]
-        return (kind, *(name for name, holds in named.items() if holds), f"language: {language_of(asked)}",
+        return (kind, *(name for name, holds in named.items() if holds), f"language: {language_of(question)}",
                 *([f"source: {self.source}"] if self.source else []))
 
 # %% ../../nbs/evaluation/01_answers.ipynb #language-export
@@ -333,10 +333,10 @@ def turns_of(
         request += message["role"] == "user"
         steps[request] += bool(message.get("tool_calls"))
         requests.append(request)
-    asked = [k for k, m in enumerate(messages) if m["role"] == "assistant" and m.get("train") is not False]
+    answers = [k for k, m in enumerate(messages) if m["role"] == "assistant" and m.get("train") is not False]
     if any("train" in m for m in messages): # servers do not know that field
         messages = [{key: value for key, value in m.items() if key != "train"} for m in messages]
-    return [HeldoutTurn(row, k, messages[:k + 1], tools, steps[requests[k]], **more) for k in asked]
+    return [HeldoutTurn(row, k, messages[:k + 1], tools, steps[requests[k]], **more) for k in answers]
 
 # %% ../../nbs/evaluation/01_answers.ipynb #choose-export
 def read_rows(

@@ -38,7 +38,7 @@ def evaluation_dict(
 ) -> dict: # plain JSON values
     "The evaluation as it is written."
     models, groups = list(evaluation.replies), slices_of(evaluation)
-    def told(metric, group=""):
+    def rate(metric, group=""):
         found = estimates(*values_of(evaluation, metric, group))
         counts = {m: dict(zip(("right", "of"), evaluation.rate(m, metric, group))) for m in models}
         for m, (p, low, high) in zip(models, found): counts[m].update(rate=p, interval=[low, high])
@@ -46,12 +46,12 @@ def evaluation_dict(
             **counts,
             **({"difference": {"points": found[2][0], "interval": list(found[2][1:])}} if len(found) == 3 else {}),
         }
-    metrics, slices = {m: told(m) for m in METRICS}, {g: {m: told(m, g) for m in METRICS} for g in groups}
+    metrics, slices = {m: rate(m) for m in METRICS}, {g: {m: rate(m, g) for m in METRICS} for g in groups}
     return {
         "about": evaluation.about,
         "found": evaluation.found,
         "too_long": evaluation.too_long,
-        "asked": len(evaluation.turns),
+        "measured": len(evaluation.turns),
         "problems": evaluation.problems,
         "metrics": {m: {name: of[m] for name, of in metrics.items()} for m in models},
         "difference": {name: of.get("difference") for name, of in metrics.items()},
@@ -146,7 +146,7 @@ def require_same_heldout(settings: Settings, tuned: Path) -> None: # raises Eval
 # %% ../../nbs/evaluation/09_asking.ipynb #ask-export
 @dataclass(frozen=True)
 class Questions:
-    "What every model is asked, and how."
+    "What every model answers, and how."
     settings: Settings # device, attention, template, run_dir
     tokenizer: Any     # the base model's: training does not change it
     turns: list[HeldoutTurn]
@@ -158,7 +158,7 @@ class Questions:
     folder: str = "answers" # of run_dir, where they lie
     weigh: bool = True # whether losses of the data's own answers are measured
 
-    def asked(self) -> str: # empty: go on
+    def stop_reason(self) -> str: # empty: go on
         "Why to stop, if there is a reason."
         return stop_reason(self.settings.run_dir, self.settings.max_hours)
 
@@ -200,7 +200,7 @@ def ask_model(
             q.limit,
             done=bar.update,
             store=q.store(model_identity(folder)),
-            asked=q.asked,
+            stop_reason=q.stop_reason,
             **q.batching,
         )
     chats = (
@@ -211,7 +211,7 @@ def ask_model(
     chats = [{n: ids[:q.settings.max_length] for n, ids in row.items()} for row in chats]
     rows = answer_rows(q.turns, tokenizer, template) if q.weigh else []
     with progress(f"{name} losses", len(rows) + len(chats), " rows") as bar:
-        losses = losses_of(model, rows + chats, bar.update, q.asked)
+        losses = losses_of(model, rows + chats, bar.update, q.stop_reason)
     del model
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     return replies, losses[:len(rows)], losses[len(rows):]
@@ -255,11 +255,11 @@ def ask_server(
     if name == "tuned" and place()[0] == 0:  # the base model's server has a template of its own
         if found := server.compare_prompts(questions.turns, questions.prompts): print(found)
     with progress(name, len(questions.turns), " turns") as bar:
-        def told(count):
+        def advance(count):
             bar.update(count)
             raise_if_stop_requested(questions.settings.run_dir, questions.settings.max_hours, "evaluating")
         mine = (
-            server.replies(questions.turns, questions.limit, questions.store(server.url, server.model), told)
+            server.replies(questions.turns, questions.limit, questions.store(server.url, server.model), advance)
             if place()[0] == 0
             else []
         )
@@ -268,7 +268,7 @@ def ask_server(
 # %% ../../nbs/evaluation/09_asking.ipynb #leaderboard-export
 def leaderboard_questions(
     settings: Settings, # template, seed, run_dir
-    asked: list, # of `bfcl.Question`
+    chosen: list, # of `bfcl.Question`
     folder: Path, # of the base model
     max_new_tokens: int, # an answer's tokens at most; never more than a quarter of the model's window
     **more: Any, # further fields of Questions
@@ -282,12 +282,12 @@ def leaderboard_questions(
     prompts = [
         row[-1].tolist()
         for row in server_prompts(
-            Inspection(tokenizer, settings.template), [(q.turn.messages, q.turn.tools) for q in asked]
+            Inspection(tokenizer, settings.template), [(q.turn.messages, q.turn.tools) for q in chosen]
         )
     ]
     fits = [len(prompt) + limit <= window for prompt in prompts]
     turns, prompts = (
-        [q.turn for q, fit in zip(asked, fits) if fit],
+        [q.turn for q, fit in zip(chosen, fits) if fit],
         [prompt for prompt, fit in zip(prompts, fits) if fit],
     )
     return Questions(settings, tokenizer, turns, prompts, [], limit, folder="answers-bfcl", weigh=False, **more), fits
@@ -309,16 +309,16 @@ def evaluate_leaderboard(
     "Base and tuned model on the Berkeley leaderboard's questions; goes on where a killed one was."
     from proxy_sft.evaluation.generation import join_ranks, place
     join_ranks()
-    asked, total = read_questions(folder, categories, most, settings.seed)
+    chosen, total = read_questions(folder, categories, most, settings.seed)
     folders, servers, late = (
         model_folders(settings, tuned, base_only),
         servers or {},
         Reply("", False, 0, problem="prompt too long"),
     )
-    for server in servers.values(): _ = server.name  # asked before a model has worked for hours
-    questions, fits = leaderboard_questions(settings, asked, folders["base"], max_new_tokens, keep=not base_only,
+    for server in servers.values(): _ = server.name  # known before a model has worked for hours
+    questions, fits = leaderboard_questions(settings, chosen, folders["base"], max_new_tokens, keep=not base_only,
                                             batching={"batch_size": batch_size, "batch_tokens": batch_tokens})
-    told = {
+    replies = {
         name: iter(
             ask_server(servers[name], questions, name)[0] if name in servers else ask_model(where, questions, name)[0]
         )
@@ -334,8 +334,8 @@ def evaluate_leaderboard(
         },
     }
     board = judge_questions(
-        asked,
-        {name: [next(replies) if fit else late for fit in fits] for name, replies in told.items()},
+        chosen,
+        {name: [next(given) if fit else late for fit in fits] for name, given in replies.items()},
         total=total,
         about=about,
     )

@@ -24,12 +24,12 @@ def show_turn(
     index: int, # of the turn, see `Evaluation.failures`
     most: int = 600, # characters of each text
 ) -> str: # lines
-    "One turn: what was asked last, what the data answers, what the models answered and what was wrong with it."
+    "One turn: the last message, what the data answers, what the models answered and what was wrong with it."
     turn = evaluation.turns[index]
-    asked = next(
+    before = next(
         (m for m in reversed(turn.messages[:-1]) if m["role"] in ("user", "tool")), {"role": "nobody", "content": ""}
     )
-    parts = [f"row {turn.row}, message {turn.message}", f"{asked['role']}: {(asked.get('content') or '')[:most]}",
+    parts = [f"row {turn.row}, message {turn.message}", f"{before['role']}: {(before.get('content') or '')[:most]}",
              f"expected: {expected_text(turn.messages[-1])[:most]}"]
     for model, replies in evaluation.replies.items():
         wrong = (

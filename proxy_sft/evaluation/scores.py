@@ -66,10 +66,10 @@ class Evaluation:
 
     def rate(self, model: str, metric: str, group: str = "") -> tuple[int, int]: # right, of; `group`: one of `slices`
         "How often a model is right."
-        asked = [
+        verdicts = [
             v[metric] for t, v in zip(self.turns, self.verdicts[model]) if metric in v and group in ("", *t.slices)
         ]
-        return sum(asked), len(asked)
+        return sum(verdicts), len(verdicts)
 
     def changed(self, metric: str) -> tuple[int, int]: # turns that became right, turns that became wrong
         "Base and tuned, turn by turn."
@@ -169,7 +169,7 @@ def rate_cells(
     metric: str, # one of `METRICS`
     group: str = "", # a slice
 ) -> list[str]: # per model, and for two the difference
-    "Right of asked, the rate in percent, its interval."
+    "Correct of measured turns, the rate in percent, its interval."
     found, counts = (
         estimates(*values_of(evaluation, metric, group)),
         [evaluation.rate(m, metric, group) for m in evaluation.replies],
@@ -226,9 +226,9 @@ def table_rows(evaluation: Evaluation) -> list[list[str]]: # cells; the first ro
 def head_line(
     evaluation: Evaluation, # of one model or two
 ) -> str: # one sentence or more
-    "What was asked, and what was not answered."
+    "What was measured, and what was not answered."
     calling = sum(bool(turn.expected) for turn in evaluation.turns)
-    left = f"; {evaluation.too_long} more were too long to ask" if evaluation.too_long else ""
+    left = f"; {evaluation.too_long} more were longer than max_length" if evaluation.too_long else ""
     silent = "".join(
         f" No answer from {model} to {sum(kinds.values())} of them: "
         f"{', '.join(f'{n} {kind}' for kind, n in kinds.items())}."
@@ -236,7 +236,7 @@ def head_line(
     )
     return (
         f"{len(evaluation.turns)} of {evaluation.found} held-out turns, {calling} of them should call{left}.{silent} "
-        "Right of asked, with 95 % intervals."
+        "Correct of measured turns, with 95 % intervals."
     )
 
 # %% ../../nbs/evaluation/07_scores.ipynb #evaluation-text

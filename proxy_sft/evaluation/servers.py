@@ -72,7 +72,7 @@ def list_problem(error: Exception) -> str:
 # %% ../../nbs/evaluation/04_servers.ipynb #server-export
 @dataclass(frozen=True)
 class Server:
-    "An OpenAI-compatible server, and how it is asked."
+    "An OpenAI-compatible server, and how requests are sent to it."
     url: str                 # with its version, such as http://localhost:8000/v1
     model: str = ""          # its name for the model; the only one it has when empty
     template: str = "nothink" # that was trained on: whether thinking must be switched off
@@ -183,8 +183,8 @@ def ask_all(
     server: Server, # whom to ask
     turns: list[HeldoutTurn], # what
     limit: int, # tokens per answer
-    store: Any = None, # a `generate.AnswerStore`: what it knows is not asked again
-    done: Callable[[int], None] = lambda count: None, # told how many more are answered
+    store: Any = None, # a `generate.AnswerStore`: what it knows is not requested again
+    done: Callable[[int], None] = lambda count: None, # called with how many more are answered
 ) -> list[Reply]: # in the turns' order; EvaluateError when the server is dead
     "Every question to a server, `concurrency` at a time."
     from proxy_sft.evaluation.generation import digest
@@ -194,13 +194,13 @@ def ask_all(
     answered = len(turns) - len(missing)
     done(answered)
     with ThreadPoolExecutor(server.concurrency) as pool:
-        asked = {pool.submit(server.ask, turn, limit): name for name, turn in missing.items()}
+        waiting = {pool.submit(server.ask, turn, limit): name for name, turn in missing.items()}
         try:
-            for future in as_completed(asked):
-                reply = found[asked[future]] = future.result()
+            for future in as_completed(waiting):
+                reply = found[waiting[future]] = future.result()
                 if reply.problem: failed += 1
                 else: answered += 1
-                if store and not reply.problem: store.add({asked[future]: reply})
+                if store and not reply.problem: store.add({waiting[future]: reply})
                 done(1)
                 if failed >= min(server.give_up, len(turns)) and not answered:
                     raise EvaluateError(

@@ -141,7 +141,7 @@ A question with a tool goes out, `tool_calls` come back, a result is sent, and t
 # %% ../../nbs/evaluation/05_serving.ipynb #notes-write-export
 def serving_notes(
     settings: Settings, # of the run
-    folder: Path, # of the model; written before it is sealed
+    folder: Path, # of the model; written before it is published
 ) -> list[Path]: # the written files
     "`SERVING.md` and `smoke_test.py` beside the weights."
     files = {

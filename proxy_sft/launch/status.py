@@ -76,10 +76,10 @@ def newest(records: list[dict], *names: str) -> dict[str, Any]: # name -> its la
     }
 
 # %% ../../nbs/launch/07_status.ipynb #left
-def seconds_left(records: list[dict]) -> Optional[float]: # None: cannot be told yet
+def seconds_left(records: list[dict]) -> Optional[float]: # None: not known yet
     "How long the rest will take at the pace so far."
-    told = [r for r in records if r.get("eta_seconds") is not None]
-    if told and told[-1]["step"] == records[-1]["step"]: return told[-1]["eta_seconds"]
+    timed = [r for r in records if r.get("eta_seconds") is not None]
+    if timed and timed[-1]["step"] == records[-1]["step"]: return timed[-1]["eta_seconds"]
     timed = [r for r in records if r.get("time") is not None]
     goal = newest(records, "max_steps").get("max_steps")
     steps = timed[-1]["step"] - timed[0]["step"] if timed else 0

@@ -68,7 +68,7 @@ STATES = (
 
 def merged_folder(
     settings: Settings, checkpoint: Path
-) -> Path: # sealed, in the run's folder; the caller deletes it; raises ModelError
+) -> Path: # complete, in the run's folder; the caller deletes it; raises ModelError
     "The base model with a checkpoint's adapter merged, and everything else that the checkpoint holds but states."
     aside, target = settings.run_dir / ".merging", settings.run_dir / ".merged"
     for left in (aside, target): shutil.rmtree(left, ignore_errors=True)
