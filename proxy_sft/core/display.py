@@ -83,4 +83,4 @@ def show_small(figure: Any) -> None:
 def bar_pace() -> dict[str, float]: # arguments of tqdm, in seconds
     "How often a progress bar is drawn: on a terminal or in a notebook every second, into a file every half minute."
     pause = 1.0 if os.isatty(2) or "ipykernel" in sys.modules else 30.0
-    return {"mininterval": pause, "maxinterval": pause}
+    return {"mininterval": pause, "maxinterval": pause, "delay": 2.0}

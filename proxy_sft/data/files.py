@@ -434,7 +434,7 @@ class Progress:
         from tqdm.auto import tqdm  # here, since helpers need none
         shape = "{percentage:3.0f}%|{bar:20}| {elapsed} of {remaining} more{postfix}"
         self.bar = tqdm(
-            total=total, disable=not show or bars_are_hidden(), delay=2, **bar_pace(), bar_format=shape, desc="convert"
+            total=total, disable=not show or bars_are_hidden(), **bar_pace(), bar_format=shape, desc="convert"
         )
         self.rows, self.rejected, self.start = 0, 0, time.monotonic()
 

@@ -175,7 +175,6 @@ def progress(name: str, total: int, unit: str): # a bar, silent in tests
         total=total,
         desc=name,
         unit=unit,
-        delay=2,  # where all answers are there already, nothing is drawn
         **bar_pace(),
         disable=not total or bool(os.environ.get("IN_TEST")) or os.environ.get("RANK", "0") != "0",
     )

@@ -169,7 +169,7 @@ def check_train_parity(
     source, tokenizer = sources.get("train"), AutoTokenizer.from_pretrained(settings.model_dir)
     rows, lines, starts = (source.path, source.chosen, source.starts) if source else ([], None, None)
     count, processes = len(source.chosen) if source else 0, settings.num_proc or os.cpu_count() or 1
-    with tqdm(total=count, desc="check_parity train", unit=" rows", **bar_pace(), disable=not _show_progress()) as bar:
+    with tqdm(total=count, desc="parity check", unit=" rows", **bar_pace(), disable=not _show_progress()) as bar:
         def show_progress(rows):
             bar.update(rows - bar.n)
             progress(f"train: {rows:,} of {count:,} rows checked")
