@@ -3,6 +3,7 @@ garbage, full disks, long lines."""
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import zipfile
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainings import run_training
+from trainings import ROOT, run_training
 
 from proxy_sft.core import atomic_folders, build_once, stop_requests
 from proxy_sft.core.settings import load_settings, SettingsError
 from proxy_sft.launch import files, launcher, parameters, processes, ranks, worker
 from proxy_sft.training import checkpoint_writer, checkpoints
+
+sys.path.insert(0, str(ROOT / "tools"))
+from soak import digest  # noqa: E402
 
 FACTS = checkpoints.checkpoint_facts(load_settings("demo"), "key", 1)
 TINY = dict(profile="demo", demo_rows=200, max_train_samples=64, max_eval_samples=4, max_length=512, logging_steps=1,
@@ -155,6 +159,47 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     done = run_training(act=spoil_weights, **TINY, workspace=str(tmp_path), run_name="r")
     assert done.returncode == 1 and "checkpoint-2 would hold NaN or Inf in" in done.stderr, done.stderr
     assert not atomic_folders.complete_checkpoints(tmp_path / "runs" / "r")
+
+
+# ---- a stop at an evaluation
+
+def stop_at_an_evaluation(settings, hook: str) -> None:
+    "The training hears SIGUSR1 at step 3, where an evaluation is due: before it begins, or at its first batch."
+    from proxy_sft.train import train
+    from proxy_sft.training.checkpoint_writer import StopOnRequest
+    usual = getattr(StopOnRequest, hook)
+    def heard(self, args, state, control, **more):
+        if state.global_step == 3: os.kill(os.getpid(), signal.SIGUSR1)
+        return usual(self, args, state, control, **more)
+    setattr(StopOnRequest, hook, heard)
+    train(settings)
+
+
+def stop_before_it(settings): stop_at_an_evaluation(settings, "on_step_end")  # an `act`
+
+
+def stop_in_it(settings): stop_at_an_evaluation(settings, "on_prediction_step")  # an `act`
+
+
+def last_state(run_dir: Path) -> tuple: # weights, optimizer, random states; every logged loss of training and evaluation
+    folder = run_dir / "checkpoint-4"
+    names = ("loss", "grad_norm", "eval_loss", "eval_mean_token_accuracy")
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return digest(folder), sorted((r["step"], n, r[n]) for r in log for n in names if n in r)
+
+
+def test_a_stop_at_an_evaluation_loses_nothing(tmp_path):
+    assert run_training(**TINY, workspace=str(tmp_path), run_name="straight").returncode == 0
+    straight = last_state(tmp_path / "runs" / "straight")
+    assert {step for step, name, _ in straight[1] if name == "eval_loss"} >= {3}, straight[1]
+    for act in (stop_before_it, stop_in_it):
+        given = dict(**TINY, workspace=str(tmp_path), run_name=act.__name__)
+        stopped = run_training(act=act, **given)
+        run_dir = tmp_path / "runs" / act.__name__
+        assert "Stopped" in stopped.stderr and atomic_folders.complete_checkpoints(run_dir)[-1].name == "checkpoint-3"
+        went_on = run_training(**given)
+        assert went_on.returncode == 0, went_on.stderr
+        assert last_state(run_dir) == straight
 
 
 # ---- secrets and terminals

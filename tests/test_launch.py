@@ -701,3 +701,150 @@ def test_a_kernel_that_is_slow_to_go_stops_nobody(tmp_path, started):
     run = started(LAUNCH, notebook(tmp_path / "a.ipynb", SLOW_TO_GO, "print('the last cell')"), "--nproc", "2")
     assert run.end() == 0, run.err[-2000:]
     assert all("the last cell" in text_of(run.root / "notebooks" / f"rank-{rank}.ipynb") for rank in (0, 1))
+
+
+# ---- a start that is stopped at any of its moments
+
+# The console script's own way, held still where it begins to import a module, forks its guard, or starts its ranks.
+HELD = """
+import sys, time
+from pathlib import Path
+place, folder = sys.argv[1], Path(sys.argv[2])
+sys.argv = ["proxy-sft", "run", *sys.argv[3:]]
+def look(event, given):
+    if place not in (event, f"{event} {str(given[0]) if given else ''}") or (folder / "kernel-0").exists(): return
+    (folder / "kernel-0").write_text("here")
+    while not (folder / "go").exists(): time.sleep(0.02)
+sys.addaudithook(look)
+from proxy_sft.commands import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("place, number", [
+    ("import argparse", signal.SIGTERM), ("import filelock", signal.SIGINT),
+    ("import psutil", signal.SIGHUP), ("os.fork", signal.SIGTERM), ("subprocess.Popen", signal.SIGTERM)])
+def test_a_signal_to_a_launcher_that_is_just_starting(started, tmp_path, place, number):
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    run = started([sys.executable, "-c", HELD, place, str(tmp_path)], notebook(tmp_path / "nb.ipynb", "print('cell')"),
+                  TMPDIR=str(temporary))
+    run.wait_for("kernel-0")
+    run.process.send_signal(number)
+    (tmp_path / "go").touch()
+    assert run.end() == 75, run.err
+    assert "Traceback" not in run.err and "cell\n" not in run.out and not run.survivors()
+    assert not [*temporary.glob("sft-*")] and not (run.root / "STOP").exists()
+
+
+# Every Python reads a sitecustomize; that of a kernel says that it is there, and begins to import when it may.
+SLOW_KERNEL = """
+import os, sys, time
+from pathlib import Path
+folder = Path(__file__).parent
+if any("ipykernel" in word for word in sys.orig_argv):
+    (folder / "kernel-0").write_text(str(os.getpid()))
+    while not (folder / "go").exists(): time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize("numbers", [
+    [signal.SIGINT], [signal.SIGTERM], [signal.SIGHUP], [signal.SIGUSR1]])
+def test_a_signal_to_a_kernel_that_is_still_importing(started, tmp_path, numbers):
+    (tmp_path / "sitecustomize.py").write_text(SLOW_KERNEL)
+    run = started(LAUNCH, notebook(tmp_path / "nb.ipynb", "print('cell')"), PYTHONPATH=str(tmp_path))
+    run.wait_for("kernel-0")
+    for number in numbers: os.kill(int((tmp_path / "kernel-0").read_text()), number)
+    (tmp_path / "go").touch()
+    assert run.end() == 75, run.err
+    assert "Traceback" not in run.err and "cell\n" not in run.out and not run.survivors()
+
+
+# ---- a rank that stands still
+
+# Each rank does a step when the other has done the one before, as in a collective.
+TOGETHER = """
+import os, time
+from pathlib import Path
+from proxy_sft.core.stop_requests import working
+rank = int(os.environ["RANK"])
+mine, other = Path(folder, f"step-{rank}"), Path(folder, f"step-{1 - rank}")
+for step in range(1, 10**9):
+    while rank and not (other.exists() and int(other.read_text() or 0) >= step): time.sleep(0.02)
+    while not rank and step > 1 and not (other.exists() and int(other.read_text() or 0) >= step - 1): time.sleep(0.02)
+    mine.write_text(str(step))
+    working(step)
+    Path(folder, f"kernel-{rank}").write_text(str(os.getpid()))
+"""
+
+
+@pytest.mark.parametrize("still", ["kernel", pytest.param("worker and kernel", marks=soak)])
+def test_a_rank_that_stands_still_ends_the_run_with_its_name(started, tmp_path, still):
+    run = started(LAUNCH, notebook(tmp_path / "nb.ipynb", TOGETHER), "--nproc", "2", "-p", "stall_minutes", "0.1")
+    run.wait_for("kernel-0", "kernel-1")
+    if still != "kernel": os.kill(json.loads((run.root / "status" / "rank-1.json").read_text())["pid"], signal.SIGSTOP)
+    os.kill(int((tmp_path / "kernel-1").read_text()), signal.SIGSTOP)
+    assert run.end() == 1, run.err
+    last = run.err.strip().splitlines()[-1]
+    assert last.startswith("RankStalled: no step was done for 0.1 minutes (stall_minutes): rank 1 on "), run.err
+    assert not run.survivors()
+
+
+# ---- disks that are full, or gone
+
+@pytest.fixture
+def small_disks(tmp_path):
+    "Full file systems at some folders."
+    mounted = []
+
+    def mount(*folders):
+        for folder in folders:
+            folder.mkdir(parents=True)
+            done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)], capture_output=True)
+            if done.returncode: pytest.skip("no file system can be mounted here")
+            mounted.append(folder)
+            fill(folder)
+    yield mount
+    for folder in mounted[::-1]: subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    with open(folder / "ballast", "wb", buffering=0) as file:
+        try:
+            while True: file.write(b"x" * 4096)
+        except OSError: return
+
+
+FILL = """
+from pathlib import Path
+import os, shutil, subprocess
+root = Path(os.environ["PROXY_SFT_STOP_FILE"]).parent
+if how == "deleted": shutil.rmtree(root)
+else:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(root)], check=True)
+    with open(root / "ballast", "wb", buffering=0) as file:
+        try:
+            while True: file.write(b"x" * 4096)
+        except OSError: pass
+print("a long text " * 100_000)
+raise ValueError("boom")
+"""
+
+
+def test_full_disks_end_no_run_and_hide_no_cause(started, tmp_path, small_disks):
+    print_much = notebook(tmp_path / "nb.ipynb", "print('a long text ' * 100_000)")
+    runs = {}
+    for name, folders in (("logs", ["logs"]), ("status", ["status"]), ("both", ["logs", "status"])):
+        small_disks(*(tmp_path / name / folder for folder in folders))
+        runs[name] = started(LAUNCH, print_much, out=name)
+    for how in ("full", "deleted"):
+        (tmp_path / how).mkdir()
+        runs[how] = started(LAUNCH, notebook(tmp_path / f"{how}.ipynb", FILL), "-p", "how", how, out=how)
+    for name, run in runs.items():
+        code = run.end()
+        if name == "full": subprocess.run(["umount", "-l", str(run.root)], check=True)
+        lines = run.err.strip().splitlines()
+        if name in ("full", "deleted"):
+            assert code == 1 and lines[-1] == "ValueError: boom" and "no rank had started" not in run.err, run.err
+        else: assert code == 0 and "1 of 1 ranks done" in run.out and "Traceback" not in run.err, (name, run.err)
+        assert not run.survivors()

@@ -212,9 +212,9 @@ def run_command(
     request.folder.make()
     lock = refuse_second_run(args, request.folder)
     launcher = Launcher(request, bool(args.max_restarts))
-    finish = start_guard(f"PROXY_SFT_RUN={launcher.run}", launcher.private)
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN: signal.signal(number, launcher.on_signal)
+    finish = start_guard(f"PROXY_SFT_RUN={launcher.run}", launcher.private)
     log_line(f"proxy-sft: {args.notebook} on {args.nproc} process(es), run folder {request.folder.root}", sys.stdout)
     launcher.start(torchrun_command(args, worker, str(launcher.private), request.settings))
     code = launcher.child.wait()

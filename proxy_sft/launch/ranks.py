@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FINAL', 'CONSEQUENCE', 'UNSHOWN', 'RankStatus', 'is_alive', 'works_here', 'claim_failure', 'read_failure',
            'is_of_this_run', 'StoppedBetweenCells', 'load_ipython_extension', 'beat', 'SessionHooks', 'RankSession',
-           'short_private_folder', 'find_kernels', 'RankClientMixin', 'bound_outputs', 'register_engine', 'run_rank',
-           'execute', 'kernel_words']
+           'short_private_folder', 'find_kernels', 'start_ipykernel', 'own_start', 'RankClientMixin', 'bound_outputs',
+           'register_engine', 'run_rank', 'execute', 'kernel_words']
 
 # %% ../../nbs/launch/04_ranks.ipynb #imports
 import contextlib
@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -228,21 +229,36 @@ def find_kernels(name: str, private: Path):  # a KernelSpecManager that knows `n
         kernels.kernel_dirs = [str(private / "kernels"), *kernels.kernel_dirs]
     return kernels
 
+# %% ../../nbs/launch/04_ranks.ipynb #own-start
+def start_ipykernel() -> None: # in a process of its own, in place of `python -m ipykernel_launcher`
+    "ipykernel without its first look at SIGINT: it would throw away one that has waited since the import."
+    if sys.path[0] == "": del sys.path[0] # as `ipykernel_launcher` does; ipykernel adds it again
+    from ipykernel.kernelapp import IPKernelApp
+    IPKernelApp.init_signal = lambda self: None
+    IPKernelApp.launch_instance()
+
+def own_start(command: list[str]) -> list[str]: # another kernel's command stays as it is
+    "A kernel's command with `start_ipykernel` in it."
+    text, ours = "\n".join(command), "-c\nfrom proxy_sft.launch.ranks import start_ipykernel; start_ipykernel()"
+    return text.replace("-m\nipykernel_launcher", ours).split("\n")
+
+
 # %% ../../nbs/launch/04_ranks.ipynb #client
 UNSHOWN = ("<IPython.core.display.", "<Figure size ")  # what stands in for pictures and pages in a terminal
 
 class RankClientMixin:
     "IPC kernels, bounded outputs, live log; mixed into papermill's notebook client."
-    async def async_start_new_kernel(self, **kwargs):
+    def start_new_kernel(self, **kwargs):
         "A kernel that is still importing answers no signal; they wait until it can, and then ask for a stop."
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) # inherited by the kernel
-        try: await super().async_start_new_kernel(**kwargs)
+        try: super().start_new_kernel(**kwargs)
         finally: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def create_kernel_manager(self):
         km = super().create_kernel_manager()
         private = self.session.private
         km.kernel_spec_manager = find_kernels(km.kernel_name, private)
+        km.kernel_spec.argv = own_start(km.kernel_spec.argv)
         km.transport, km.ip, km.connection_file = "ipc", str(private / "k"), str(private / "k.json")
         return km
 
