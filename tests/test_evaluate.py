@@ -5,7 +5,9 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from proxy_sft.evaluation import generation
 import pytest
@@ -27,10 +29,12 @@ from proxy_sft.evaluation.answers import wilson
 from proxy_sft.evaluate import evaluate
 from proxy_sft.evaluation.asking import evaluate_leaderboard, model_folders
 from proxy_sft.evaluation.failures import browse_failures, show_turn
+from proxy_sft.evaluation.rollouts import evaluate_rollouts
 from proxy_sft.evaluation.scores import Evaluation, evaluation_html, judge, rate_figure, table_rows
 from proxy_sft.evaluation.generation import (
     answer_limit, answer_in_time, generate_replies, load_model, questions_that_fit, token_batches
 )
+from proxy_sft.evaluation.servers import Server
 from proxy_sft.core.settings import load_settings
 from proxy_sft.core.stop_requests import StopRequested
 
@@ -581,3 +585,44 @@ def test_turns_without_a_question_before():
     assert turn.slices == ("no call", "no tool fits", "language: unknown") and "nobody" in show_turn(
         judge([turn], {"base": [Reply("Hi", True, 1)]}), 0
     )
+
+
+# ---- an address at which something else answers
+
+PAGES = {
+    "a page": b"<html><body>Sign in</body></html>", "null": b"null", "a list": b"[]", "a text": b'"models"',
+    "nothing": b"", "models that are none": b'{"data": [1, {}]}', "no data": b'{"object": "list"}', "bytes": b"\xff\x00"}
+
+
+@pytest.fixture
+def strange_server():
+    "Answers everything with one text and a good status."
+    class Strange(BaseHTTPRequestHandler):
+        page = b""
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html" if self.page.startswith(b"<") else "application/json")
+            self.send_header("Content-Length", str(len(self.page)))
+            self.end_headers()
+            self.wfile.write(self.page)
+        do_POST = do_GET
+        def log_message(self, *words): pass
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Strange)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1", Strange
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_strange_server_is_named_before_the_base_model_works(world, berkeley, strange_server, tmp_path, page):
+    (url, answers), (settings, _) = strange_server, world
+    answers.page = PAGES[page]
+    # whoever asked the base model first would hear that it cannot be loaded
+    mine = load_settings("demo", workspace=str(shutil.copytree(settings.workspace_dir, tmp_path / "copy")))
+    (mine.model_dir / "model.safetensors").write_bytes(b"nothing")
+    for ask in (lambda servers: evaluate(mine, servers=servers), lambda servers: evaluate_rollouts(mine, servers=servers),
+                lambda servers: evaluate_leaderboard(mine, berkeley, "simple_python", servers=servers)):
+        for model in ("", "mine"):
+            with pytest.raises(EvaluateError, match=rf"{url} (does not list its models|has \d+ models)"):
+                ask({"tuned": Server(url, model=model, attempts=1)})

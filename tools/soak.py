@@ -152,7 +152,8 @@ def digest(run_dir: Path) -> str:
     ):
         feed(torch.load(path, weights_only=False, map_location="cpu"))
     log = json.loads((run_dir / "trainer_state.json").read_text())["log_history"]
-    feed([(r["step"], r["loss"], r["grad_norm"]) for r in log if "loss" in r])
+    names = ("loss", "grad_norm", "eval_loss")
+    feed(sorted([r["step"], name, r[name]] for r in log for name in names if name in r))
     return h.hexdigest()[:16]
 
 
@@ -480,7 +481,7 @@ class Soak:
                 def fill(room):
                     free = shutil.disk_usage(small).free
                     ballast.write_bytes(b"x" * max(0, int(free - room)))
-                hook = at_step(run_dir, 3, lambda: fill(size * 0.5))
+                hook = at_step(run_dir, 3, lambda: fill(0 if mode == "go_on" else size * 0.5))
                 if mode == "race": hook = fill_inside_save(run_dir, small, ballast)
                 codes = self.run(
                     f"full-{mode}",

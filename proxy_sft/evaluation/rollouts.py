@@ -177,6 +177,7 @@ def evaluate_rollouts(
     "Base and tuned model alone in the same held-out conversations."
     from proxy_sft.evaluation.asking import model_folders
     chosen, servers = choose_conversations(settings.converted_dir / "heldout.jsonl", most, settings.seed), servers or {}
+    for server in servers.values(): _ = server.name  # asked before a model has worked for hours
     found = {}
     for name, folder in model_folders(settings, tuned, base_only).items():
         if name in servers: answer = server_answers(servers[name], max_new_tokens)
