@@ -591,7 +591,8 @@ def test_turns_without_a_question_before():
 
 PAGES = {
     "a page": b"<html><body>Sign in</body></html>", "null": b"null", "a list": b"[]", "a text": b'"models"',
-    "nothing": b"", "models that are none": b'{"data": [1, {}]}', "no data": b'{"object": "list"}', "bytes": b"\xff\x00"}
+    "nothing": b"", "models that are none": b'{"data": [1, {}]}',
+    "no data": b'{"object": "list"}', "bytes": b"\xff\x00"}
 
 
 @pytest.fixture
@@ -621,7 +622,8 @@ def test_a_strange_server_is_named_before_the_base_model_works(world, berkeley, 
     # whoever asked the base model first would hear that it cannot be loaded
     mine = load_settings("demo", workspace=str(shutil.copytree(settings.workspace_dir, tmp_path / "copy")))
     (mine.model_dir / "model.safetensors").write_bytes(b"nothing")
-    for ask in (lambda servers: evaluate(mine, servers=servers), lambda servers: evaluate_rollouts(mine, servers=servers),
+    for ask in (lambda servers: evaluate(mine, servers=servers),
+                lambda servers: evaluate_rollouts(mine, servers=servers),
                 lambda servers: evaluate_leaderboard(mine, berkeley, "simple_python", servers=servers)):
         for model in ("", "mine"):
             with pytest.raises(EvaluateError, match=rf"{url} (does not list its models|has \d+ models)"):

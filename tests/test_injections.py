@@ -3,6 +3,8 @@ garbage, full disks, long lines."""
 import json
 import os
 import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from trainings import ROOT, run_training
 
 from proxy_sft.core import atomic_folders, build_once, stop_requests
 from proxy_sft.core.settings import load_settings, SettingsError
 from proxy_sft.launch import files, launcher, parameters, processes, ranks, worker
+from proxy_sft.tokens import caches, preparation
 from proxy_sft.training import checkpoint_writer, checkpoints
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -139,6 +143,28 @@ def test_a_refused_start_changes_nothing_and_a_renamed_checkpoint_is_not_publish
     assert "my notes" in (run_dir / "README.md").read_text() and atomic_folders.is_complete(run_dir)
     (run_dir / "config.json").write_text("{}")
     assert json.loads((run_dir / "checkpoint-4" / "config.json").read_text()) # nor does any other text share its bytes
+    require_that_a_broken_checkpoint_is_named(run_dir, tmp_path)
+
+
+def test_a_final_model_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    "Every file that is no link and every folder, however deep, before the marker."
+    names = ("model.safetensors", "global_step4/a_optim_states.pt", "global_step4_universal/zero/x/fp32.pt",
+             "config.json", "global_step4_universal/notes.json")
+    aside, run_dir, flushed = tmp_path / "run" / ".saving", tmp_path / "run", []
+    for name in names:
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        (aside / name).write_bytes(b"{}")
+    atomic_folders.publish(aside, run_dir / "checkpoint-4", {**FACTS, "step": 4})
+    usual = os.fsync
+    def noted(handle):
+        flushed.append(os.fstat(handle).st_ino)
+        return usual(handle)
+    monkeypatch.setattr(os, "fsync", noted)
+    checkpoint_writer.publish_final(run_dir / "checkpoint-4", run_dir)
+    before = set(flushed[:flushed.index((run_dir / "COMPLETE").stat().st_ino)])
+    ours = [run_dir, *(p for top in names for p in [run_dir / top, *(run_dir / top).parents] if run_dir in p.parents)]
+    linked = {p.stat().st_ino for p in (run_dir / "checkpoint-4").rglob("*") if p.is_file()} # flushed by its save
+    assert not [p for p in ours if p.stat().st_ino not in before | linked]
 
 
 # ---- broken weights
@@ -161,6 +187,50 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     assert not atomic_folders.complete_checkpoints(tmp_path / "runs" / "r")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_broken_number_anywhere_is_seen(value, kind):
+    model = torch.nn.Linear(300, 200).to(kind)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters(): p.grad = torch.full_like(p, 0.01)
+    optimizer.step()
+    with torch.no_grad(): model.weight[0, :2] = torch.finfo(kind).max # a sum that overflows is no broken number
+    assert checkpoint_writer.broken_tensor(model, optimizer) == ""
+    for tensor, name in ((model.bias, "bias"), (optimizer.state[model.weight]["exp_avg_sq"],
+                                                "the optimizer's exp_avg_sq of parameter 0")):
+        with torch.no_grad(): before, tensor.view(-1)[-1] = tensor.view(-1)[-1].clone(), value
+        assert checkpoint_writer.broken_tensor(model, optimizer) == name
+        with torch.no_grad(): tensor.view(-1)[-1] = before
+
+
+def broken_copy(checkpoint: Path, target: Path, file: str) -> None:
+    "The same checkpoint, whole and with its manifest, with one number that is none."
+    aside = target.with_name(".aside")
+    shutil.copytree(checkpoint, aside)
+    facts = {k: v for k, v in json.loads((aside / "manifest.json").read_text()).items() if k != "files"}
+    for name in ("manifest.json", "COMPLETE"): (aside / name).unlink()
+    if file == "model.safetensors":
+        tensors = load_file(aside / file)
+        tensors["model.norm.weight"][0] = float("nan")
+        save_file(tensors, aside / file, metadata={"format": "pt"})
+    else:
+        states = torch.load(aside / file, weights_only=True)
+        states["state"][0]["exp_avg"].view(-1)[0] = float("inf")
+        torch.save(states, aside / file)
+    atomic_folders.publish(aside, target, facts)
+
+
+def require_that_a_broken_checkpoint_is_named(run_dir: Path, workspace: Path) -> None:
+    "Of a finished run: an older version may have saved it, or somebody else."
+    for file, what in (("model.safetensors", r"model\.norm\.weight"), ("optimizer.pt", "the optimizer's exp_avg")):
+        other = run_dir.with_name(file)
+        other.mkdir()
+        broken_copy(run_dir / "checkpoint-2", other / "checkpoint-2", file)
+        refused = run_training(**TINY, workspace=str(workspace), run_name=other.name)
+        assert refused.returncode == 1, refused.stderr
+        assert re.search(f"checkpoint-2 is broken: it holds NaN or Inf in {what}.* Move it away", refused.stderr)
+
+
 # ---- a stop at an evaluation
 
 def stop_at_an_evaluation(settings, hook: str) -> None:
@@ -181,7 +251,7 @@ def stop_before_it(settings): stop_at_an_evaluation(settings, "on_step_end")  # 
 def stop_in_it(settings): stop_at_an_evaluation(settings, "on_prediction_step")  # an `act`
 
 
-def last_state(run_dir: Path) -> tuple: # weights, optimizer, random states; every logged loss of training and evaluation
+def last_state(run_dir: Path) -> tuple: # weights, optimizer, random states; every loss of training and evaluation
     folder = run_dir / "checkpoint-4"
     names = ("loss", "grad_norm", "eval_loss", "eval_mean_token_accuracy")
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
@@ -266,6 +336,37 @@ def test_garbage_in_states_and_failures_blocks_no_start_and_hides_no_cause(tmp_p
     launcher.add_run_arguments(parser)
     launcher.refuse_second_run(parser.parse_args(["nb"]), folder).release()
     assert not folder.status(0).exists() and not folder.failure_file.exists()
+
+
+def in_a_fork(act) -> int: # exit code; an audit hook stays for the rest of a process
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try: code = int(not act())
+        finally: os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("sweep", ["prune_caches", "remove_abandoned"])
+@pytest.mark.parametrize("ended", [False, True]) # whether its claim was given up at the same moment
+def test_a_sweep_that_meets_a_builder_between_rename_and_release(tmp_path, sweep, ended):
+    "The builder marks its folder at the moment in which the sweep begins to look whether somebody holds it."
+    settings = load_settings("demo", workspace=str(tmp_path))
+    folder = settings.prepared_dir / ("a" * 20)
+    folder.mkdir(parents=True)
+    atomic_folders.write_manifest(folder, {})
+    claim = preparation.claim_of(folder)
+    claim.write_text("process 1 on elsewhere\n")
+    def act():
+        def finish(event, given):
+            if event != "open" or str(given[0]) != str(claim) or atomic_folders.is_complete(folder): return
+            atomic_folders.mark_complete(folder)
+            if ended: claim.unlink()
+        sys.addaudithook(finish)
+        found = caches.prune_caches(settings) if sweep == "prune_caches" else preparation.remove_abandoned(
+            settings.prepared_dir)
+        return found == [] and atomic_folders.is_complete(folder)
+    assert in_a_fork(act) == 0
 
 
 # ---- long lines, full disks, ranks that stand still

@@ -238,7 +238,8 @@ def copy_final(checkpoint: Path, run_dir: Path) -> None: # the marker comes last
         if name not in kept and (checkpoint / name).is_file(): copy_file(checkpoint / name, run_dir / name)
         if name not in files and (path := run_dir / name).is_file(): # a card is hashed as it is now
             files[name] = {"size": path.stat().st_size, "blake3": file_hash(path)}
-    for folder in {(run_dir / name).parent for name in files}: flush(folder)
+    inner = {p for name in files for p in Path(name).parents} # `.` is the run's folder
+    for folder in inner: flush(run_dir / folder)
     write_flushed(run_dir / MANIFEST, json.dumps({**manifest, "files": files}, indent=1, sort_keys=True) + "\n")
     mark_complete(run_dir)
     for gone in run_dir.glob(".gone-*"): shutil.rmtree(gone, ignore_errors=True) # what could not be deleted before
