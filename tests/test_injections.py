@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from trainings import ROOT, run_training
 
-from proxy_sft.core import atomic_folders, build_once, stop_requests
+from proxy_sft.core import atomic_folders, build_once, locks, stop_requests
 from proxy_sft.core.settings import load_settings, SettingsError
 from proxy_sft.launch import files, launcher, parameters, processes, ranks, worker
 from proxy_sft.tokens import caches, preparation
@@ -419,3 +419,78 @@ def test_the_rank_that_holds_up_the_others_is_named():
                  kernel_quiet=0.4)
     assert worker.who_stalls([state, {**state, "rank": 1, "kernel_quiet": 3601.0}], time.time())[0]["rank"] == 1
     assert worker.who_stalls([state, {**state, "rank": 2, "step": 39}], time.time())[0]["rank"] == 2
+
+
+# ---- disks whose locks end at each machine
+
+def test_a_builder_on_another_machine_is_waited_for_while_it_lives(tmp_path, monkeypatch):
+    "The lock's file has lost its name: a second process locks another file, as on a disk without common locks."
+    monkeypatch.setattr(locks, "SILENCE", 2.0)
+    path, done = tmp_path / ".claim-x", tmp_path / "x"
+    code = ("from pathlib import Path; from proxy_sft.core import locks; locks.SILENCE = 2.0; "
+            "from proxy_sft.core.build_once import Claim; claim = Claim(Path({path!r})); assert claim.acquire(); "
+            "print('builds', flush=True); input(); claim.release()").format(path=str(path))
+    owner = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "builds\n"
+    path.unlink()
+    looks = []
+    def is_done():
+        looks.append(done.exists())
+        if len(looks) == 20: done.touch() # far beyond the silence after which a dead owner's lease would end
+        return looks[-1]
+    assert build_once.claim_or_wait(path, is_done, every=0.2) is None and len(looks) == 21
+    owner.communicate("\n")
+    assert not [*tmp_path.glob(".claim-*")]
+
+
+LEASE = "filelock/2\npid=7\nhost=node-7\nmode=lease\ntoken=d42f8b42588a9def5a78e7bc76be61c8\nduration=2.0\nstart=1\n"
+
+
+@pytest.mark.parametrize("left", [LEASE, "", "\x00garbage", LEASE[:40], LEASE.replace("node-7", "")])
+def test_what_a_dead_owner_on_another_machine_left_holds_nobody_up_for_long(tmp_path, monkeypatch, left):
+    monkeypatch.setattr(locks, "SILENCE", 2.0)
+    path = tmp_path / ".claim-x"
+    path.with_name(".claim-x.lease").write_text(left)
+    path.write_text("process 7 on node-7, since yesterday\n")
+    claim = build_once.claim_or_wait(path, lambda: False)
+    assert not build_once.Claim(path).acquire()
+    claim.release()
+    path.with_name(".claim-x.lease").write_text(left)
+    with locks.RunLock(path).take(patience=0): assert not locks.Lock(path).acquire()
+
+
+def test_a_lock_on_a_full_disk_is_held_without_words_and_without_a_lease(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(tmp_path)]).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        with open(tmp_path / "ballast", "wb", buffering=0) as file, pytest.raises(OSError):
+            while True: file.write(b"x" * 4096)
+        claim = build_once.claim_or_wait(tmp_path / ".claim-x", lambda: False)
+        claim.update("rows")
+        assert not build_once.Claim(tmp_path / ".claim-x").acquire()
+        claim.release()
+        assert not [*tmp_path.glob(".claim-*")]
+    finally: subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_of_two_that_built_the_same_the_second_takes_what_the_first_published(tmp_path):
+    "A machine whose lease ended while it stood still finds the folder complete when it comes to publish its own."
+    done = run_training(act=publish_after_another, profile="demo", workspace=str(tmp_path), demo_rows=200, num_proc=1,
+                        max_train_samples=64, max_eval_samples=4, max_length=512)
+    assert done.returncode == 0, done.stderr
+    assert len([*(tmp_path / "prepared").rglob("COMPLETE")]) == 1 and not [*(tmp_path / "prepared").glob(".*")]
+
+
+def publish_after_another(settings) -> None: # an `act`
+    from proxy_sft.pipeline import ensure_prepared
+    usual, began = preparation.build_splits, []
+    def build_splits(given, sources, aside, *more, **named):
+        splits = usual(given, sources, aside, *more, **named)
+        began.append(aside)
+        if len(began) == 1: # the other machine does all of it meanwhile; its claim is another file
+            preparation.claim_of(settings.prepared_dir / aside.name.split("-")[1]).unlink()
+            next(settings.prepared_dir.glob(".claim-*.lease")).unlink()
+            preparation.build(given)
+        return splits
+    preparation.build_splits = build_splits
+    assert ensure_prepared(settings).folder.is_dir() and len(began) == 2

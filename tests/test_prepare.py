@@ -394,7 +394,7 @@ def test_what_a_dead_builder_left_holds_nobody_up_and_what_a_living_one_holds_st
         shutil.rmtree(folder)
     folder.mkdir() # renamed, and its builder has not yet marked it
     claim = Claim(preparation.claim_of(folder))
-    assert claim.take() and preparation.remove_abandoned(settings.prepared_dir) == [] and folder.is_dir()
+    assert claim.acquire() and preparation.remove_abandoned(settings.prepared_dir) == [] and folder.is_dir()
     claim.release()
     assert preparation.remove_abandoned(settings.prepared_dir) == [folder] and not folder.exists()
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['torchrun_command', 'add_run_arguments', 'Launcher', 'outcome', 'silent_failure', 'run_command', 'doctor_lines',
-           'refuse_second_run', 'renewed']
+           'refuse_second_run']
 
 # %% ../../nbs/launch/06_launcher.ipynb #imports
 import argparse
@@ -242,41 +242,17 @@ def refuse_second_run(
                                                                      str(folder.root))) from None
     except OSError as error:
         raise LaunchError(f"The run folder {folder.root} cannot be written: {error.strerror}.") from None
-    count = int(args.nproc) if args.nproc.isdigit() else None
-    states = [s for s in folder.statuses() if count is None or s["rank"] // count == args.node_rank]
-    working = [s for s in states if s["state"] not in FINAL]
-    if found := next((s for s in working if works_here(s) and is_alive(s)), None) or renewed(
-        folder, [s for s in working if not works_here(s)]
-    ):
+    count, states = int(args.nproc) if args.nproc.isdigit() else None, folder.statuses()
+    ours = [s for s in states if count is None or s["rank"] // count == args.node_rank]
+    # of a launcher that was killed, or started by hand
+    if found := next((s for s in ours if s["state"] not in FINAL and works_here(s) and is_alive(s)), None):
         lock.release()
         raise LaunchError(
             f"The run folder {folder.root} is in use by process {found['pid']} on {found['host']}. Stop that run, or "
             "choose another run_name."
         )
-    folder.stop_file.unlink(missing_ok=True)
-    known = {folder.status(s["rank"]) for s in folder.statuses()}
-    for path in [*(folder.status(s["rank"]) for s in states),
-                 *(set((folder.root / "status").glob("rank-*.json")) - known)]: remove(path)
+    others = {folder.status(s["rank"]) for s in states if s not in ours}
+    for path in {folder.stop_file, *(folder.root / "status").glob("rank-*.json")} - others: remove(path)
     if args.node_rank == 0: remove(folder.failure_file)
     return lock
 
-# %% ../../nbs/launch/06_launcher.ipynb #renewed
-def renewed(
-    folder: RunFolder,
-    states: list[dict],
-    seconds: float = 30,
-) -> Optional[dict]: # the first that is; None: they belong to the dead
-    """Of states that another machine wrote, one that is renewed while we look. Heartbeats are not compared with our
-    clock, which may differ."""
-    if states:
-        log_line(
-            f"proxy-sft: rank {states[0]['rank']} on {states[0]['host']} has not said how it ended; looking for "
-            f"{seconds:.0f} s whether it still works"
-        )
-    until = time.monotonic() + seconds
-    while states and time.monotonic() < until:
-        for state in states:
-            now = read_record(folder.status(state["rank"]), STATE)
-            if now and now["heartbeat"] != state["heartbeat"]: return state
-        time.sleep(0.2)
-    return None

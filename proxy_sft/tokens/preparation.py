@@ -35,6 +35,7 @@ from proxy_sft.core.build_once import (
     BuildFailedError,
     World,
 )
+from ..core.locks import SILENCE
 from ..core.display import bar_pace
 from ..core.settings import Settings
 from ..core.stop_requests import listening, raise_if_stop_requested, StopRequested
@@ -128,6 +129,11 @@ def build_claimed(
         }
         publish(aside, folder, {"key_parts": parts, "splits": short, "path": path, "parity_passed": parity})
     except WorkerLost as error: raise PrepareError(str(error)) from error
+    except (OSError, AtomicFolderError) as error:
+        if is_complete(folder): return # another machine was first; both made the same
+        if aside.exists(): raise
+        raise PrepareError(f"{aside} was taken away while it was written: this machine stood still for so long that "
+                           "another one took over. Start again; the work of the other is used.") from error
     finally: shutil.rmtree(aside, ignore_errors=True)
 
 # %% ../../nbs/tokens/05_preparation.ipynb #empty-folder
@@ -195,7 +201,8 @@ def remove_abandoned(
         folder = prepared_dir / key
         if f".claim-{key}" not in names and f".building-{key}-" not in " ".join(names) and is_complete(folder): continue
         claim = Claim(claim_of(folder))
-        if not (held := mine is not None and mine.path == claim.path) and not claim.take(): continue
+        held = mine is not None and mine.path == claim.path
+        if not held and not claim.acquire(elsewhere=0 if mine else SILENCE + 5): continue # a builder does not wait
         try:
             left = [*prepared_dir.glob(f".building-{key}-*"),
                     *([folder] if folder.is_dir() and not is_complete(folder) else [])]
