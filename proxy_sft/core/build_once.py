@@ -136,17 +136,26 @@ class World(NamedTuple):
     local_rank: int = 0
     size: int = 1
     local_size: int = 1
+    attempt: int = 0 # how often torchrun has started the ranks again
+    under_torchrun: bool = False
 
     @classmethod
     def from_environment(cls) -> "World":
         "As torchrun set it; one process when it did not."
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, cls())))
+        if "RANK" not in os.environ: return cls()
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+        return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, cls())), under_torchrun=True)
 
     @property
     def first_here(self) -> int: # global rank
         "The first rank on this machine."
         return self.rank - self.local_rank
+
+    @property
+    def ranks_here(self) -> range: # global ranks
+        "The ranks of this machine."
+        return range(self.first_here, self.first_here + self.local_size)
+
 
 # %% ../../nbs/core/05_build_once.ipynb #heartbeat
 class Heartbeat:

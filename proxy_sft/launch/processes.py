@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['marked_processes', 'environment_of', 'kill_marked', 'die_with_parent', 'name_process', 'guards', 'read_text',
-           'start_guard', 'Rank', 'rank_from_environment', 'quiet', 'process_began', 'threads_per_rank',
-           'available_cores', 'sweep_run', 'Reports', 'report']
+           'start_guard', 'quiet', 'threads_per_rank', 'available_cores', 'sweep_run', 'Reports', 'report']
 
 # %% ../../nbs/launch/03_processes.ipynb #imports
 import ctypes
@@ -15,11 +14,13 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 import psutil
+
+from ..core.build_once import World
+
 
 # %% ../../nbs/launch/03_processes.ipynb #processes
 def marked_processes(mark: str, spare: frozenset[int] = frozenset()) -> list[int]: # process ids
@@ -95,29 +96,6 @@ def start_guard(
         os.waitpid(pid, 0)
     return finish
 
-# %% ../../nbs/launch/03_processes.ipynb #rank
-@dataclass(frozen=True)
-class Rank:
-    "A worker's place among the others, as torchrun tells it."
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    attempt: int = 0 # how often torchrun restarted the workers
-    under_torchrun: bool = False
-
-    @property
-    def local_ranks(self) -> range: # the ranks of this machine
-        return range(self.rank - self.local_rank, self.rank - self.local_rank + self.local_world_size)
-
-# %% ../../nbs/launch/03_processes.ipynb #rank-from-environment
-def rank_from_environment(environment: dict[str, str]) -> Rank: # rank 0 of 1 when torchrun did not start us
-    "Read `RANK`, `WORLD_SIZE` and the like."
-    names = dict(rank="RANK", world_size="WORLD_SIZE", local_rank="LOCAL_RANK", local_world_size="LOCAL_WORLD_SIZE",
-                 attempt="TORCHELASTIC_RESTART_COUNT")
-    if "RANK" not in environment: return Rank()
-    return Rank(**{k: int(environment[v]) for k, v in names.items() if v in environment}, under_torchrun=True)
-
 # %% ../../nbs/launch/03_processes.ipynb #process-helpers
 def quiet(log: Path) -> None: # into nothing where the log cannot be written
     "Send what this process and its libraries print to a rank's log."
@@ -125,24 +103,20 @@ def quiet(log: Path) -> None: # into nothing where the log cannot be written
     except OSError: descriptor = os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2): os.dup2(descriptor, number)
 
-def process_began(pid: int) -> float: # seconds since the epoch; now, where /proc is missing
-    "When a process started."
-    try: return Path(f"/proc/{pid}").stat().st_mtime
-    except OSError: return time.time()
 
 # %% ../../nbs/launch/03_processes.ipynb #threads-per-rank
 def threads_per_rank(
-    place: Rank,
-    torchrun_began_with: str, # the environment that torchrun was started with, NUL between the entries
+    place: World,
+    torchrun_began_with: dict[str, str], # the environment that torchrun was started with; empty without torchrun
 ) -> Optional[int]: # None: leave it as it is
     "Torchrun gives every rank one thread unless the user chose; share the cores instead."
-    chosen = any(entry.startswith("OMP_NUM_THREADS=") for entry in torchrun_began_with.split("\0"))
-    if not torchrun_began_with or chosen or place.local_world_size == 1: return None
-    return max(1, available_cores() // place.local_world_size)
+    if not torchrun_began_with or "OMP_NUM_THREADS" in torchrun_began_with or place.local_size == 1: return None
+    return max(1, available_cores() // place.local_size)
 
 def available_cores() -> int: # at least 1
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 # %% ../../nbs/launch/03_processes.ipynb #sweep-run
 def sweep_run(run: str) -> None: # guards end by themselves, after they have cleaned up

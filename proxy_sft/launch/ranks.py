@@ -25,14 +25,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Optional, TextIO
 
+import psutil
+
+
 # %% ../../nbs/launch/04_ranks.ipynb #imports-own
-from ..core.build_once import Process, this_machine
+from ..core.build_once import Process, this_machine, World
 from ..core.stop_requests import printable, request_stop, should_stop, STOP_SIGNALS, STOPPED
 from proxy_sft.launch.files import (
     AtomicNotebooks, FAILURE, join_stream, LiveLog, read_json, read_record, redact, remove, secrets_of, write_atomically
 )
 from .parameters import LaunchError, Request, RunFolder
-from .processes import die_with_parent, kill_marked, Rank, read_text, report, threads_per_rank
+from .processes import die_with_parent, environment_of, kill_marked, report, threads_per_rank
 
 # %% ../../nbs/launch/04_ranks.ipynb #status
 FINAL = {"done", "failed", "stopped", "killed"}
@@ -173,7 +176,7 @@ class SessionHooks:
 class RankSession(SessionHooks):
     "What one rank knows while its notebook runs."
     request: Request
-    place: Rank
+    place: World
     terminal: Optional[TextIO] = None # where rank 0 shows its output
     began: float = field(default_factory=time.time)
     mark: str = field(default_factory=lambda: f"PROXY_SFT_MARK={uuid.uuid4().hex}")
@@ -186,13 +189,13 @@ class RankSession(SessionHooks):
         self.since = float(os.environ.get("PROXY_SFT_BEGAN", self.began)) # when the whole run began
         self.live = LiveLog(self.folder.log(self.place.rank), self.terminal, self.secrets)
         self.status = RankStatus(self.folder.status(self.place.rank), rank=self.place.rank, cell=0,
-                                 world_size=self.place.world_size, attempt=self.place.attempt,
+                                 world_size=self.place.size, attempt=self.place.attempt,
                                  run=os.environ.get("PROXY_SFT_RUN", ""), notebook=str(self.output))
 
     @property
     def kernel_environment(self) -> dict[str, str]: # for the kernel alone
         name, value = self.mark.split("=")
-        threads = threads_per_rank(self.place, read_text(Path(f"/proc/{os.getppid()}/environ")))
+        threads = threads_per_rank(self.place, environment_of(psutil.Process(os.getppid())))
         return {
             **os.environ,
             name: value,

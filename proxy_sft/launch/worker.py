@@ -21,14 +21,16 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+import psutil
+
+
 # %% ../../nbs/launch/05_worker.ipynb #imports-own
+from ..core.build_once import World
 from ..core.settings import SettingsError
 from ..core.stop_requests import log_line, request_stop, should_stop, STOP_SIGNALS, STOPPED, StopRequested
 from .files import read_record, STATE, write_atomically
 from .parameters import add_notebook_arguments, LaunchError, read_request, Request, split_parameters
-from proxy_sft.launch.processes import (
-    die_with_parent, kill_marked, process_began, quiet, rank_from_environment, read_text, report, start_guard
-)
+from .processes import die_with_parent, kill_marked, quiet, read_text, report, start_guard
 from proxy_sft.launch.ranks import (
     claim_failure, FINAL, is_alive, is_of_this_run, RankSession, read_failure, run_rank, works_here
 )
@@ -50,7 +52,7 @@ def watch(session: RankSession, ended: threading.Event, seconds: float = 1.0) ->
 # %% ../../nbs/launch/05_worker.ipynb #vanished
 def vanished(session: RankSession) -> Optional[dict]: # the failure of a rank of this machine whose worker is gone
     "Speak for a worker that was killed and cannot speak for itself."
-    for rank in session.place.local_ranks:
+    for rank in session.place.ranks_here:
         other = read_record(session.folder.status(rank), STATE) if rank != session.place.rank else None
         if other is None or (other["started"] < session.since - 2 and not is_of_this_run(other)): continue
         if other["attempt"] != session.place.attempt or other["state"] in FINAL or is_alive(other): continue
@@ -143,7 +145,7 @@ def wait_for_others(
 ) -> None: # an hour: a slow disk takes long for a checkpoint
     "After a stop: until every rank of this machine has ended, or its worker is gone."
     for _ in range(looks):
-        others = [rank for rank in session.place.local_ranks if rank != session.place.rank]
+        others = [rank for rank in session.place.ranks_here if rank != session.place.rank]
         states = [s for rank in others if (s := read_record(session.folder.status(rank), STATE))]
         working = [s for s in states if s["state"] not in FINAL and s["attempt"] == session.place.attempt]
         if not any(is_alive(s) for s in working): return
@@ -171,10 +173,10 @@ def failure_words(failure: dict) -> str: # several lines, the error itself last
 # %% ../../nbs/launch/05_worker.ipynb #worker
 def run_worker(request: Request) -> int: # exit code of this rank
     "One rank as a process of its own."
-    place = rank_from_environment(dict(os.environ))
+    place = World.from_environment()
     launched = "PROXY_SFT_RUN" in os.environ
     if place.under_torchrun or launched: die_with_parent()
-    if place.under_torchrun: os.environ.setdefault("PROXY_SFT_BEGAN", str(process_began(os.getppid())))
+    if place.under_torchrun: os.environ.setdefault("PROXY_SFT_BEGAN", str(psutil.Process(os.getppid()).create_time()))
     request.folder.make()
     session = RankSession(request, place, terminal=sys.stdout if place.rank == 0 else None)
     if not should_stop(session.folder.stop_file, session.since):  # an old one
