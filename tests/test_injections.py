@@ -494,3 +494,37 @@ def publish_after_another(settings) -> None: # an `act`
         return splits
     preparation.build_splits = build_splits
     assert ensure_prepared(settings).folder.is_dir() and len(began) == 2
+
+
+# ---- manifests that somebody edited, with markers that fit
+
+def places(value, path=()): # of every value in a JSON value
+    for key in value if isinstance(value, dict) else ():
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+def test_an_edited_manifest_is_refused_in_plain_words_or_changes_nothing(tmp_path):
+    settings = load_settings("demo", output_dir=str(tmp_path))
+    for step in (2, 4): make(tmp_path / f"checkpoint-{step}")
+    newest, tried = tmp_path / "checkpoint-4", 0
+    whole = json.loads((newest / "manifest.json").read_text())
+    free = [p for p in places(whole) if p[0] in ("python", "versions")] # told nowhere, compared nowhere
+    where = [p for p in places(whole) if p not in free and (p[0] != "settings" or p[-1] in ("batch_size", "settings"))]
+    for place in where:
+        for value in (None, [], {}, "", "x", -1, 1.5, True, 10**400, float("nan"), "left out"):
+            edited = inner = json.loads(json.dumps(whole))
+            for key in place[:-1]: inner = inner[key]
+            inner[place[-1]] = value
+            if value == "left out": del inner[place[-1]]
+            if edited == whole: continue # True for 1
+            (newest / "manifest.json").write_text(json.dumps(edited))
+            atomic_folders.mark_complete(newest)
+            with pytest.raises((checkpoints.CheckpointError, atomic_folders.AtomicFolderError)):
+                checkpoints.checkpoint_to_resume(settings, FACTS)
+            try: checkpoints.lost_checkpoints_message({"checkpoint-9": ""}, settings)
+            except atomic_folders.AtomicFolderError: pass
+            try: checkpoints.expected_bytes(tmp_path, 5, "adamw", False, 4)
+            except atomic_folders.AtomicFolderError: pass
+            tried += 1
+    assert tried > 90

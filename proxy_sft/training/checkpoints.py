@@ -20,6 +20,7 @@ import sys
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
@@ -167,7 +168,8 @@ def differences(
 
 def rows_per_step(facts: dict[str, Any]) -> int: # blocks
     "How many rows an optimizer step takes, over all ranks."
-    return facts["world_size"] * facts["settings"]["gradient_accumulation"] * facts["settings"]["batch_size"]
+    numbers = facts["world_size"], *(facts["settings"].get(n) for n in ("gradient_accumulation", "batch_size"))
+    return prod(numbers) if all(type(number) is int for number in numbers) else 0 # an edited manifest
 
 def convertible(then: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether another number of ranks is the same training but for rounding: as many rows per step, which the sampler
