@@ -78,8 +78,10 @@ def release(self: Lock) -> None: # the file stays
 # %% ../../nbs/core/03_locks.ipynb #runlock
 class RunLock(Lock):
     "The right to work in a run's folder."
-    # seconds to wait for an owner that is just ending; InUseError, OSError
-    def take(self, patience: float = 3) -> "RunLock":
+    def take(
+        self,
+        patience: float = 3, # seconds to wait for an owner that is just ending
+    ) -> "RunLock": # itself; InUseError, OSError
         "Lock, or say who has it."
         if not self.acquire(patience, elsewhere=SILENCE + 5):
             owner = owner_of(self.path) or "another process"
