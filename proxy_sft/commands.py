@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'PAGES', 'Command', 'add_prepare_arguments', 'add_caches_arguments', 'add_completion_arguments',
            'add_arguments', 'prepare_command', 'add_new_arguments', 'own_page', 'new_command', 'add_evaluate_arguments',
-           'evaluate_command', 'completion_command', 'command_parser', 'main', 'run_main']
+           'evaluate_command', 'completion_command', 'CommandParser', 'command_parser', 'main', 'run_main']
 
 # %% ../nbs/05_commands.ipynb #imports
 import argparse
@@ -19,9 +19,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Optional
 
-from .launch.parameters import add_parameter_arguments, split_parameters
+from . import __version__
+from .launch.parameters import add_parameter_arguments, LaunchError, split_parameters
 from .launch.worker import run_with_plain_errors
-from .core.settings import load_settings, SettingsError
+from .core.settings import did_you_mean, load_settings, SettingsError
 
 # %% ../nbs/05_commands.ipynb #command
 @dataclass(frozen=True)
@@ -76,12 +77,14 @@ COMMANDS = {
     "status": Command(
         "show where a run stands: step, loss, speed, time left, ranks",
         "launch.status",
-        ("proxy-sft status qwen3_8b_8gpu", "proxy-sft status qwen3_8b_8gpu --json"),
+        ("proxy-sft status", "proxy-sft status qwen3_8b_8gpu", "proxy-sft status first-try second-try",
+         "proxy-sft status qwen3_8b_8gpu --json"),
     ),
     "report": Command(
-        "write one HTML page about a run",
+        "write one HTML page about a run, or about several beside each other",
         "launch.report",
-        ("proxy-sft report demo", "proxy-sft report demo --output demo.html"),
+        ("proxy-sft report demo", "proxy-sft report demo --output demo.html",
+         "proxy-sft report first-try second-try"),
     ),
     "new": Command("copy the pages into a folder of your own, with your own parameters", "commands", (
         "proxy-sft new first-try -p profile demo", "proxy-sft new mine -p dataset ./rows.jsonl"), parameters=True),
@@ -298,12 +301,25 @@ def completion_command(args: argparse.Namespace) -> int: # exit code
     print(shtab.complete(command_parser(*COMMANDS), args.shell))
     return 0
 
+# %% ../nbs/05_commands.ipynb #parser-class
+class CommandParser(argparse.ArgumentParser):
+    "A parser that answers a misspelt option with the nearest one."
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = re.findall(r"(?<![\w-])--?[a-z][\w-]*", self.format_help())
+            self.error(f"unrecognized arguments: {' '.join(unknown)}.{did_you_mean(unknown[0].split('=')[0], options)}")
+        return found, unknown
+
+
 # %% ../nbs/05_commands.ipynb #parser
 def command_parser(*chosen: str) -> argparse.ArgumentParser: # the arguments of other sub-commands are left out
     "The parser of `proxy-sft`, complete for the chosen sub-commands."
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="proxy-sft", description="Qwen3-8B as a tool-calling model: download, convert, inspect, train, evaluate."
     )
+    parser.add_argument("--version", action="version", version=f"proxy-sft {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
@@ -333,6 +349,9 @@ def main(argv: Optional[list[str]] = None) -> int: # exit code; argparse itself 
 def run_main(argv: list[str]) -> int: # exit code
     "Parse, then call the command."
     chosen = argv[0] if argv and argv[0] in COMMANDS else ""
+    if argv and not chosen and not argv[0].startswith("-"):
+        raise LaunchError(f"There is no command {argv[0]!r}.{did_you_mean(argv[0], list(COMMANDS))} "
+                          f"Commands: {', '.join(COMMANDS)}.")
     parameters, words, rest = {}, [], argv
     if chosen and COMMANDS[chosen].parameters and not {"-h", "--help"} & set(argv):
         rest, words, parameters = split_parameters(argv)

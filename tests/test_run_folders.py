@@ -1,11 +1,16 @@
 """Which folder a command takes for a run, and a reader that has seen enough."""
+import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from proxy_sft.core.settings import save_settings, load_settings
-from proxy_sft.launch.parameters import LaunchError
+from proxy_sft.commands import main
+from proxy_sft.launch.parameters import (
+    chosen_settings, LaunchError, notebook_defaults, read_request, split_parameters
+)
 from proxy_sft.launch.status import find_run
 
 
@@ -42,3 +47,60 @@ def test_a_reader_that_stops_gets_no_traceback(place, words):
     errors = command.stderr.read()
     assert "Traceback" not in errors and "BrokenPipe" not in errors, errors
     assert command.wait() in (0, 141)
+
+
+def test_a_misspelt_run_or_path_is_answered_with_the_nearest(place):
+    with pytest.raises(LaunchError, match="Did you mean 'demo'"): find_run("dmeo")
+    with pytest.raises(LaunchError, match="Did you mean '.*workspace/runs/demo'"):
+        find_run(str(place / "workspace/rusn/demo"))
+    with pytest.raises(LaunchError, match="Did you mean '.*02_train.ipynb'"):
+        (place / "nbs").mkdir()
+        (place / "nbs" / "02_train.ipynb").touch()
+        notebook_defaults(place / "nbs" / "02_trian.ipynb")
+
+
+@pytest.mark.parametrize(
+    "words, near",
+    [(["statsu"], "status"), (["doctor", "--profle", "demo"], "--profile"), (["caches", "--prun"], "--prune")],
+)
+def test_a_misspelt_command_or_option_is_answered_with_the_nearest(place, words, near, capsys):
+    try: code = main(words)
+    except SystemExit as end: code = end.code
+    assert code == 2 and f"Did you mean '{near}'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--profile", "demo"], ["--profile=demo"], ["-p", "profile", "demo"]])
+def test_a_profile_has_two_spellings(words):
+    rest, taken, parameters = split_parameters(["nb", *words])
+    assert rest == ["nb"] and parameters == {"profile": "demo"} and split_parameters(taken)[2] == parameters
+
+
+def test_two_profiles_are_refused():
+    with pytest.raises(LaunchError, match="Two profiles.*'demo'.*'qwen3_8b'"):
+        split_parameters(["-p", "profile", "demo", "--profile", "qwen3_8b"])
+
+
+def test_version_status_and_caches_answer_without_a_run(place, capsys):
+    with pytest.raises(SystemExit, match="0"): main(["--version"])
+    assert capsys.readouterr().out.startswith("proxy-sft ")
+    assert main(["status"]) == 0 and "demo" in capsys.readouterr().out
+    assert main(["caches"]) == 0 and "There are no prepared data" in capsys.readouterr().out
+
+
+def test_runs_beside_each_other_show_the_settings_that_differ(place, capsys):
+    runs = place / "workspace" / "runs"
+    save_settings(load_settings("demo", learning_rate=3e-4), runs / "second")
+    assert main(["status", "demo", "second"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"learning_rate +\S+ +0.0003", said) and "run_name" not in said and "max_length" not in said
+
+
+def test_a_dry_run_says_where_a_setting_comes_from(tmp_path):
+    page = tmp_path / "page.ipynb"
+    source = "profile = 'demo'\nseed = 7\n"
+    page.write_text(json.dumps({"cells": [
+        {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": source}
+    ]}))
+    rows = {row[0]: row[1:] for row in chosen_settings(read_request(str(page), {"max_steps": 3}))}
+    assert rows["seed"] == ("7", "42", "page.ipynb") and rows["max_steps"][2] == "command line"
+    assert rows["model"][2] == "profile demo" and "optimizer" not in rows

@@ -6,10 +6,10 @@
 __all__ = ['PACKAGE', 'DATA_ENDINGS', 'RENAMED', 'SettingsError', 'Group', 'Places', 'Conversion', 'Rendering', 'Training',
            'Hardware', 'Record', 'as_meant', 'text_as_meant', 'Settings', 'is_repository', 'repository_root',
            'in_folder', 'is_path', 'place', 'train_file', 'conversion_choices', 'chosen_part', 'short_hash',
-           'converted_name', 'configs_dir', 'profile_names', 'did_you_mean', 'profile_file', 'read_profile',
-           'load_settings', 'yaml_scalar', 'check_names', 'plain_words', 'spelling', 'notebook_parameters',
-           'command_line', 'parameter_words', 'settings_table', 'save_settings', 'deepspeed_file', 'zero_settings',
-           'offloads']
+           'converted_name', 'configs_dir', 'profile_names', 'did_you_mean', 'nearest_path', 'profile_file',
+           'read_profile', 'load_settings', 'yaml_scalar', 'check_names', 'plain_words', 'spelling',
+           'notebook_parameters', 'command_line', 'parameter_words', 'settings_table', 'save_settings',
+           'deepspeed_file', 'zero_settings', 'offloads']
 
 # %% ../../nbs/core/01_settings.ipynb #imports
 import difflib
@@ -397,6 +397,18 @@ def did_you_mean(name: str, known: list[str]) -> str: # a sentence, or nothing
     if RENAMED.get(name) in known: return f" It is called {RENAMED[name]!r} now."
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+# %% ../../nbs/core/01_settings.ipynb #nearest-path
+def nearest_path(path: Path) -> str: # a sentence, or nothing
+    "The existing path that a misspelt one may mean: its first missing part is compared with what lies beside it."
+    missing = next((p for p in [*reversed(path.parents), path] if not p.exists()), None)
+    if missing is None or not missing.parent.is_dir(): return ""
+    beside = sorted(entry.name for entry in missing.parent.iterdir())
+    near = difflib.get_close_matches(missing.name, beside, n=1, cutoff=0.6)
+    if not near: return ""
+    meant = missing.parent / near[0] / path.relative_to(missing)
+    return f" Did you mean {str(meant)!r}?" if meant.exists() else ""
+
 
 # %% ../../nbs/core/01_settings.ipynb #read-profile
 def profile_file(name: str) -> Path: # whether it exists or not

@@ -20,11 +20,12 @@ from typing import Any, Optional
 
 # %% ../../nbs/launch/06_launcher.ipynb #imports-own
 from ..core.locks import InUseError, RunLock
+from ..core.display import text_table
 from ..core.settings import offloads, Settings, settings_table
 from ..core.stop_requests import log_line, resume_advice, request_stop, STOP_SIGNALS, STOPPED
 from .files import checked_record, FAILURE, read_record, remove, STATE
 from proxy_sft.launch.parameters import (
-    add_notebook_arguments, LaunchError, process_count, read_request, Request, RunFolder
+    add_notebook_arguments, chosen_settings, LaunchError, process_count, read_request, Request, RunFolder
 )
 from .processes import die_with_parent, read_text, Reports, start_guard, sweep_run
 from .ranks import FINAL, is_alive, short_private_folder, works_here
@@ -202,6 +203,8 @@ def run_command(
     given = {"--log-dir": args.log_dir, "--kernel": args.kernel}
     worker += [word for name, value in given.items() if value for word in (name, value)]
     if args.dry_run:
+        head = ("not at its default", "value", "default", "set by")
+        print(text_table(chosen_settings(request), head), "", "all settings:", sep="\n")
         print(settings_table(request.settings), "", f"run folder: {request.folder.root}", sep="\n")
         print(
             shlex.join(torchrun_command(args, worker, settings=request.settings)),

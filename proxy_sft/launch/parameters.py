@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONSTANTS', 'PARAMETER_OPTIONS', 'LaunchError', 'notebook_defaults', 'literal', 'parameter_value', 'split_parameters',
-           'merge_parameters', 'yaml_mapping', 'Request', 'read_request', 'RunFolder', 'add_parameter_arguments',
-           'add_notebook_arguments', 'process_count']
+           'merge_parameters', 'yaml_mapping', 'Request', 'read_request', 'chosen_settings', 'RunFolder',
+           'add_parameter_arguments', 'add_notebook_arguments', 'process_count']
 
 # %% ../../nbs/launch/01_parameters.ipynb #imports
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 # %% ../../nbs/launch/01_parameters.ipynb #imports-own
-from ..core.settings import did_you_mean, load_settings, Settings
+from ..core.settings import did_you_mean, load_settings, nearest_path, read_profile, Settings, yaml_scalar
 from ..core.stop_requests import STOP_FILE
 from .files import read_record, STATE
 
@@ -33,7 +33,8 @@ def notebook_defaults(
     "The parameters that a notebook declares."
     try: cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     except FileNotFoundError:
-        raise LaunchError(f"There is no notebook {notebook}. Give a path such as nbs/02_train.ipynb.") from None
+        raise LaunchError(f"There is no notebook {notebook}.{nearest_path(Path(notebook))} "
+                          "Give a path such as nbs/02_train.ipynb.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LaunchError(f"{notebook} is not a notebook: {error!r}.") from error
     source = next(("".join(c["source"]) for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])), "")
@@ -53,7 +54,8 @@ def literal(node: Optional[ast.expr]) -> Any: # a Python value, None for anythin
 # %% ../../nbs/launch/01_parameters.ipynb #parameter-value
 CONSTANTS = {"True": True, "False": False, "None": None}
 PARAMETER_OPTIONS = {"-p": "pair", "--p": "pair", "--parameters": "pair", "-r": "raw", "--parameters_raw": "raw",
-                     "-f": "file", "--parameters_file": "file", "-y": "yaml", "--parameters_yaml": "yaml"}
+                     "-f": "file", "--parameters_file": "file", "-y": "yaml", "--parameters_yaml": "yaml",
+                     "--profile": "profile"}
 
 def parameter_value(text: str) -> Any: # bool, None, int, float or the text itself
     "One `-p` value, read as papermill reads it."
@@ -65,10 +67,10 @@ def parameter_value(text: str) -> Any: # bool, None, int, float or the text itse
 
 # %% ../../nbs/launch/01_parameters.ipynb #split
 def split_parameters(
-    argv: list[str], # a command line with `-p`, `--p`, `--parameters`, `-r`, `-f` or `-y` anywhere in it
+    argv: list[str], # a command line with `-p`, `--p`, `--parameters`, `-r`, `-f`, `-y` or `--profile` anywhere in it
 ) -> tuple[list[str], list[str], dict[str, Any]]: # what remains, the parameter options, and the parameters they mean
     "Separate papermill's parameter options from the rest; LaunchError when one lacks its value."
-    rest, taken, found, i = [], [], {"file": [], "yaml": [], "pair": [], "raw": []}, 0
+    rest, taken, found, i = [], [], {"file": [], "yaml": [], "pair": [], "raw": [], "profile": []}, 0
     while i < len(argv):
         name, _, inline = argv[i].partition("=")
         kind = PARAMETER_OPTIONS.get(name.replace("parameters-", "parameters_"))
@@ -79,13 +81,13 @@ def split_parameters(
         if len(values) < wanted:
             raise LaunchError(f"{name} needs {'a name and a value' if wanted == 2 else 'a value'} after it.")
         found[kind].append(values)
-        taken += [name, *values]
+        taken += ["-r", "profile", *values] if kind == "profile" else [name, *values]
         i += 1 + wanted - bool(inline)
     return rest, taken, merge_parameters(found)
 
 # %% ../../nbs/launch/01_parameters.ipynb #merge
 def merge_parameters(found: dict[str, list[list[str]]]) -> dict[str, Any]: # parameter -> value
-    "Files, YAML texts, `-p` and `-r`, later ones winning."
+    "Files, YAML texts, `-p` and `-r`, later ones winning; `--profile NAME` is `-p profile NAME`."
     parameters: dict[str, Any] = {}
     for (path,) in found["file"]:
         try: parameters.update(yaml_mapping(Path(path).read_text(encoding="utf-8"), path))
@@ -94,6 +96,9 @@ def merge_parameters(found: dict[str, list[list[str]]]) -> dict[str, Any]: # par
     for (text,) in found["yaml"]: parameters.update(yaml_mapping(text, "-y"))
     parameters.update((name, parameter_value(value)) for name, value in found["pair"])
     parameters.update((name, value) for name, value in found["raw"])
+    for (name,) in found.get("profile", ()):
+        if (other := parameters.setdefault("profile", name)) != name:
+            raise LaunchError(f"Two profiles were given: {other!r} and {name!r}. Give one of them.")
     return parameters
 
 # %% ../../nbs/launch/01_parameters.ipynb #yaml-mapping
@@ -140,6 +145,22 @@ def read_request(
     places = (Path(p).absolute() if p else None for p in (output, log_dir))
     return Request(Path(notebook), parameters, settings, *places, kernel)
 
+# %% ../../nbs/launch/01_parameters.ipynb #chosen-settings
+def chosen_settings(request: Request) -> list[tuple[str, str, str, str]]: # setting, value, default, where it comes from
+    "Every setting of a request that is not at its default."
+    declared, values, rows = notebook_defaults(request.notebook), request.settings.model_dump(), []
+    profile = str(request.parameters.get("profile") or declared.get("profile") or request.settings.profile)
+    in_profile = read_profile(profile)
+    for name, field in Settings.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if name == "profile" or values[name] == default: continue
+        origin = f"profile {profile}" if name in in_profile else "derived"
+        if declared.get(name) is not None: origin = request.notebook.name
+        if request.parameters.get(name) is not None: origin = "command line"
+        rows.append((name, yaml_scalar(values[name]), yaml_scalar(default), origin))
+    return rows
+
+
 # %% ../../nbs/launch/01_parameters.ipynb #folder
 @dataclass(frozen=True)
 class RunFolder:
@@ -178,6 +199,7 @@ def add_parameter_arguments(parser: argparse.ArgumentParser) -> None:
     "Papermill's parameter options; `split_parameters` reads them, this is for `--help`."
     add, pair, many = parser.add_argument, ("NAME", "VALUE"), dict(action="append", default=[])
     add("-p", "--p", "--parameters", nargs=2, metavar=pair, help="a parameter; None: as the profile says", **many)
+    add("--profile", metavar="NAME", help="the same as -p profile NAME")
     add("-r", "--parameters_raw", nargs=2, metavar=pair, help="a parameter whose value stays text", **many)
     add("-f", "--parameters_file", metavar="FILE", help="YAML file of parameters", **many)
     add("-y", "--parameters_yaml", metavar="YAML", help="parameters as YAML text", **many)
