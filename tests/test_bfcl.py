@@ -12,9 +12,10 @@ import pytest
 from bfcl_cases import ODD, all_cases, garbled_cases
 from proxy_sft.evaluation.answers import EvaluateError, expected_text, Reply
 from proxy_sft.evaluation.bfcl import (
-    CATEGORIES, chosen_categories, java_value, judge_questions, leaderboard_dict, read_questions, script_value,
-    SUMMARIES, summaries, why_call_is_wrong, why_calls_are_wrong, why_wrong
+    CATEGORIES, chosen_categories, judge_questions, leaderboard_dict, read_questions, SUMMARIES, summaries,
+    why_call_is_wrong, why_calls_are_wrong, why_wrong
 )
+from proxy_sft.evaluation.bfcl_values import java_value, script_value
 
 PYTHON = {
     "s": "string",

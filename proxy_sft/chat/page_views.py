@@ -50,6 +50,15 @@ class RowBeside(NamedTuple):
         return (f'<table style="width:100%"><thead><tr>{head}</tr></thead>'
                 f"<tbody><tr>{cells}</tr></tbody></table>")
 
+# %% ../../nbs/chat/18_page_views.ipynb #plain-to-see
+def is_plain_to_see(row: dict) -> bool: # row: converted
+    "Whether the first call has several arguments, all in the user's words, and is one of several tools."
+    messages, tools = row_parts(row)
+    words = " ".join(message["content"] or "" for message in messages if message["role"] == "user")
+    calls = [call["function"] for message in messages for call in message.get("tool_calls") or []]
+    values = [*calls[0]["arguments"].values()] if calls else []
+    return len(tools or []) > 1 and len(values) > 1 and all(str(value) in words for value in values)
+
 # %% ../../nbs/chat/18_page_views.ipynb #find
 def row_beside(
     settings: Settings, # converted_dir, dataset
@@ -58,9 +67,10 @@ def row_beside(
     "A short row of this run with a call, and what it was made from."
     path = settings.converted_dir / "train.jsonl"
     facts = row_facts(path, ["id", "line", "calls"]).slice(0, among).to_pylist()
-    with path.open(encoding="utf-8") as lines: rows = list(islice(lines, among))
-    at = min(range(len(rows)), key=lambda i: (not facts[i]["calls"], len(rows[i])))
+    with path.open(encoding="utf-8") as lines: rows = [json.loads(line) for line in islice(lines, among)]
+    size = lambda row: len(row["messages_json"]) + len(row["tools_json"] or "")
+    at = min(range(len(rows)), key=lambda i: (not facts[i]["calls"], not is_plain_to_see(rows[i]), size(rows[i])))
     line = facts[at]["line"]
     found = next((raw for number, raw in raw_rows(settings) if number == line), None)
     same = found is not None and str(found.get("id")) == str(facts[at]["id"])
-    return RowBeside(json.loads(rows[at]), found if same else None, line)
+    return RowBeside(rows[at], found if same else None, line)
