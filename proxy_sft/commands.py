@@ -16,6 +16,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional
 
@@ -209,7 +210,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--bfcl-categories",
         default="",
         metavar="NAMES",
-        help="which of its categories, parted by commas (default: all that are single-turn)",
+        help="which of its categories, parted by commas (default: all; conversations where bfcl-eval is installed)",
     )
     add("--bfcl-most", type=int, default=0, metavar="N", help="questions per category, a seeded choice (default: all)")
     add("--rollouts", type=int, default=0, metavar="N", help="let the models go through N held-out conversations alone "
@@ -236,6 +237,9 @@ def evaluate_command(args: argparse.Namespace) -> int: # exit code
     from proxy_sft.evaluate import evaluate
     from proxy_sft.evaluation.asking import evaluate_leaderboard, evaluation_dict
     from proxy_sft.evaluation.bfcl import leaderboard_dict
+    from proxy_sft.evaluation.bfcl_multi_turn import (
+        BFCL, bfcl_package, evaluate_multi_turn, multi_turn_dict, split_categories
+    )
     from proxy_sft.evaluation.servers import servers_from
     settings = load_settings(args.parameters.pop("profile", "") or "", **args.parameters)
     servers = servers_from(
@@ -277,21 +281,20 @@ def evaluate_command(args: argparse.Namespace) -> int: # exit code
             ),
             evaluation_dict,
         )
-    if leaderboard:
-        say(
-            evaluate_leaderboard(
-                settings,
-                Path(leaderboard),
-                args.bfcl_categories,
-                args.bfcl_most,
-                tuned,
-                args.base_only,
-                args.max_new_tokens,
-                args.batch_size,
-                servers=servers,
-            ),
-            leaderboard_dict,
-        )
+    if not leaderboard: return 0
+    single, conversations = split_categories(args.bfcl_categories)
+    if conversations and not args.bfcl_categories and not find_spec("bfcl_eval"):
+        print(f"The multi-turn categories are left out: pip install --no-deps {BFCL} brings them.", file=sys.stderr)
+        conversations = []
+    if conversations: bfcl_package()  # what is missing is said before a model works
+    how = dict(tuned=tuned, base_only=args.base_only, max_new_tokens=args.max_new_tokens, servers=servers)
+    if single is not None:
+        how_many = dict(most=args.bfcl_most, batch_size=args.batch_size)
+        found = evaluate_leaderboard(settings, Path(leaderboard), single, **how_many, **how)
+        say(found, leaderboard_dict)
+    if conversations:
+        found = evaluate_multi_turn(settings, conversations, args.bfcl_most, folder=Path(leaderboard), **how)
+        say(found, multi_turn_dict)
     return 0
 
 # %% ../nbs/05_commands.ipynb #completion

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
@@ -200,6 +200,67 @@ def test_dft_weighs_each_token_by_its_probability_and_leaves_the_heldout_loss_al
         run(folder, name, **FLAT, packing=False, loss="dft", **batching)
         assert logged(folder, name, "loss")[0] == pytest.approx(float(sums[0] / sums[1]), rel=1e-4)
         assert logged(folder, name, "eval_loss") == pytest.approx(logged(folder, "nll", "eval_loss"), rel=1e-6)
+
+
+def weighted_means(folder, weigh, dft=False):
+    "The first loss that training must log: the weighted mean over the supervised tokens, each row alone in a batch."
+    settings = load_settings(**{**SMALL, **FLAT, "workspace": str(folder), "packing": False})
+    ensure_inputs(settings)
+    model, sums = AutoModelForCausalLM.from_pretrained(settings.model_dir, dtype=torch.float32), [0.0, 0.0]
+    for row in prepare(settings).dataset("train"):
+        labels = torch.tensor(row["labels"])[1:]
+        with torch.no_grad(): logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        kept = labels != -100
+        log_p = logits[kept].log_softmax(-1).gather(1, labels[kept][:, None])[:, 0].double()
+        weights = torch.tensor(weigh(labels[kept].tolist()))
+        sums[0] -= float((weights * log_p * (log_p.exp() if dft else 1)).sum())
+        sums[1] += float(weights.sum())
+    return sums[0] / sums[1]
+
+
+def times_in_calls(settings, times):
+    "The weight of each trained token, one after the other: calls stand between their two control tokens."
+    known = AutoTokenizer.from_pretrained(settings.model_dir).get_added_vocab()
+    def weigh(tokens):
+        inside, found = False, []
+        for token in tokens:
+            inside = inside or token == known["<tool_call>"]
+            found.append(times if inside else 1.0)
+            inside = inside and token != known["</tool_call>"]
+        return found
+    return weigh
+
+
+WEIGHTED = dict(**FLAT, call_weight=3.0, deepspeed="null")
+
+
+@pytest.mark.parametrize("name, loss, ranks, given", [
+    ("one", "nll", 1, dict(packing=False, batch_size=12)),
+    ("accumulated", "nll", 1, dict(packing=False, batch_size=3, gradient_accumulation=4)),
+    ("ranks", "nll", 2, dict(packing=False, batch_size=2, gradient_accumulation=3)),
+    ("packed", "nll", 1, dict(packing=True, gradient_accumulation=50)),
+    ("dft", "dft", 1, dict(packing=False, batch_size=4, gradient_accumulation=3))])
+def test_a_token_of_a_call_counts_so_many_times_however_rows_are_batched(folder, name, loss, ranks, given):
+    settings = load_settings(**{**SMALL, **FLAT, "workspace": str(folder)})
+    ensure_inputs(settings)
+    expected = weighted_means(folder, times_in_calls(settings, 3.0), loss == "dft")
+    assert abs(expected - weighted_means(folder, lambda tokens: [1.0] * len(tokens), loss == "dft")) > 1e-3
+    run(folder, f"calls-{name}", ranks, **{**WEIGHTED, "loss": loss, **given})
+    assert logged(folder, f"calls-{name}", "loss")[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_weights_of_one_and_no_noise_leave_the_run_as_it_is_and_weights_move_the_gradient(folder):
+    given = dict(packing=False, batch_size=2, gradient_accumulation=2, max_steps=3, learning_rate=1e-3)
+    for name, more in (("w-none", {}), ("w-one", dict(call_weight=1.0, neftune_alpha=None)),
+                       ("w-three", dict(call_weight=3.0)), ("w-noise", dict(neftune_alpha=5.0))):
+        run(folder, name, **{**FLAT, **given, **more})
+    weights = {name: file_hash(folder / "runs" / name / "model.safetensors")
+               for name in ("w-none", "w-one", "w-three", "w-noise")}
+    assert weights["w-none"] == weights["w-one"] and losses(folder, "w-none") == losses(folder, "w-one")
+    assert len({*weights.values()}) == 3
+    first = {name: logged(folder, name, "eval_loss")[0] for name in weights}
+    assert len({*first.values()}) == 1  # neither weights nor noise touch the held-out loss
+    assert logged(folder, "w-noise", "loss")[0] != logged(folder, "w-none", "loss")[0]
 
 
 def test_every_log_is_a_record_with_all_fields(folder):

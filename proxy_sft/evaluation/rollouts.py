@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDS', 'Rollout', 'turn_verdict', 'calls_of', 'own_turn', 'roll_out', 'Rollouts', 'choose_conversations',
-           'evaluate_rollouts', 'server_answers', 'model_answers']
+           'evaluate_rollouts', 'server_answers', 'answers_kept', 'model_answers']
 
 # %% ../../nbs/evaluation/12_rollouts.ipynb #imports
 import json
@@ -178,24 +178,47 @@ def evaluate_rollouts(
     from proxy_sft.evaluation.asking import model_folders
     chosen, servers = choose_conversations(settings.converted_dir / "heldout.jsonl", most, settings.seed), servers or {}
     for server in servers.values(): _ = server.name  # asked before a model has worked for hours
-    found = {}
+    found, stores = {}, []
     for name, folder in model_folders(settings, tuned, base_only).items():
-        if name in servers: answer = server_answers(servers[name], max_new_tokens)
-        else: answer = model_answers(settings, folder, max_new_tokens)
+        server = servers.get(name)
+        store = None if base_only else answers_kept(settings, "answers-rollouts", server or folder, max_new_tokens)
+        if server: answer = server_answers(server, max_new_tokens, store)
+        else: answer = model_answers(settings, folder, max_new_tokens, store=store)
         found[name] = roll_out(chosen, answer)
+        stores.append(store)
     if not base_only:
         kept = {name: [asdict(one) for one in rollouts] for name, rollouts in found.items()}
         write_flushed(settings.run_dir / "rollouts.json", json.dumps(kept, indent=1) + "\n")
+        for store in stores: store.forget()
     return Rollouts(found)
 
 # %% ../../nbs/evaluation/12_rollouts.ipynb #server-answers
-def server_answers(server: Any, limit: int) -> Callable[[list[HeldoutTurn]], list[Reply]]:
+def server_answers(server: Any, limit: int, store: Any = None) -> Callable[[list[HeldoutTurn]], list[Reply]]:
     "A server that answers."
-    return lambda turns: server.replies(turns, limit)
+    return lambda turns: server.replies(turns, limit, store)
+
+# %% ../../nbs/evaluation/12_rollouts.ipynb #answers-kept
+def answers_kept(
+    settings: Settings, # run_dir, template
+    kind: str, # name of the folder in run_dir
+    who: Any, # a model's folder, or a `servers.Server`
+    limit: int, # tokens per answer
+) -> Any: # an `AnswerStore`
+    "Where the replies of a model lie until the evaluation is complete."
+    from proxy_sft.evaluation.generation import AnswerStore, digest, model_identity
+    name = model_identity(who) if isinstance(who, Path) else [who.url, who.name]
+    return AnswerStore(settings.run_dir / kind, digest([name, settings.template, limit]))
 
 # %% ../../nbs/evaluation/12_rollouts.ipynb #model-answers
-def model_answers(settings: Settings, folder: Path, limit: int) -> Callable[[list[HeldoutTurn]], list[Reply]]:
+def model_answers(
+    settings: Settings, # template, device, attention, max_length
+    folder: Path, # of the model
+    limit: int, # tokens per answer
+    most: Optional[int] = None, # tokens of a prompt; max_length when not set
+    store: Any = None, # see `answers_kept`
+) -> Callable[[list[HeldoutTurn]], list[Reply]]:
     "A model in this process that answers, with prompts as a server builds them."
+    most = settings.max_length if most is None else most
     from transformers import AutoTokenizer
     from proxy_sft.chat.parity_turns import Inspection, server_prompts
     from proxy_sft.chat.saving import stop_token_ids
@@ -206,7 +229,8 @@ def model_answers(settings: Settings, folder: Path, limit: int) -> Callable[[lis
     def answer(turns: list[HeldoutTurn]) -> list[Reply]:
         prompts = [row[-1].tolist() for row in server_prompts(inspection,
                                                               [(turn.messages, turn.tools) for turn in turns])]
-        fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= settings.max_length]
-        made = dict(zip(fits, generate_replies(model, tokenizer, [prompts[i] for i in fits], stop, limit), strict=True))
+        fits = [i for i, prompt in enumerate(prompts) if len(prompt) <= most]
+        found = generate_replies(model, tokenizer, [prompts[i] for i in fits], stop, limit, store=store)
+        made = dict(zip(fits, found, strict=True))
         return [made.get(i, Reply("", False, 0, problem="prompt too long")) for i in range(len(turns))]
     return answer

@@ -132,7 +132,12 @@ def training_arguments(
             warmup_steps=settings.warmup_ratio,
             weight_decay=settings.weight_decay,
             adam_beta2=settings.adam_beta2,
-            max_grad_norm=settings.max_grad_norm, loss_type=settings.loss,
+            max_grad_norm=settings.max_grad_norm,
+            loss_type=settings.loss,
+            # NEFTune (arXiv 2310.05914): while training, each number of an embedding gets uniform noise between
+            # -alpha / sqrt(L d) and +alpha / sqrt(L d), for L tokens of d numbers. L is the batch's padded length, with
+            # packing the whole micro-batch's, and noise is drawn for each: other batchings are alike, not equal
+            neftune_noise_alpha=settings.neftune_alpha,
             **optimizer_of(settings)[0],
             bf16=settings.bf16,
             fp16=False,

@@ -91,6 +91,7 @@ def probe(trainer: Any) -> int: # tokens that went through; 0: not probed
         for i in longest_blocks(trainer.train_dataset, trainer.args.per_device_train_batch_size)
     ]
     batch = trainer._prepare_inputs(trainer.data_collator(blocks))
+    batch.pop("weights", None)  # the model knows none
     cards = [trained[0].device] if trained[0].is_cuda else []
     with ExitStack() as all_as_before:
         all_as_before.enter_context(torch.random.fork_rng(cards))

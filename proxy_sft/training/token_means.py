@@ -16,12 +16,12 @@ from ..chat.masks import IGNORED
 # %% ../../nbs/training/15_token_means.ipynb #means
 class TokenMeans:
     "Sums over supervised tokens since the last time they were read."
-    names = ("loss", "entropy", "mean_token_accuracy")
+    names = ("loss", "entropy", "mean_token_accuracy", "weight")  # weight: of a token in the loss
 
     def __init__(self): self.sums = None  # of the values, and the number of tokens last
 
     def add(self, values: list, tokens: torch.Tensor) -> None: # means over this rank's `tokens`, one for each name
-        "A micro-batch."
+        "A micro-batch; its loss is the sum of weighted terms by the number of tokens."
         as_number = lambda value: torch.as_tensor(value, dtype=torch.float64, device=tokens.device)
         values = torch.stack([as_number(value) for value in (*values, 1)])
         # a mean over no token is no number; it adds nothing
@@ -37,7 +37,10 @@ class TokenMeans:
         mine = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=device) if self.sums is None else self.sums
         *sums, count = reduce(mine).tolist()
         self.sums = None
-        return {name: value / count for name, value in zip(self.names, sums, strict=True)} if count else {}
+        if not count: return {}
+        means = {name: value / count for name, value in zip(self.names, sums, strict=True)}
+        weight = means.pop("weight")  # exactly 1.0 where no token has a weight of its own
+        return {**means, "loss": means["loss"] / weight} if weight else means
 
 # %% ../../nbs/training/15_token_means.ipynb #supervised
 def supervised_tokens(labels: torch.Tensor) -> torch.Tensor: # rows of a batch, or rows end to end; a scalar

@@ -33,6 +33,7 @@ from .arguments import optimizer_class, speed_record, TrainError, training_argum
 from .checkpoint_writer import CompleteCheckpoints, StopOnRequest
 from .cost import Shape, weights_dtype
 from .doctor import device_name
+from .loss_weights import call_token_ids, CollateWeights, token_weights, weight_sum, weighted_model
 from .memory import MemoryProbe
 from .model import load_for_training
 from .model_card import model_card
@@ -52,6 +53,7 @@ class ToolTrainer(CompleteCheckpoints, SFTTrainer):
         super().__init__(*args, **kwargs)
         self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)  # each weight is used once a forward
         self.means = defaultdict(TokenMeans)  # train and eval: since the last record; run: since the start
+        self.calls, self.weighted = None, "weights" in self.train_dataset.column_names
 
     # what is saved
 
@@ -86,23 +88,56 @@ class ToolTrainer(CompleteCheckpoints, SFTTrainer):
         self.meter.count(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def weigh_tokens(self, settings: Settings) -> None: # raises ValueError
+        "Have tokens count as the settings and the data want; without weights nothing changes."
+        if settings.call_weight != 1: self.calls, self.weighted = call_token_ids(self.processing_class), True
+        if self.weighted: self.data_collator = CollateWeights(self.data_collator)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if "weights" not in self._signature_columns: self._signature_columns.append("weights")
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        "As transformers does, or the sum of the weights."
+        if not self.weighted: return super()._get_num_items_in_batch(batch_samples, device)
+        sums = [weight_sum(token_weights(b, self.settings.call_weight, self.calls)) for b in batch_samples]
+        return self.accelerator.gather(torch.stack(sums).sum().to(device)).sum()
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        "As TRL does; the loss is checked, and its sum over tokens is kept. Held-out losses are always cross-entropy."
-        self.args.loss_type = self.settings.loss if model.training else "nll"
+        "As TRL does; the loss is checked, and its sum over tokens is kept. Held-out losses are plain cross-entropy."
+        training, weight = model.training, None
+        self.args.loss_type = self.settings.loss if training else "nll"
         ids, labels = inputs["input_ids"], inputs["labels"]
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given, items = model, num_items_in_batch
+        if self.weighted and training:
+            weights = token_weights(inputs, self.settings.call_weight, self.calls)
+            given, items, weight = (
+                weighted_model(model, weights, num_items_in_batch, self.args.loss_type),
+                torch.ones_like(num_items_in_batch),
+                weight_sum(weights),
+            )
+            self.args.loss_type = "nll"
+        inputs.pop("weights", None)
+        found = super().compute_loss(given, inputs, return_outputs, items)
         loss = found[0] if return_outputs else found
-        if model.training: self.watch.note_micro_batch(loss, ids, self)
-        self.count_tokens(loss.detach(), supervised_tokens(labels), num_items_in_batch)
+        if training: self.watch.note_micro_batch(loss, ids, self)
+        self.count_tokens(loss.detach(), supervised_tokens(labels), num_items_in_batch, weight)
         return found
 
-    def count_tokens(self, loss: torch.Tensor, tokens: torch.Tensor, items: Optional[torch.Tensor]) -> None:
-        "Add a micro-batch to the sums; `items`: tokens of the whole step, which its loss was divided by instead."
+    def count_tokens(
+        self,
+        loss: torch.Tensor,
+        tokens: torch.Tensor,
+        items: Optional[torch.Tensor], # tokens or weights of the whole step, which its loss was divided by instead
+        weight: Optional[torch.Tensor] = None, # sum of the micro-batch's; None: all are 1
+    ) -> None:
+        "Add a micro-batch to the sums."
         mode = "train" if self.model.training else "eval"
         if items is not None:
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = loss * (torch.as_tensor(items, device=loss.device) / ranks) / tokens.clamp(min=1)
-        values = [loss, *(self._metrics[mode][name][-1] for name in TokenMeans.names[1:])]
+        values = [loss, *(self._metrics[mode][name][-1] for name in TokenMeans.names[1:-1])]
+        values.append(1 if weight is None else weight / tokens.clamp(min=1))
         for part in (mode, "run") if mode == "train" else (mode,): self.means[part].add(values, tokens)
 
     def read_means(self, part: str) -> dict[str, float]: # on every rank at once
@@ -152,6 +187,7 @@ def build_trainer(
     stop, watch = StopOnRequest(settings.run_dir, settings.max_hours), StepWatch(settings.skip_loss_spikes)
     # before the model: ZeRO-3 divides weights while they are read
     heldout = prepared.dataset("heldout")
+    if heldout is not None and "weights" in heldout.column_names: heldout = heldout.remove_columns("weights")
     arguments = training_arguments(settings, resumed, separate, universal, heldout=heldout is not None)
     if heldout is not None: heldout = fill_batches(heldout, arguments.world_size * arguments.eval_batch_size)
     model = load_for_training(settings, tokenizer, weights_dtype(settings, uses_deepspeed(settings)))
@@ -167,6 +203,8 @@ def build_trainer(
         peft_config=adapter_config(settings, model),
         optimizer_cls_and_kwargs=optimizer_class(settings, arguments),
     )
+    try: trainer.weigh_tokens(settings)
+    except ValueError as error: raise TrainError(f"{settings.model_dir}: {error}") from error
     speed = speed_record(trainer, settings)
     progress.more = {name: speed[name] for name in ("attention", "kernels")}
     if settings.eval_tool_calls_every:
