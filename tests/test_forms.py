@@ -180,7 +180,8 @@ def test_loss_switches_become_masks(off):
 
 
 @pytest.mark.parametrize("odd", [
-    {"weight": 0.5}, {"weight": -1}, {"weight": "0"}, {"train": "no"}, {"loss": 2}, {"weight": 1, "train": False}])
+    {"weight": -1}, {"weight": "0"}, {"weight": float("nan")}, {"weight": float("inf")}, {"loss": 0.5},
+    {"weight": 0.5, "train": False}, {"train": "no"}, {"loss": 2}, {"weight": 1, "train": False}])
 def test_switches_without_a_mask_are_rejected(odd):
     assert reason_of(row(user(), answer(**odd))) == "loss_switch"
 
@@ -197,10 +198,47 @@ def test_switches_of_one_answer_agree_and_something_is_trained():
     assert [m.get("train") for m in messages_of(dolci)] == [None, False, None, None]
 
 
+def test_a_weight_stays_on_its_answer():
+    messages = messages_of(row(user(), answer("One.", weight=0.5), user(), answer("Two.", weight=1), user(),
+                               answer("Three.", weight=2)))
+    assert [m.get("weight") for m in messages if m["role"] == "assistant"] == [0.5, None, 2.0]
+    assert reason_of(row(user(), answer("a", weight=0.5), answer("b"))) == "loss_switch"
+    assert reason_of(row(user(), answer("a", weight=0.5), answer("b", weight=0.25))) == "loss_switch"
+    assert messages_of(row(user(), answer("a", weight=0.5), answer("b", weight=0.5)))[-1]["weight"] == 0.5
+    assert "weight" not in messages_of(row({**user(), "weight": 0.5}, answer()))[0]
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     from transformers import AutoTokenizer
     return AutoTokenizer.from_pretrained(write_demo_model(tmp_path_factory.mktemp("model"), seed=1, n=200))
+
+
+@pytest.mark.parametrize("train_on", ["all", "last", "calls"])
+@pytest.mark.parametrize("template", ["nothink", "empty_think", "stock"])
+def test_weights_stand_on_the_tokens_of_their_answer_in_both_encoders(tokenizer, template, train_on):
+    one = row(user(), answer("No.", weight=3, tool_calls=[call()]), result(), answer("Snow.", weight=0.25), user("And?"),
+              answer("Sun."))
+    two = row(user('What is the "weight" of it?'), answer("", tool_calls=[call(arguments={"city": "weight"})]))
+    three = row(user(), answer("Off.", weight=0), user(), answer("On.", weight=1.1))
+    rows = [convert_row(each) for each in (one, two, three)]
+    encoder = ChatEncoder(tokenizer, template, train_on)
+    found, slow = encoder.encode(rows), encoder.encode(rows).slow
+    if not encoder.fallback: assert slow == 2  # a row without weights keeps the fast path
+    for place, each in enumerate(rows):
+        messages, tools = json.loads(each["messages_json"]), json.loads(each["tools_json"])
+        expected = supervise(messages, tools, tokenizer, template, train_on)
+        assert found[place] == expected
+        spans = trained_spans(expected, tokenizer)
+        runs, before = [], False
+        for label, weight in zip(expected["labels"], expected.get("weights", [1.0] * len(expected["labels"]))):
+            if label == -100: assert weight == 1
+            elif not before: runs.append(weight)
+            else: assert weight == runs[-1]
+            before = label != -100
+        words = {"Snow.": 0.25, "No.": 3, "Sun.": 1, "On.": 1.1}
+        for span, weight in zip(spans, runs, strict=True):
+            assert weight == next((w for word, w in words.items() if word in span), 1), span
 
 
 def switched_rows():

@@ -17,7 +17,9 @@ from proxy_sft.training.attention import AttentionError, block, log_probabilitie
 from proxy_sft.training.cost import keep_attention
 from proxy_sft.training.progress import FIELDS
 from proxy_sft.core.atomic_folders import file_hash
+from proxy_sft.convert import convert
 from proxy_sft.core.settings import load_settings
+from proxy_sft.demo.model import write_demo_model
 from proxy_sft.evaluate import evaluate
 from proxy_sft.evaluation.answers import EvaluateError
 from proxy_sft.evaluation.asking import require_same_heldout
@@ -244,9 +246,57 @@ def test_a_token_of_a_call_counts_so_many_times_however_rows_are_batched(folder,
     settings = load_settings(**{**SMALL, **FLAT, "workspace": str(folder)})
     ensure_inputs(settings)
     expected = weighted_means(folder, times_in_calls(settings, 3.0), loss == "dft")
-    assert abs(expected - weighted_means(folder, lambda tokens: [1.0] * len(tokens), loss == "dft")) > 1e-3
+    assert expected != pytest.approx(weighted_means(folder, lambda tokens: [1.0] * len(tokens), loss == "dft"), rel=1e-2)
     run(folder, f"calls-{name}", ranks, **{**WEIGHTED, "loss": loss, **given})
     assert logged(folder, f"calls-{name}", "loss")[0] == pytest.approx(expected, rel=1e-4)
+
+
+def weighted_data(folder, name, weights):
+    "Settings of a training on own rows whose two answers have these weights; None leaves the field out."
+    path = folder / name / "rows.jsonl"
+    path.parent.mkdir(parents=True)
+    given = [{} if weight is None else {"weight": weight} for weight in weights]
+    lines = [{"messages": [
+        {"role": "user", "content": f"How many is {i} and {i}?"},
+        {"role": "assistant", "content": f"It is {i + i}, as far as I know.", **given[0]},
+        {"role": "user", "content": "Are you sure?"},
+        {"role": "assistant", "content": "Yes. " * (i + 1), **given[1]}]} for i in range(12)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    more = dict(workspace=str(folder / name), dataset=str(path), model=str(folder / "weighed-model"), heldout_fraction=0.0,
+                heldout_tools=[], demo_rows=None, max_train_samples=None, max_eval_samples=None, packing=False)
+    given = {**SMALL, **FLAT, **more}
+    settings = load_settings(**given)
+    convert(settings, progress=False)
+    return given, settings
+
+
+def test_weights_of_messages_count_in_the_loss_however_rows_are_batched(folder):
+    write_demo_model(folder / "weighed-model", seed=1, n=200)
+    given, settings = weighted_data(folder, "weighed", [0.5, 4.0])
+    rows, sums = prepare(settings).dataset("train"), [0.0, 0.0]
+    model = AutoModelForCausalLM.from_pretrained(settings.model_dir, dtype=torch.float32)
+    for row in rows:
+        labels = torch.tensor(row["labels"])[1:]
+        with torch.no_grad(): logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        kept = torch.nonzero(labels != -100).flatten()
+        second = (kept - torch.arange(len(kept))) > kept[0]  # behind the gap between the answers
+        weights = torch.where(second, 4.0, 0.5)
+        sums[0] += float((weights * F.cross_entropy(logits[kept], labels[kept], reduction="none")).sum())
+        sums[1] += float(weights.sum())
+    for name, ranks, batching in (("w12", 1, dict(batch_size=12)), ("w3", 1, dict(batch_size=3, gradient_accumulation=4)),
+                                  ("w2", 2, dict(batch_size=2, gradient_accumulation=3, deepspeed="null")),
+                                  ("wp", 1, dict(packing=True, gradient_accumulation=50))):
+        run(settings.workspace_dir, name, ranks, **{**given, **batching})
+        assert logged(settings.workspace_dir, name, "loss")[0] == pytest.approx(sums[0] / sums[1], rel=1e-4), name
+
+
+def test_weights_of_one_are_no_weights(folder):
+    hashes = {}
+    for name, weights in (("plain", [None, None]), ("ones", [1, 1.0]), ("halves", [1, 0.5])):
+        prepared = prepare(weighted_data(folder, name, weights)[1])
+        hashes[name] = file_hash(prepared.folder / "train.arrow")
+        assert ("weights" in prepared.dataset("train").column_names) == (name == "halves")
+    assert hashes["plain"] == hashes["ones"] != hashes["halves"]
 
 
 def test_weights_of_one_and_no_noise_leave_the_run_as_it_is_and_weights_move_the_gradient(folder):

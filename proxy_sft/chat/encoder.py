@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 
 # %% ../../nbs/chat/03_encoder.ipynb #imports-own
-from .masks import generation_prompt, IGNORED, supervise, turns_to_train
+from .masks import answer_weight, generation_prompt, IGNORED, supervise, turns_to_train
 from proxy_sft.chat.templates import (
     apply_template, chat_template, control_pattern, control_tokens, encode_text, HEADER, json_text, ROW_ERRORS,
     serving_options, STOP_TOKEN, tool_text
@@ -263,6 +263,7 @@ class TokenRows:
     offsets: np.ndarray  # int64, where each row begins; one more than rows
     slow: int = 0        # rows that took the reference path
     texts: Optional[list] = None  # of each row what its ids were made of in one piece; None: not known
+    weights: Optional[np.ndarray] = None  # float64, all rows: how many times a label counts; None: once, all of them
 
     def __len__(self): return len(self.offsets) - 1
 
@@ -270,7 +271,9 @@ class TokenRows:
         "One row as `supervise` returns it."
         part = slice(self.offsets[row], self.offsets[row + 1])
         ids = self.ids[part]
-        return {"input_ids": ids.tolist(), "labels": np.where(self.trained[part], ids, IGNORED).tolist()}
+        out = {"input_ids": ids.tolist(), "labels": np.where(self.trained[part], ids, IGNORED).tolist()}
+        if self.weights is None or (self.weights[part] == 1).all(): return out
+        return {**out, "weights": self.weights[part].tolist()}
 
 # %% ../../nbs/chat/03_encoder.ipynb #trained-tokens-export
 def _count_literals(ids: np.ndarray, offsets: np.ndarray, written: list, controls: np.ndarray) -> np.ndarray:
@@ -325,6 +328,19 @@ def _divide(text: str, answer: int, prompt: str) -> tuple[str, str]:
     at += len(prompt if text.startswith(prompt, at) else HEADER)
     return text[:at], text[at:]
 
+# %% ../../nbs/chat/03_encoder.ipynb #weights-export
+def _has_weights(row: dict) -> bool: # such rows are few, and take the reference path
+    "Whether the data give an answer of a row a weight."
+    if "messages" not in row and '"weight"' not in row["messages_json"]: return False
+    return any(answer_weight(m) != 1 for m in row_parts(row)[0] if isinstance(m, dict) and m.get("role") == "assistant")
+
+def _weights_column(weighted: dict[int, np.ndarray], offsets: np.ndarray) -> Optional[np.ndarray]: # None for none
+    "Weights of all tokens, from those of some rows."
+    if not weighted: return None
+    column = np.ones(offsets[-1])
+    for row, weights in weighted.items(): column[offsets[row]:offsets[row + 1]] = weights
+    return column
+
 # %% ../../nbs/chat/03_encoder.ipynb #encoder-export
 class ChatEncoder:
     "`supervise` in batches: `encode(rows)` gives numpy columns with exactly the reference's ids and labels."
@@ -342,14 +358,15 @@ class ChatEncoder:
 
     def encode(self, rows: list, parallel: Optional[bool] = None) -> TokenRows:
         "Ids and labels of rows; `parallel=False` keeps to one thread (worker processes do so by themselves)."
-        parts = [(None, [], -1) if self.fallback else _row_text(row, self.renderer) for row in rows]
+        slowly = lambda row: self.fallback or _has_weights(row)
+        parts = [(None, [], -1) if slowly(row) else _row_text(row, self.renderer) for row in rows]
         texts, answers, written = zip(*parts) if parts else ((), (), ())
         ids, offsets = self.renderer.ids([text or "" for text in texts], parallel)
         trained, slow, divide = _trained_tokens(self, ids, offsets, answers)
         slow |= {*_count_literals(ids, offsets, written, self.renderer.controls).tolist()}
         slow |= {i for i, text in enumerate(texts) if text is None}
         divide = {i: _divide(texts[i], answer, self.asks) for i, answer in divide.items() if i not in slow}
-        new = {}
+        new, weighted = {}, {}
         if divide:
             pairs, ends = self.renderer.ids([part for pair in divide.values() for part in pair], parallel)
             learnt, again, more = _trained_tokens(self, pairs, ends[::2], [answers[i] for i in divide])
@@ -358,11 +375,10 @@ class ChatEncoder:
         for i in slow:
             out = supervise(*row_parts(rows[i]), self.tokenizer, self.template, self.train_on)
             new[i] = np.array(out["input_ids"], np.int32), np.array(out["labels"], np.int64) != IGNORED
-        return TokenRows(
-            *_with_rows(ids, trained, offsets, new),
-            len(slow),
-            [None if i in new else text for i, text in enumerate(texts)],
-        )
+            if "weights" in out: weighted[i] = np.array(out["weights"])
+        ids, trained, offsets = _with_rows(ids, trained, offsets, new)
+        texts = [None if i in new else text for i, text in enumerate(texts)]
+        return TokenRows(ids, trained, offsets, len(slow), texts, _weights_column(weighted, offsets))
 
 # %% ../../nbs/chat/03_encoder.ipynb #verify-export
 def _verify(self, rows: list, sample: int = 16, longest: int = 2, seed: int = 0) -> bool:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DOLCI_FIELDS', 'SWITCHES', 'REASONING', 'READ_FIELDS', 'BOOKKEEPING', 'ROW_TOOLS', 'ROW_FIELDS', 'TEXT_PARTS',
            'CALL_FIELDS', 'RESULT_ROLES', 'is_empty', 'check_fields', 'check_row_fields', 'read_content', 'read_text',
-           'named_by', 'read_arguments', 'read_tool_call', 'read_tool_calls', 'read_switch', 'read_reasoning',
-           'plain_message', 'order_results', 'with_results_in_order', 'row_tools', 'plain_form']
+           'named_by', 'read_arguments', 'read_tool_call', 'read_tool_calls', 'is_switch', 'read_switch', 'read_weight',
+           'read_reasoning', 'plain_message', 'order_results', 'with_results_in_order', 'row_tools', 'plain_form']
 
 # %% ../../nbs/data/06_forms.ipynb #imports
 from typing import Optional
@@ -140,6 +140,11 @@ def read_tool_calls(
     return [read_tool_call(call, index) for call in ([single] if not is_empty(single) else calls)]
 
 # %% ../../nbs/data/06_forms.ipynb #switches
+def is_switch(field: str, value) -> bool:
+    "Whether a value switches the loss on or off, or is a weight."
+    if type(value) not in (bool, int, float): return False
+    return value in (0, 1) or field == "weight" and 0 < value < 1e6
+
 def read_switch(
     message: dict, # as the data has it
     index: int, # its position
@@ -147,13 +152,20 @@ def read_switch(
     "Whether a message is to be trained."
     given = {field: message[field] for field in SWITCHES if message.get(field) is not None}
     if not given: return None
-    odd = [field for field, value in given.items() if type(value) not in (bool, int, float) or value not in (0, 1)]
+    odd = [field for field, value in given.items() if not is_switch(field, value)]
     if odd:
         found = f"{odd[0]} is {str(given[odd[0]])[:40]}, expected 0, 1, true or false"
+        if odd[0] == "weight": found += ", or how many times the message counts"
         raise DefectError("loss_switch", found, index)
     values = {bool(value) for value in given.values()}
     if len(values) > 1: raise DefectError("loss_switch", f"{' and '.join(given)} contradict each other", index)
     return values.pop()
+
+# %% ../../nbs/data/06_forms.ipynb #read-weight
+def read_weight(message: dict) -> Optional[float]: # None where it counts once
+    "How many times the tokens of a message that is to be trained count in the loss."
+    weight = message.get("weight")
+    return None if weight is None or weight in (0, 1) else float(weight)
 
 # %% ../../nbs/data/06_forms.ipynb #message
 def read_reasoning(message: dict, index: int) -> str: # "" for none
@@ -171,7 +183,7 @@ def plain_message(
     message: dict, # as the data has it
     index: int, # its position
     notes: list, # takes `(code, index, found)`
-) -> dict: # with Dolci's fields, and `calls`, `ids`, `reasoning`, `train`
+) -> dict: # with Dolci's fields, and `calls`, `ids`, `reasoning`, `train`, `weight`
     "A message of any form in Dolci's; DefectError for what has no reading."
     check_fields(message, index)
     made = {"role": message.get("role"), "content": read_content(message.get("content"), index)}
@@ -182,6 +194,7 @@ def plain_message(
     if reasoning := read_reasoning(message, index): made["reasoning"] = reasoning
     train = read_switch(message, index)
     if made["role"] == "assistant" and train is False: made["train"] = False
+    elif made["role"] == "assistant" and (weight := read_weight(message)): made["weight"] = weight
     elif made["role"] != "assistant" and train: notes.append(("loss_on_others", index, f"role {message.get('role')}"))
     return made
 

@@ -150,7 +150,7 @@ TEXT_POLICIES = PolicyTable((
            "The prompt ends in one: they would join to another token, and the answer would not be trained."),
     Policy("unknown_field", "a field of a message that is not known, and is not empty",
            "rejected", "rejected", "cut", "What it says would be lost without a word."),
-    Policy("loss_switch", "loss switches without a mask: a weight other than 0 and 1, or two that differ in one answer",
+    Policy("loss_switch", "loss switches without a mask: neither a switch nor a positive weight, or two that differ in one answer",
            "rejected", "rejected", "cut",
            "Which tokens are to be trained cannot be known."),
     Policy("loss_on_others", "a loss switch that would train a message which is no answer",

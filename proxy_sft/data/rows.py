@@ -6,11 +6,11 @@
 __all__ = ['ROLES', 'NOTHING', 'FOLDED', 'CALL_NOTES', 'LINE_BREAKS', 'NO_CALLS', 'NO_TOOLS', 'CONTROL_TEXTS', 'BLOCK',
            'ODD_NAME', 'usual_row', 'BEFORE_ANSWER', 'TOOLS_READ', 'TOOLS_KEPT', 'ConvertError', 'kind', 'role_of',
            'Talk', 'holds_huge_integer', 'parse_declared', 'read_calls', 'check_calls', 'read_message', 'read_turn',
-           'check_text', 'switched_off', 'add_turn', 'add_results', 'tools_of', 'calls_text', 'has_calls', 'add_plain',
-           'read_talk', 'finish_talk', 'read_tools', 'same_tools', 'check_tool_keys', 'parsed_back', 'check_controls',
-           'mended', 'read_closely', 'read_mended', 'RepeatedKeys', 'read_row', 'place_to_cut', 'convert_row',
-           'Message', 'Row', 'keys_in', 'usual_messages', 'call_in', 'add_usual_calls', 'read_usual',
-           'read_usual_tools', 'usual_tools']
+           'check_text', 'switched_off', 'turn_weight', 'add_turn', 'add_results', 'tools_of', 'calls_text',
+           'has_calls', 'add_plain', 'read_talk', 'finish_talk', 'read_tools', 'same_tools', 'check_tool_keys',
+           'parsed_back', 'check_controls', 'mended', 'read_closely', 'read_mended', 'RepeatedKeys', 'read_row',
+           'place_to_cut', 'convert_row', 'Message', 'Row', 'keys_in', 'usual_messages', 'call_in', 'add_usual_calls',
+           'read_usual', 'read_usual_tools', 'usual_tools']
 
 # %% ../../nbs/data/08_rows.ipynb #reading-imports
 import functools
@@ -201,6 +201,15 @@ def switched_off(talk: Talk, start: int, end: int) -> bool: # DefectError(loss_s
         raise DefectError("loss_switch", "two messages of one answer, one to be trained, one not", start)
     return False in wanted
 
+def turn_weight(talk: Talk, start: int, end: int) -> Optional[float]: # DefectError(loss_switch) when its messages differ
+    "How many times a turn counts; None: once."
+    wanted = {talk.source[index].get("weight") for index in range(start, end)
+              if any(talk.source[index].get(field) for field in ("content", "calls", "function_calls", "reasoning"))}
+    if len(wanted) > 1:
+        raise DefectError("loss_switch", f"two messages of one answer with different weights, {sorted(map(str, wanted))}",
+                          start)
+    return next(iter(wanted), None)
+
 # %% ../../nbs/data/08_rows.ipynb #add-turn
 def add_turn(talk: Talk, start: int, end: int, after: int) -> None: # `after`: first message behind the results
     "Write the turn and its results in Qwen3's form."
@@ -213,6 +222,7 @@ def add_turn(talk: Talk, start: int, end: int, after: int) -> None: # `after`: f
     if reasoning: message["reasoning_content"] = reasoning
     if calls: message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
     if switched_off(talk, start, end): message["train"] = False
+    elif weight := turn_weight(talk, start, end): message["weight"] = weight
     talk.messages.append(message)
     talk.calls += len(calls)
     if calls: add_results(talk, calls, end, after)

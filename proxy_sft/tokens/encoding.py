@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'LONGEST', 'BY_TOKENS', 'PIECE_BYTES', 'BATCH_BYTES', 'WORTH_BYTES', 'TOKENS', 'choose_rows', 'read_rows',
-           'parsed_line', 'FastPathDiffers', 'guard', 'check', 'encode_whole', 'end_to_end', 'exchanges_that_fit',
-           'shorten', 'cut_row', 'Encoded', 'encode_rows', 'used_rows', 'pieces_of', 'token_batch', 'write_stream',
-           'read_batches', 'read_stream', 'start_worker', 'encode_piece', 'encoded_pieces', 'encoded_by_processes']
+           'parsed_line', 'FastPathDiffers', 'guard', 'check', 'encode_whole', 'end_to_end', 'weights_of',
+           'exchanges_that_fit', 'shorten', 'cut_row', 'Encoded', 'encode_rows', 'used_rows', 'pieces_of',
+           'token_batch', 'write_stream', 'read_batches', 'read_stream', 'start_worker', 'weights_file',
+           'write_weights', 'encode_piece', 'encoded_pieces', 'encoded_by_processes']
 
 # %% ../../nbs/tokens/03_encoding.ipynb #imports
 import importlib
@@ -117,7 +118,13 @@ def encode_whole(
 def end_to_end(parts: list[TokenRows]) -> TokenRows: # of one row each
     "Rows in one."
     offsets = np.cumsum([0, *(len(part.ids) for part in parts)], dtype=np.int64)
-    return TokenRows(np.concatenate([p.ids for p in parts]), np.concatenate([p.trained for p in parts]), offsets)
+    ids, trained = np.concatenate([p.ids for p in parts]), np.concatenate([p.trained for p in parts])
+    weighted = any(p.weights is not None for p in parts)
+    return TokenRows(ids, trained, offsets, weights=np.concatenate(list(map(weights_of, parts))) if weighted else None)
+
+def weights_of(rows: TokenRows) -> np.ndarray: # float64, one for each token
+    "How many times each label counts."
+    return np.ones(len(rows.ids)) if rows.weights is None else rows.weights
 
 # %% ../../nbs/tokens/03_encoding.ipynb #shorten
 # templates whose earlier turns do not change as others follow: their cuts can be read off the tokens
@@ -202,7 +209,10 @@ def encode_rows(
 def used_rows(tokens: TokenRows, shorter: dict[int, TokenRows], fate: np.ndarray) -> TokenRows:
     "Whole rows, and the shorter ones in their places; dropped ones are left out."
     if (fate == 0).all(): return tokens
-    views = [shorter[i] if f == 1 else TokenRows(tokens.ids[a:b], tokens.trained[a:b], None)
+    def whole(a, b):
+        weights = None if tokens.weights is None else tokens.weights[a:b]
+        return TokenRows(tokens.ids[a:b], tokens.trained[a:b], None, weights=weights)
+    views = [shorter[i] if f == 1 else whole(a, b)
              for i, (f, a, b) in enumerate(zip(fate, tokens.offsets, tokens.offsets[1:])) if f <= 1]
     return end_to_end(views) if views else TokenRows(tokens.ids[:0], tokens.trained[:0], tokens.offsets[:1])
 
@@ -254,17 +264,31 @@ def start_worker(settings: Settings, fast: bool) -> None:
         borders=Borders.of(tokenizer),
     )
 
+# %% ../../nbs/tokens/03_encoding.ipynb #write-weights
+def weights_file(tokens: Path) -> Path: # 000000.arrow -> 000000.weights
+    "Where the weights of a piece's tokens lie, if it has some."
+    return tokens.with_suffix(".weights")
+
+def write_weights(tokens: Path, batches: list) -> None: # of each batch its rows, or the number of its tokens
+    "Weights of a piece, all tokens of it; nothing where all of them count once."
+    if all(isinstance(batch, int) for batch in batches): return
+    found = [np.ones(batch) if isinstance(batch, int) else weights_of(batch) for batch in batches]
+    with weights_file(tokens).open("wb") as file: np.save(file, np.concatenate(found).astype(np.float32))
+
 # %% ../../nbs/tokens/03_encoding.ipynb #encode-piece
 def encode_piece(path: Path, starts: np.ndarray, numbers: np.ndarray, target: Path) -> list[pa.RecordBatch]: # FACTS
     "One piece, batch by batch; `starts` are those of its own span of the file."
     encoder, settings, first, facts = _worker["encoder"], _worker["settings"], int(numbers[0]), []
+    weighted = []
     check(read_rows(path, starts, np.random.default_rng(first).choice(numbers, 1), first), encoder)
     def tokens():
         for some in pieces_of(starts, numbers, BATCH_BYTES, first):
             found = encode_rows(read_rows(path, starts, some, first), some, encoder, _worker["borders"], settings)
             facts.append(found.facts)
+            weighted.append(found.rows if found.rows.weights is not None else len(found.rows.ids))
             yield token_batch(found.rows)
     write_stream(target, TOKENS, tokens())
+    write_weights(target, weighted)
     return facts
 
 # %% ../../nbs/tokens/03_encoding.ipynb #processes
