@@ -217,8 +217,8 @@ def tokenizer(tmp_path_factory):
 @pytest.mark.parametrize("train_on", ["all", "last", "calls"])
 @pytest.mark.parametrize("template", ["nothink", "empty_think", "stock"])
 def test_weights_stand_on_the_tokens_of_their_answer_in_both_encoders(tokenizer, template, train_on):
-    one = row(user(), answer("No.", weight=3, tool_calls=[call()]), result(), answer("Snow.", weight=0.25), user("And?"),
-              answer("Sun."))
+    one = row(user(), answer("No.", weight=3, tool_calls=[call()]), result(), answer("Snow.", weight=0.25),
+              user("And?"), answer("Sun."))
     two = row(user('What is the "weight" of it?'), answer("", tool_calls=[call(arguments={"city": "weight"})]))
     three = row(user(), answer("Off.", weight=0), user(), answer("On.", weight=1.1))
     rows = [convert_row(each) for each in (one, two, three)]

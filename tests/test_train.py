@@ -246,7 +246,8 @@ def test_a_token_of_a_call_counts_so_many_times_however_rows_are_batched(folder,
     settings = load_settings(**{**SMALL, **FLAT, "workspace": str(folder)})
     ensure_inputs(settings)
     expected = weighted_means(folder, times_in_calls(settings, 3.0), loss == "dft")
-    assert expected != pytest.approx(weighted_means(folder, lambda tokens: [1.0] * len(tokens), loss == "dft"), rel=1e-2)
+    plain = weighted_means(folder, lambda tokens: [1.0] * len(tokens), loss == "dft")
+    assert expected != pytest.approx(plain, rel=1e-2)
     run(folder, f"calls-{name}", ranks, **{**WEIGHTED, "loss": loss, **given})
     assert logged(folder, f"calls-{name}", "loss")[0] == pytest.approx(expected, rel=1e-4)
 
@@ -262,8 +263,9 @@ def weighted_data(folder, name, weights):
         {"role": "user", "content": "Are you sure?"},
         {"role": "assistant", "content": "Yes. " * (i + 1), **given[1]}]} for i in range(12)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    more = dict(workspace=str(folder / name), dataset=str(path), model=str(folder / "weighed-model"), heldout_fraction=0.0,
-                heldout_tools=[], demo_rows=None, max_train_samples=None, max_eval_samples=None, packing=False)
+    more = dict(workspace=str(folder / name), dataset=str(path), model=str(folder / "weighed-model"),
+                heldout_fraction=0.0, heldout_tools=[], demo_rows=None, max_train_samples=None, max_eval_samples=None,
+                packing=False)
     given = {**SMALL, **FLAT, **more}
     settings = load_settings(**given)
     convert(settings, progress=False)
@@ -283,7 +285,8 @@ def test_weights_of_messages_count_in_the_loss_however_rows_are_batched(folder):
         weights = torch.where(second, 4.0, 0.5)
         sums[0] += float((weights * F.cross_entropy(logits[kept], labels[kept], reduction="none")).sum())
         sums[1] += float(weights.sum())
-    for name, ranks, batching in (("w12", 1, dict(batch_size=12)), ("w3", 1, dict(batch_size=3, gradient_accumulation=4)),
+    for name, ranks, batching in (("w12", 1, dict(batch_size=12)),
+                                  ("w3", 1, dict(batch_size=3, gradient_accumulation=4)),
                                   ("w2", 2, dict(batch_size=2, gradient_accumulation=3, deepspeed="null")),
                                   ("wp", 1, dict(packing=True, gradient_accumulation=50))):
         run(settings.workspace_dir, name, ranks, **{**given, **batching})

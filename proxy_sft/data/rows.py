@@ -201,13 +201,13 @@ def switched_off(talk: Talk, start: int, end: int) -> bool: # DefectError(loss_s
         raise DefectError("loss_switch", "two messages of one answer, one to be trained, one not", start)
     return False in wanted
 
-def turn_weight(talk: Talk, start: int, end: int) -> Optional[float]: # DefectError(loss_switch) when its messages differ
-    "How many times a turn counts; None: once."
+def turn_weight(talk: Talk, start: int, end: int) -> Optional[float]: # None: once
+    "How many times a turn counts; DefectError(loss_switch) when its messages differ."
     wanted = {talk.source[index].get("weight") for index in range(start, end)
               if any(talk.source[index].get(field) for field in ("content", "calls", "function_calls", "reasoning"))}
     if len(wanted) > 1:
-        raise DefectError("loss_switch", f"two messages of one answer with different weights, {sorted(map(str, wanted))}",
-                          start)
+        found = ", ".join(sorted("none" if weight is None else str(weight) for weight in wanted))
+        raise DefectError("loss_switch", f"two messages of one answer with different weights: {found}", start)
     return next(iter(wanted), None)
 
 # %% ../../nbs/data/08_rows.ipynb #add-turn

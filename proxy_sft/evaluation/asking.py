@@ -29,6 +29,7 @@ from proxy_sft.evaluation.answers import (
     ChatRow, choose_chat_rows, choose_turns, EvaluateError, has_model, HeldoutTurn, METRICS, Reply
 )
 from .bfcl import judge_questions, Leaderboard, leaderboard_dict, read_questions
+from .forgetting import forgetting_rows
 from .scores import estimates, Evaluation, loss_rows, slices_of, values_of
 from ..tokens.inputs import heldout_differences, made_from
 
@@ -57,6 +58,7 @@ def evaluation_dict(
         "difference": {name: of.get("difference") for name, of in metrics.items()},
         "slices": slices,
         "losses": [dict(zip(("name", "meaning", *models, "difference"), row)) for row in loss_rows(evaluation)],
+        "forgetting": forgetting_rows(evaluation),
         "chats": [
             {"row": c.row, "source": c.source, **{m: evaluation.chat_losses[m][i] for m in evaluation.chat_losses}}
             for i, c in enumerate(evaluation.chats)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'STYLE', 'scaled', 'curve', 'curves_html', 'data_html', 'parity_html', 'rates_html', 'bars_html',
-           'evaluation_html', 'environment_rows', 'run_settings', 'settings_html', 'report_html',
+           'forgetting_html', 'evaluation_html', 'environment_rows', 'run_settings', 'settings_html', 'report_html',
            'add_report_arguments', 'report_command']
 
 # %% ../../nbs/launch/08_report.ipynb #imports
@@ -148,6 +148,24 @@ def bars_html(metrics: dict[str, dict[str, dict]]) -> str: # the first two model
         f'0V{height}"/>{"".join(parts)}</svg></figure>'
     )
 
+# %% ../../nbs/launch/08_report.ipynb #forgetting-html
+def forgetting_html(rows: list[dict[str, Any]]) -> str: # of evaluation.json; empty for none
+    "The change of the loss by source with its interval, the worst first."
+    if not rows: return ""
+    reach = max(abs(x) for row in rows for x in row["difference"]) or 1.0
+    at = lambda value: 420 + 176 * value / reach
+    parts = []
+    for i, row in enumerate(rows):
+        (middle, low, high), y = row["difference"], 22 * i
+        name = html.escape(f"{row['source']} ({row['conversations']})")
+        parts += [f'<text x="232" y="{y + 14}" text-anchor="end">{name}</text>',
+                  f'<rect class="b{int(low > 0)}" x="{at(low):.1f}" y="{y + 8}" width="{at(high) - at(low):.1f}" '
+                  f'height="4"/><circle class="b{int(low > 0)}" cx="{at(middle):.1f}" cy="{y + 10}" r="4"/>']
+    caption = (f"loss per token of plain conversations by source, tuned minus base, -{reach:.3f} to {reach:.3f}, with "
+               "95 % intervals; right of the line something was lost")
+    return (f'<figure><figcaption>{caption}</figcaption><svg viewBox="-2 -2 604 {22 * len(rows) + 4}" role="img" '
+            f'aria-label="{caption}"><path class="axis" d="M420 0V{22 * len(rows)}"/>{"".join(parts)}</svg></figure>')
+
 # %% ../../nbs/launch/08_report.ipynb #evaluation-html
 def evaluation_html(folder: Path) -> str: # empty when it was not evaluated
     "Rates, losses, and the same by kind of turn."
@@ -167,7 +185,8 @@ def evaluation_html(folder: Path) -> str: # empty when it was not evaluated
         for title, text in (("rates by kind of turn", slices), ("losses by source", table(parts)))
         if text
     )
-    return bars_html(found["metrics"]) + rates_html(found["metrics"]) + table(whole) + more
+    return (bars_html(found["metrics"]) + rates_html(found["metrics"]) + table(whole)
+            + forgetting_html(found.get("forgetting") or []) + more)
 
 # %% ../../nbs/launch/08_report.ipynb #environment
 def environment_rows(folder: Path) -> list[tuple[str, Any]]:
