@@ -459,6 +459,18 @@ def test_what_a_dead_owner_on_another_machine_left_holds_nobody_up_for_long(tmp_
     with locks.RunLock(path).take(patience=0): assert not locks.Lock(path).acquire()
 
 
+def test_a_killed_owner_holds_nobody_up_though_its_parent_has_not_looked_yet(tmp_path):
+    path = tmp_path / "lock"
+    code = f"from proxy_sft.core.locks import Lock; from pathlib import Path; lock = Lock(Path({str(path)!r})); " \
+           "assert lock.acquire(); print('held', flush=True); input()"
+    owner = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "held\n" and not locks.Lock(path).acquire()
+    owner.kill()
+    os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT) # it is dead, and stays what the system calls a zombie
+    assert locks.Lock(path).acquire(patience=60)
+    owner.communicate()
+
+
 def test_a_lock_on_a_full_disk_is_held_without_words_and_without_a_lease(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(tmp_path)]).returncode:
         pytest.skip("no file system can be mounted here")

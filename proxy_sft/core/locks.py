@@ -13,6 +13,7 @@ import socket
 import time
 from pathlib import Path
 
+import psutil
 from fastcore.basics import patch
 from filelock import FileLock, LeaseSettingsMismatch, SoftFileLease, Timeout
 
@@ -58,13 +59,22 @@ def acquire(
 @patch
 def has_lease(self: Lock, seconds: float) -> bool: # also where there is no room for one
     "Wait for the lease of an owner on another machine to end, and take it."
-    try:
-        if not self.lease_file.stat().st_size: self.lease_file.unlink() # no owner writes it in two pieces
-    except OSError: pass # there is none
+    self.remove_dead_lease()
     try: self.lease.acquire(timeout=seconds)
     except (Timeout, LeaseSettingsMismatch): return False
     except OSError: return True
     return True
+
+
+# %% ../../nbs/core/03_locks.ipynb #dead-lease
+@patch
+def remove_dead_lease(self: Lock) -> None: # the lock is ours
+    "Remove an empty lease, and that of a killed process that its parent has not seen: `filelock` takes it for alive."
+    with contextlib.suppress(OSError, psutil.Error): # most often there is none
+        if not self.lease_file.stat().st_size: self.lease_file.unlink() # no owner writes it in two pieces
+        owner = self.lease.owner
+        here = owner and owner.hostname.partition("?")[0] == socket.gethostname()
+        if here and psutil.Process(owner.pid).status() == psutil.STATUS_ZOMBIE: self.lease.force_break()
 
 
 # %% ../../nbs/core/03_locks.ipynb #release
