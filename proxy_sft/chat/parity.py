@@ -287,10 +287,10 @@ def check_fast(inspection: Inspection, rows: list, sample: int, seed: int) -> st
     for row in random.Random(seed).sample(rows, min(sample, len(rows))):
         messages, tools = row_parts(row)
         if inspection.server.pattern.search(json_text([messages, tools])): continue  # they take the reference path
-        asked = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        assistants = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         try: prompts = server_prompts(inspection, [(messages, tools)])[0]
         except ROW_ERRORS: continue  # counted as not rendered
-        for k, prompt in zip(asked, prompts):
+        for k, prompt in zip(assistants, prompts):
             ids = inspection.tokenizer.apply_chat_template(
                 messages[:k], tools=tools or None, chat_template=inspection.server.source, add_generation_prompt=True,
                 return_dict=False, **inspection.server.options)

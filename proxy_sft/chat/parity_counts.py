@@ -51,9 +51,9 @@ def measure(
         return counts, wrong[:MOST_FAILURES]
     counts.update(counted)
     counts["slow"] += tokens.slow
-    for i, (messages, tools), asked in zip(rest, parts, prompts):
+    for i, (messages, tools), built in zip(rest, parts, prompts):
         ids, trained = (column[tokens.offsets[i]:tokens.offsets[i + 1]] for column in (tokens.ids, tokens.trained))
-        try: part, examples = _measure_row(inspection, messages, tools, ids, trained, asked)
+        try: part, examples = _measure_row(inspection, messages, tools, ids, trained, built)
         except ChatError as error: part, examples = Counter(unrendered=1), [(None, "not rendered", str(error))]
         counts.update(part)
         wrong += [failure_example(first + i, *example) for example in examples]
@@ -155,8 +155,8 @@ def _prompts_begin(
     turns: list,
 ) -> bool: # turns: number of each answer among the row's turns
     "Whether the text begins with the prompt that a server builds for each answer, as far as that turn's header."
-    asked = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    for k, turn in zip(asked, turns):
+    assistants = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    for k, turn in zip(assistants, turns):
         prompt = inspection.server.text(messages[:k], tools, generate=True)
         if not (
             text.startswith(prompt) and prompt.endswith(inspection.asks) and prompt.count("<|im_start|>") == turn + 1
@@ -300,7 +300,7 @@ def _turns_in_order(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each row whether its tokens are in order; of its answers the first token behind the header, and the one behind
     the stop. `sums`: trained tokens before each; `calls`, `on`: for each answer of a row whether it has calls, and
-    whether the data want it trained; None: not asked."""
+    whether the data want it trained; None: unknown."""
     (row, _, start, end), ids = (column[spans.role == 2] for column in spans), tokens.ids
     fine = np.bincount(row, minlength=len(tokens)) == [-1 if some is None else len(some) for some in calls]
     known = fine[row]

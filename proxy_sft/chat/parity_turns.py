@@ -97,10 +97,11 @@ def turn_parity(
 ) -> list[TurnParity]: # one for each assistant message; ChatError when the ids show another number of turns
     "Parity of each assistant turn."
     spans = [(a, b) for role, a, b in inspection.segments(ids) if role == "assistant"]
-    asked, out = [i for i, message in enumerate(messages) if message["role"] == "assistant"], []
-    named = {"all": asked, "last": asked[-1:], "calls": [i for i in asked if messages[i].get("tool_calls")]}
-    if len(spans) != len(asked): raise ChatError(f"{len(asked)} assistant messages became {len(spans)} turns")
-    for index, (a, b), prompt in zip(asked, spans, prompts):
+    assistants, out = [i for i, message in enumerate(messages) if message["role"] == "assistant"], []
+    calling = [i for i in assistants if messages[i].get("tool_calls")]
+    named = {"all": assistants, "last": assistants[-1:], "calls": calling}
+    if len(spans) != len(assistants): raise ChatError(f"{len(assistants)} assistant messages became {len(spans)} turns")
+    for index, (a, b), prompt in zip(assistants, spans, prompts):
         is_chosen = index in named[inspection.train_on] and answer_is_on(messages[index])
         exact = a < len(prompt) <= b and np.array_equal(ids[:len(prompt)], prompt)
         served = ids[a:a + len(inspection.served)].tolist() == inspection.served
@@ -175,7 +176,7 @@ class ServerTurn:
     reason: str   # in words; empty when it is the same
 
 # %% ../../nbs/chat/05_parity_turns.ipynb #said
-def _said(messages: list, tools: Optional[list]) -> list:
+def _spoken_parts(messages: list, tools: Optional[list]) -> list:
     "What a conversation says, apart from the spelling: (what it is, its value) in order."
     out = [("tools", [tool_text(tool) for tool in tools or []])]
     for message in messages:
@@ -190,7 +191,7 @@ def _said(messages: list, tools: Optional[list]) -> list:
 # %% ../../nbs/chat/05_parity_turns.ipynb #changed
 def _changed(data: tuple, view: tuple) -> str:
     "What a server changed; empty when it says what the data say."
-    pairs = zip(_said(*data), _said(*view), strict=False)
+    pairs = zip(_spoken_parts(*data), _spoken_parts(*view), strict=False)
     return next((what for (what, ours), (_, theirs) in pairs if ours != theirs), "")
 
 # %% ../../nbs/chat/05_parity_turns.ipynb #server-turns-export

@@ -349,8 +349,8 @@ def compare_html(
     cells = "".join(f'<div><strong>{name} · {safe(side.summary)}</strong><pre '
                     f'class="t">{_folded_tools(text)}</pre></div>'
                     for name, side, text in sides)
-    said = f"{count:,} difference{'s' * (count != 1)}" if count else "The two are the same tokens"
-    return (f'<p>{said}. <del>only {safe(one.template)}</del> · <ins>only {safe(other.template)}</ins></p>'
+    sentence = f"{count:,} difference{'s' * (count != 1)}" if count else "The two are the same tokens"
+    return (f'<p>{sentence}. <del>only {safe(one.template)}</del> · <ins>only {safe(other.template)}</ins></p>'
             f'<div class="beside">{cells}</div>')
 
 # %% ../../nbs/chat/10_views.ipynb #marked
