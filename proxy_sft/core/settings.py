@@ -164,7 +164,8 @@ class Training(Group):
         1.0, gt=0, allow_inf_nan=False, description="how many times a token of a tool call counts in the loss"
     )
     neftune_alpha: Optional[float] = Field(
-        None, gt=0, allow_inf_nan=False, description="NEFTune: size of the noise on the embeddings while training, 5 in the paper"
+        None, gt=0, allow_inf_nan=False,
+        description="NEFTune: size of the noise on the embeddings while training, 5 in the paper"
     )
     full_sequence_loss: bool = Field(
         False, description="train every token instead of assistant tokens only (upstream's recipe)"
