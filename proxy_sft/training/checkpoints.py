@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['FREE_TO_CHANGE', 'HARMLESS', 'NO_PICKLES', 'REQUIRED_FACTS', 'BEGUN', 'CheckpointError', 'prune',
-           'incomplete_folders', 'sweep', 'clear_away', 'step_of', 'lost_checkpoints_message', 'checkpoint_facts',
-           'differences', 'rows_per_step', 'convertible', 'matters_for_training', 'refuse_acting_pickles',
-           'weights_only', 'named_object', 'checkpoint_to_resume', 'require_own_name', 'require_fitting',
-           'require_nothing_beyond', 'random_state_files', 'world_size_words', 'set_aside', 'is_repetition',
-           'start_word', 'resume_of', 'convert_world', 'sees_other_disk', 'agreed_checkpoint', 'delete_beyond',
-           'lock_run', 'expected_bytes', 'checkpoints_to_come', 'lack_of_room', 'require_room']
+           'incomplete_folders', 'sweep', 'clear_away', 'step_of', 'lost_checkpoints_message', 'machine_name',
+           'code_commit', 'checkpoint_facts', 'differences', 'rows_per_step', 'convertible', 'matters_for_training',
+           'refuse_acting_pickles', 'weights_only', 'named_object', 'checkpoint_to_resume', 'require_own_name',
+           'require_fitting', 'require_nothing_beyond', 'random_state_files', 'world_size_words', 'set_aside',
+           'is_repetition', 'start_word', 'resume_of', 'convert_world', 'sees_other_disk', 'agreed_checkpoint',
+           'delete_beyond', 'lock_run', 'expected_bytes', 'checkpoints_to_come', 'lack_of_room', 'require_room']
 
 # %% ../../nbs/training/06_checkpoints.ipynb #imports
 import os
+import platform
+import re
 import secrets
 import shutil
 import subprocess
@@ -24,6 +26,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
+import torch
 import torch.distributed as dist
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
@@ -35,7 +38,7 @@ from proxy_sft.core.atomic_folders import (
 )
 from ..core.distributed import any_rank, broadcast, all_gather
 from ..core.locks import InUseError, RunLock
-from ..core.settings import Settings
+from ..core.settings import PACKAGE, Settings
 from ..core.stop_requests import log_line
 
 # %% ../../nbs/training/06_checkpoints.ipynb #errors
@@ -110,6 +113,24 @@ def lost_checkpoints_message(
     lost = f"; {newest - step} steps, up to step {newest}, are lost and trained again" if newest > step else ""
     return f"WARNING: {'. '.join(swept.values())}. The run goes on from {place.name if place else 'step 0'}{lost}."
 
+# %% ../../nbs/training/06_checkpoints.ipynb #machine-name
+def machine_name() -> str: # such as `8 × NVIDIA H100 80GB HBM3`
+    "The cards of this machine, or its processor."
+    if torch.cuda.is_available(): return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}"
+    try: about = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError: about = ""  # not Linux
+    found = re.search(r"(?m)^model name\s*: *(.+)$", about)
+    return f"{os.cpu_count()} × {found[1] if found else platform.machine()}"
+
+def code_commit() -> Optional[str]: # `-dirty` at its end where files differ from it; None: not a checkout, or no git
+    "The commit of the checkout that runs."
+    if not (PACKAGE.parent / ".git").exists(): return None
+    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try: done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired): return None
+    return done.stdout.strip() or None
+
+
 # %% ../../nbs/training/06_checkpoints.ipynb #facts
 FREE_TO_CHANGE = {
     "workspace",
@@ -150,7 +171,7 @@ def checkpoint_facts(settings: Settings, data_key: str, world_size: int) -> dict
     fixed = {n: v for n, v in settings.model_dump(exclude={"profile"}).items() if n not in FREE_TO_CHANGE}
     packages = ("torch", "transformers", "trl", "accelerate", "deepspeed")
     return {"settings": fixed, "data_key": data_key, "world_size": world_size, "python": sys.version.split()[0],
-            "versions": {p: version(p) for p in packages}}
+            "versions": {p: version(p) for p in packages}, "machine": machine_name(), "commit": code_commit()}
 
 def differences(
     then: dict[str, Any],
