@@ -9,11 +9,10 @@ __all__ = ['ROLES', 'NOTHING', 'FOLDED', 'CALL_NOTES', 'LINE_BREAKS', 'NO_CALLS'
            'check_text', 'switched_off', 'turn_weight', 'add_turn', 'add_results', 'tools_of', 'calls_text',
            'has_calls', 'add_plain', 'read_talk', 'finish_talk', 'read_tools', 'same_tools', 'check_tool_keys',
            'parsed_back', 'check_controls', 'mended', 'read_closely', 'read_mended', 'RepeatedKeys', 'read_row',
-           'place_to_cut', 'convert_row', 'Message', 'Row', 'keys_in', 'usual_messages', 'call_in', 'add_usual_calls',
-           'read_usual', 'read_usual_tools', 'usual_tools']
+           'place_to_cut', 'convert_row', 'Message', 'Row', 'keys_in', 'usual_messages', 'is_odd_start', 'call_in',
+           'add_usual_calls', 'read_usual', 'read_usual_tools', 'usual_tools']
 
 # %% ../../nbs/data/08_rows.ipynb #reading-imports
-import functools
 import json
 import re
 from typing import Annotated, Literal, Optional, Union
@@ -27,7 +26,8 @@ from .policy import action, DefectError, meaning, STRICTNESSES
 from .schema import check_call, pair_results, plainly_fits
 from .texts import bare_call, split_reasoning, tagged_call, without_tag_sentences
 from proxy_sft.data.tools import (
-    dump_json, functions_by_name, list_tools, may_repeat, parse_tools, repeated_keys, without_copies, wrap_tool
+    dump_json, functions_by_name, is_plain_tool, list_tools, may_repeat, parse_tools, repeated_keys, without_copies,
+    wrap_tool
 )
 from .values import CallError
 
@@ -98,13 +98,19 @@ def holds_huge_integer(value) -> bool: # 4,300 digits are 14,284 bits
 # %% ../../nbs/data/08_rows.ipynb #parse-declared
 def parse_declared(talk: Talk, text: str) -> tuple[list, list]: # calls, what was noted; CallError
     "Calls by the grammar; where it does not find declared ones, by the names that only the tools know."
-    read, notes, failed = functools.partial(parse_calls, text, talk.tools, fold=FOLDED[talk.strictness]), [], None
-    try: calls = read(repairs=notes, names=())
+    fold, notes, failed = FOLDED[talk.strictness], [], None
+    try: calls = parse_calls(text, talk.tools, fold=fold, repairs=notes, names=())
     except CallError as error: calls, failed = [], error
-    if calls and all([call["name"] in talk.functions for call in calls]): return calls, notes
-    if names := declared_names(talk.tools): return read(repairs=(notes := []), names=names), notes
+    for call in calls:
+        if call["name"] not in talk.functions: break
+    else:
+        if calls: return calls, notes
+    if names := declared_names(talk.tools):
+        notes = []
+        return parse_calls(text, talk.tools, fold=fold, repairs=notes, names=names), notes
     if failed: raise failed
     return calls, notes
+
 
 # %% ../../nbs/data/08_rows.ipynb #read-calls
 def read_calls(talk: Talk,
@@ -496,25 +502,30 @@ def usual_messages(talk: Talk, tools: list[dict]) -> Optional[list[dict]]: # Non
             if (at := add_usual_calls(talk, messages, at)) is None: return None
             last = "tool"
             continue
-        if not text or text.isspace() or "\0" in text: return None
-        if role == "assistant" and (text[0].isspace() and LINE_BREAKS.match(text) or tools and call_in(talk, text)):
-            return None
-        if role == "assistant" and last in BEFORE_ANSWER or role == "user" and last != "user": pass
+        if not text or "\0" in text or text[0].isspace() and is_odd_start(role, text): return None
+        if role == "assistant":
+            if last not in BEFORE_ANSWER or tools and call_in(talk, text): return None
         elif role == "system" and at == 1:
             text = without_tag_sentences(text, bool(tools))
             if not text or text.isspace(): continue
-        else: return None
+        elif role != "user" or last == "user": return None
         messages.append({"role": role, "content": text})
         last = role
     return messages if last == "assistant" else None
 
+
 # %% ../../nbs/data/08_rows.ipynb #call-in
 BEFORE_ANSWER = ("user", "tool")
+
+def is_odd_start(role: str, text: str) -> bool: # text: begins with white space
+    "Whether a text has to be looked at: nothing but white space, or an answer that begins with line breaks."
+    return text.isspace() or role == "assistant" and bool(LINE_BREAKS.match(text))
 
 def call_in(talk: Talk, text: str) -> bool: # as `check_text` looks for them
     "Whether the text of an answer may hold a call."
     if ("<" in text or "[" in text) and tagged_call(text): return True
-    return bool(bare_call(text, talk.functions))
+    return ("(" in text or "{" in text) and bool(bare_call(text, talk.functions))
+
 
 # %% ../../nbs/data/08_rows.ipynb #convert-usual-calls
 def add_usual_calls(
@@ -570,10 +581,11 @@ def read_usual_tools(talk: Talk, first: Message) -> Optional[bytes]: # as JSON; 
 def usual_tools(text: str) -> Optional[tuple]: # an entry of `TOOLS_READ`; None: look closely
     "Read a text of tools that has nothing to note."
     listed, notes = list_tools(text), []
-    tools = [wrap_tool(tool, notes) for tool in listed]
+    tools = [tool if is_plain_tool(tool) else wrap_tool(tool, notes) for tool in listed]
     functions, written = functions_by_name(tools), dump_json(tools)
     if not tools or notes or len(functions) < len(tools): return None
     if b"\\" in written and any(map(ODD_NAME.search, functions)): return None
-    bare = sum([tool is not wrapped for tool, wrapped in zip(listed, tools)])  # each got two keys more
-    if may_repeat(text, written, 2 * bare): return None
+    bare = sum(tool is not wrapped for tool, wrapped in zip(listed, tools)) if tools != listed else 0
+    if may_repeat(text, written, 2 * bare): return None  # each of these got two keys more
     return text, tools, functions, written
+

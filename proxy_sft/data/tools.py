@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['decode_json', 'skip_json', 'SCHEMA_NAMES', 'RESULT_NAMES', 'NO_TOOLS', 'SUBSCHEMAS', 'read_json', 'dump_json',
-           'write_json', 'may_repeat', 'repeated_keys', 'like_parameters', 'with_parameters', 'wrap_tool',
-           'describe_parameters', 'list_tools', 'parse_tools', 'without_copies', 'functions_by_name', 'parameters_of',
-           'required_of']
+           'write_json', 'may_repeat', 'repeated_keys', 'like_parameters', 'with_parameters', 'is_plain_tool',
+           'wrap_tool', 'describe_parameters', 'list_tools', 'parse_tools', 'without_copies', 'functions_by_name',
+           'parameters_of', 'required_of']
 
 # %% ../../nbs/data/03_tools.ipynb #imports
 import json
@@ -96,6 +96,14 @@ def with_parameters(
             if key not in given[1:] and key != "parameters"}
     return body
 
+# %% ../../nbs/data/03_tools.ipynb #plain-tool
+def is_plain_tool(tool) -> bool: # tool: any value; True for nearly all
+    "Whether a tool has its shape already, with a name and an object of parameters."
+    if type(tool) is not dict or tool.get("type") != "function" or type(tool.get("function")) is not dict: return False
+    function = tool["function"]
+    return type(function.get("parameters")) is dict and type(function.get("name")) is str and bool(function["name"])
+
+
 # %% ../../nbs/data/03_tools.ipynb #wrap
 def wrap_tool(
     tool, # one element of the list
@@ -155,6 +163,8 @@ def functions_by_name(
     tools: list[dict], # wrapped tools
 ) -> dict[str, list[dict]]: # name -> bodies of that name, in order
     "The tools as `check_call` looks them up."
+    found = {tool["function"]["name"]: [tool["function"]] for tool in tools}
+    if len(found) == len(tools): return found
     found = {}
     for tool in tools: found.setdefault(tool["function"]["name"], []).append(tool["function"])
     return found
