@@ -23,6 +23,8 @@ from .data.files import process_count
 from .data.ledger import Choices
 from .core.display import Table
 from .data.policy import action, meaning
+from .data.rows import ConvertError
+from .tokens.inputs import differences_of_download
 
 # %% ../nbs/01_convert.ipynb #convert-convert
 def convert(
@@ -31,6 +33,7 @@ def convert(
 ) -> ConvertReport: # `.why` says why it was done, or that nothing had changed
     "Convert the downloaded rows of a profile, unless that is done already."
     target, files = settings.converted_dir / "train.jsonl", input_of(settings)
+    if found := differences_of_download(settings, model=False): raise ConvertError("other_rows", str(found[0]))
     named = {name: getattr(settings, name) for name in Choices.__dataclass_fields__}
     choices = Choices(**{name: hashable(value) for name, value in named.items()})
     about = {"code": code_version()}

@@ -1,22 +1,26 @@
 """What a step takes from the step before is what these settings ask for, or is refused with the differences and the
 command that mends them. Nothing is taken because of its name."""
 import json
+import os
 import shlex
 import shutil
+from multiprocessing import get_context
 
 import pytest
 import yaml
 
 from proxy_sft.convert import convert
-from proxy_sft.core.atomic_folders import publish
+from proxy_sft.core.atomic_folders import file_hash, is_complete, publish, with_checksum
 from proxy_sft.core.settings import Conversion, load_settings
-from proxy_sft.data.plans import write_manifest
+from proxy_sft.data.plans import read_manifest, write_manifest
+from proxy_sft.data.rows import ConvertError
 from proxy_sft.demo.rows import write_demo_data
 from proxy_sft.launch.parameters import split_parameters
 from proxy_sft.pipeline import ensure_downloaded, ensure_inputs, ensure_prepared
+from proxy_sft.tokens import inputs
 from proxy_sft.tokens.inputs import differences_of, heldout_differences
 from proxy_sft.tokens.keys import PrepareError
-from proxy_sft.tokens.preparation import prepare
+from proxy_sft.tokens.preparation import check_folder, prepare, require_inputs
 from proxy_sft.training.model_card import model_card
 
 SETTINGS = {  # every choice of conversion and download, another value than the default
@@ -47,10 +51,12 @@ def world(tmp_path_factory):
     settings.data_dir.parent.mkdir(parents=True)
     demo.model_dir.rename(settings.model_dir)
     demo.data_dir.rename(settings.data_dir)
-    record = {"revision": "main", "commit": "c" * 40, "license": "mit", "files": []}
-    write_manifest(settings.model_dir, {**record, "repo": "lab/model", "kind": "model"})
-    made = {"rows": 200, "from": {"files": [], "max_rows": None}}
-    write_manifest(settings.data_dir, {**record, "repo": "lab/rows-v1.5", "kind": "dataset", "train": made})
+    record = {"revision": "main", "commit": "c" * 40, "license": "mit"}
+    model = {**read_manifest(settings.model_dir), **record, "repo": "lab/model"}
+    write_manifest(settings.model_dir, model)
+    made = {"rows": 200, "from": {"files": [], "max_rows": None}, "blake3": file_hash(settings.train_file)}
+    data = {**record, "repo": "lab/rows-v1.5", "kind": "dataset", "files": [], "train": made}
+    write_manifest(settings.data_dir, data)
     convert(settings, progress=False)
     return workspace
 
@@ -109,19 +115,30 @@ def lose_model(settings): (settings.model_dir / "config.json").unlink()
 
 def old_code(settings):
     path = settings.converted_dir / "report.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "code": "0" * 16}))
+    path.write_text(json.dumps(with_checksum({**json.loads(path.read_text()), "code": "0" * 16})))
 
 
 def other_repository(settings):
-    path = settings.model_dir / "download.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "repo": "lab/other"}))
+    write_manifest(settings.model_dir, {**read_manifest(settings.model_dir), "repo": "lab/other"})
 
 
 def foreign_rows(settings): (settings.data_dir / "download.json").unlink()
 
 
+def other_download(settings):
+    "Another version of the rows was downloaded after the conversion."
+    change_rows(settings)
+    record = read_manifest(settings.data_dir)
+    write_manifest(settings.data_dir, {**record, "train": {**record["train"], "blake3": file_hash(settings.train_file)}})
+
+
+def other_part(settings): write_manifest(settings.data_dir, {**read_manifest(settings.data_dir), "split": "train_gen"})
+
+
 @pytest.mark.parametrize("change, page, words", [
-    (change_rows, "01_convert", "other rows than were converted"),
+    (change_rows, "00_download", "train.jsonl is not as it was downloaded"),
+    (other_download, "01_convert", "other rows than were converted"),
+    (other_part, "00_download", "dataset_split: train_gen when"),
     (change_converted, "01_convert", "train.jsonl is not as it was written"),
     (change_heldout, "01_convert", "heldout.jsonl is not as it was written"),
     (lose_report, "01_convert", "has no record"),
@@ -138,6 +155,108 @@ def test_files_that_were_changed_are_refused(world, tmp_path, change, page, word
     [difference] = differences_of(settings)
     assert difference.page == f"nbs/{page}.ipynb" and any(words in line for line in difference.lines)
     with pytest.raises(PrepareError, match=page): prepare(settings)
+
+
+# Damages: every file of every folder, in every way; the next step notices
+
+def flip(path, other, at):
+    "One bit, at the time stamp that the file had."
+    content, stat = bytearray(path.read_bytes()), path.stat()
+    content[min(int(at * len(content)), len(content) - 1)] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+DAMAGES = {
+    "first bit": lambda path, other: flip(path, other, 0),
+    "a bit": lambda path, other: flip(path, other, 0.37),
+    "a late bit": lambda path, other: flip(path, other, 0.98),
+    "cut": lambda path, other: os.truncate(path, path.stat().st_size // 2),
+    "last bytes": lambda path, other: os.truncate(path, max(path.stat().st_size - 2, 0)),
+    "empty": lambda path, other: os.truncate(path, 0),
+    "another's": lambda path, other: path.write_bytes(other),
+    "deleted": lambda path, other: path.unlink(),
+}
+
+
+def unnoticed(folder, noticed):
+    "The damages that nothing was said about; every file is put back."
+    files, left = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "."), []
+    assert files
+    for path, beside in zip(files, files[1:] + files[:1]):
+        content, stat = path.read_bytes(), path.stat()
+        other = beside.read_bytes() if beside.read_bytes() != content else b"{}"
+        for name, damage in DAMAGES.items():
+            if not content and name != "deleted" and name != "another's": continue
+            damage(path, other)
+            inputs._content_hash.cache_clear()  # as another process has it
+            if not noticed(): left.append((path.name, name))
+            path.write_bytes(content)
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    inputs._content_hash.cache_clear()
+    return left
+
+
+def refused(step, error):
+    "Whether a step ends in one clear error."
+    try: step()
+    except error as found: return len(str(found)) < 3000
+    return False
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be read")
+def test_damages_of_what_was_downloaded_are_noticed(world, tmp_path):
+    settings = hub_settings(shutil.copytree(world, tmp_path / "workspace"))
+    for folder in (settings.model_dir, settings.data_dir):
+        assert unnoticed(folder, lambda: refused(lambda: require_inputs(settings), PrepareError)) == []
+    assert unnoticed(settings.data_dir, lambda: refused(lambda: convert(settings, progress=False), ConvertError)) == []
+    assert differences_of(settings) == []
+
+
+def test_damages_of_converted_rows_are_noticed(world, tmp_path):
+    settings = hub_settings(shutil.copytree(world, tmp_path / "workspace"))
+    assert unnoticed(settings.converted_dir, lambda: refused(lambda: require_inputs(settings), PrepareError)) == []
+    assert differences_of(settings) == []
+    for path in sorted(settings.converted_dir.iterdir()):  # and the conversion mends what it finds
+        if not path.is_file() or path.name[0] == ".": continue
+        flip(path, b"", 0.5)
+        assert convert(settings, progress=False).why.startswith("converted")
+        assert differences_of(settings) == []
+
+
+def test_damages_of_prepared_data_are_noticed(world, tmp_path):
+    settings = hub_settings(shutil.copytree(world, tmp_path / "workspace"))
+    folder = prepare(settings).folder
+    def noticed(): return not is_complete(folder) or refused(lambda: check_folder(folder), PrepareError)
+    assert unnoticed(folder, noticed) == []
+    content = (folder / "train.arrow").read_bytes()
+    (folder / "manifest.json").write_text("{}")  # no complete folder: it is built again
+    assert prepare(settings).folder == folder and (folder / "train.arrow").read_bytes() == content
+
+
+# Several starts at once
+
+FORKS = get_context("forkserver")
+FORKS.set_forkserver_preload(["proxy_sft.pipeline"])  # imported once
+
+
+def prepared_key(given):
+    return ensure_prepared(load_settings("demo", **given)).key
+
+
+def converted_rows(given):
+    return convert(load_settings("qwen3_8b", **given), progress=False).kept
+
+
+@pytest.mark.parametrize("step", [prepared_key, converted_rows], ids=["prepare", "convert"])
+def test_three_at_once_on_an_empty_workspace(tmp_path, step):
+    "Each makes what is missing, or waits for who does; none touches what another one is writing."
+    given = dict(workspace=str(tmp_path / "workspace"), **SMALL)
+    if step is converted_rows: given["dataset"] = str(write_demo_data(tmp_path / "own", n=2000))
+    with FORKS.Pool(3) as pool: found = pool.map(step, [given] * 3, chunksize=1)
+    assert len({*found}) == 1
+    left = [path for path in (tmp_path / "workspace").rglob("*") if path.name.endswith(".part")]
+    assert left == [] and not list((tmp_path / "workspace").glob("prepared/.building-*"))
 
 
 def test_two_files_of_one_name_are_two_datasets(world, tmp_path):

@@ -1,17 +1,21 @@
 """Which folder a command takes for a run, and a reader that has seen enough."""
 import json
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from proxy_sft.core.atomic_folders import publish
 from proxy_sft.core.settings import save_settings, load_settings
 from proxy_sft.commands import main
 from proxy_sft.launch.parameters import (
     chosen_settings, LaunchError, notebook_defaults, read_request, split_parameters
 )
 from proxy_sft.launch.status import find_run
+from proxy_sft.training.checkpoints import checkpoint_facts, checkpoint_to_resume, CheckpointError
 
 
 @pytest.fixture
@@ -104,3 +108,42 @@ def test_a_dry_run_says_where_a_setting_comes_from(tmp_path):
     rows = {row[0]: row[1:] for row in chosen_settings(read_request(str(page), {"max_steps": 3}))}
     assert rows["seed"] == ("7", "42", "page.ipynb") and rows["max_steps"][2] == "command line"
     assert rows["model"][2] == "profile demo" and "optimizer" not in rows
+
+
+# A start that is refused
+
+@pytest.mark.parametrize("first, second", [
+    (dict(max_train_samples=1000), dict(max_train_samples=2000, run_name="qwen3_8b-1000")),
+    (dict(), dict(max_steps=20)),
+    (dict(), dict(max_train_samples=200, max_steps=20, run_name="demo")),
+    (dict(run_name="mine"), dict(run_name="mine", learning_rate=1e-3, max_hours=2.5)),
+    (dict(), dict(seed=7, exclude_sources=["a b", "c'd"])),
+    (dict(output_dir="out dir"), dict(output_dir="out dir", max_steps=20)),
+], ids=str)
+@pytest.mark.parametrize("resume", ["auto", "path"])
+def test_the_command_that_a_refusal_prints_trains_the_same_in_its_own_folder(tmp_path, first, second, resume):
+    "Two settings meet in one folder: what is printed gives the second start's settings, and another folder."
+    given = dict(profile="demo", workspace=str(tmp_path))
+    first, second = ({n: str(tmp_path / v) if n == "output_dir" else v for n, v in one.items()} for one in (first, second))
+    facts = [checkpoint_facts(load_settings(**given, **more), "0" * 20, 2) for more in (first, second)]
+    run_dir = load_settings(**given, **first).run_dir
+    made(run_dir, facts[0])
+    more = dict(resume=str(run_dir / "checkpoint-4")) if resume == "path" else {}
+    settings = load_settings(**given, **second, **more)
+    if settings.run_dir != run_dir: settings = settings.model_copy(update={"run_name": run_dir.name})
+    with pytest.raises(CheckpointError, match="belongs to another training|another training, and this") as refused:
+        checkpoint_to_resume(settings, facts[1])
+    [line] = [line for line in str(refused.value).splitlines() if "proxy-sft run" in line]
+    rest, _, parameters = split_parameters(shlex.split(line)[2:])
+    assert "--nproc" in rest and rest[rest.index("--nproc") + 1] == "2"
+    own = load_settings(parameters.pop("profile", "") or "", **parameters)
+    assert own.run_dir != run_dir and own.workspace_dir == tmp_path and own.resume == "auto"
+    assert checkpoint_facts(own, "0" * 20, 2) == facts[1]
+    assert checkpoint_to_resume(own, facts[1]) is None
+
+
+def made(run_dir, facts):
+    "A checkpoint of a training with these facts."
+    (run_dir / "aside").mkdir(parents=True)
+    for rank in range(2): torch.save({"cpu": torch.get_rng_state()}, run_dir / "aside" / f"rng_state_{rank}.pth")
+    publish(run_dir / "aside", run_dir / "checkpoint-4", {**facts, "step": 4})

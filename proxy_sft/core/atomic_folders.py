@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'COMPLETE', 'MANIFEST_KINDS', 'AtomicFolderError', 'file_hash', 'files_in', 'flush', 'write_flushed',
            'write_manifest', 'set_usual_rights', 'mark_complete', 'publish', 'is_complete', 'read_manifest',
-           'manifest_problem', 'is_count', 'damages', 'verify', 'checkpoint_step', 'complete_checkpoints',
-           'folder_bytes', 'delete_folder', 'discard']
+           'manifest_problem', 'is_count', 'checksum', 'with_checksum', 'read_record', 'damages', 'verify',
+           'checkpoint_step', 'complete_checkpoints', 'folder_bytes', 'delete_folder', 'discard']
 
 # %% ../../nbs/core/04_atomic_folders.ipynb #imports
 import json
@@ -15,7 +15,7 @@ import secrets
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 from blake3 import blake3
 
@@ -149,6 +149,24 @@ def manifest_problem(manifest: Any) -> str: # empty: it is of the right form
 def is_count(value: Any) -> bool: # not so True, 1.0 and -1
     "Whether a JSON value is a whole number from 0."
     return type(value) is int and 0 <= value < 2**63
+
+# %% ../../nbs/core/04_atomic_folders.ipynb #records
+def checksum(record: dict[str, Any]) -> str: # 16 hex digits
+    "A hash of a record's JSON, its own field left out."
+    rest = {name: value for name, value in record.items() if name != "checksum"}
+    return blake3(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+
+def with_checksum(record: dict[str, Any]) -> dict[str, Any]: # JSON values
+    "A record that notices when it is changed."
+    return {**record, "checksum": checksum(record)}
+
+# %% ../../nbs/core/04_atomic_folders.ipynb #read-record
+def read_record(path: Path) -> Optional[dict[str, Any]]: # without its checksum; None: there is none, or a damaged one
+    "What `with_checksum` made, read again."
+    try: record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError): return None
+    if not isinstance(record, dict) or record.pop("checksum", None) != checksum(record): return None
+    return record
 
 # %% ../../nbs/core/04_atomic_folders.ipynb #damages
 def damages(

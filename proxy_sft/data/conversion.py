@@ -28,7 +28,7 @@ import orjson
 from blake3 import blake3
 
 # %% ../../nbs/data/12_conversion.ipynb #imports-own
-from ..core.atomic_folders import file_hash, flush, write_flushed
+from ..core.atomic_folders import file_hash, flush, read_record, with_checksum, write_flushed
 from ..core.build_once import one_at_a_time
 from ..core.display import html_table, text_table
 from ..core.settings import in_folder, is_path, Settings
@@ -216,7 +216,8 @@ def publish(aside: Path, target: Path, facts: dict) -> None:
     with ThreadPoolExecutor(8) as disk: list(disk.map(flush, aside.iterdir()))
     for name in ("report.json", "heldout.jsonl", "heldout.rows.parquet"): (folder / name).unlink(missing_ok=True)
     for path in sorted(aside.iterdir()): os.replace(path, folder / names.get(path.name, path.name))
-    write_flushed(folder / "report.json", json.dumps(facts, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
+    text = json.dumps(with_checksum(facts), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+    write_flushed(folder / "report.json", text)
     flush(folder)
 
 # %% ../../nbs/data/12_conversion.ipynb #folder-aside
@@ -359,13 +360,13 @@ def code_version() -> str: # 16 hex digits
 def read_report(folder: Path) -> Optional[dict]: # None: no report.json, or one that cannot be used
     "What a conversion wrote down about itself."
     try:
-        facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        if (facts := read_record(folder / "report.json")) is None: return None
         report = report_from(facts, folder)
         by_source = sum(source["rows"] for source in report.by_source.values())
         whole = report.rows == report.kept + sum(report.rejected.values()) == by_source
         named = all({"name", "bytes", "blake3"} <= set(entry) for entry in facts["files"])
         return facts if whole and named and facts["files"] else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError): return None
+    except (ValueError, KeyError, TypeError, RecursionError): return None
 
 # %% ../../nbs/data/12_conversion.ipynb #damaged-files
 def damaged_files(folder: Path, facts: dict) -> list[str]: # sentences without an end; empty: every byte is as written

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 # %% ../../nbs/data/17_dataset_files.ipynb #imports-own
+from ..core.atomic_folders import file_hash
 from ..core.display import bar_pace
 from .hub import DownloadError, plain_words
 from .plans import is_untouched, make_plan, one_at_a_time, Plan
@@ -106,10 +107,12 @@ def bring_train_file(
     "Write `train.jsonl` unless it is already there, made from the same files."
     key = {"files": [f.get("sha256") or f["git_sha1"] for f in files], "max_rows": max_rows}
     old = plan.manifest.get("train")
-    if old and old["from"] == key and is_untouched(train_file, old): return {**old, "written": False}
+    if old and old["from"] == key and is_untouched(train_file, old):
+        if not plan.verify or file_hash(train_file) == old.get("blake3"): return {**old, "written": False}
     check_disk([(train_file.parent, lines_size(plan, files, max_rows))], margin)
     made = write_rows([plan.store / f["path"] for f in files], train_file, max_rows)
-    plan.manifest["train"] = {**made, "from": key, "mtime_ns": train_file.stat().st_mtime_ns}
+    made |= {"from": key, "mtime_ns": train_file.stat().st_mtime_ns, "blake3": file_hash(train_file)}
+    plan.manifest["train"] = made
     return {**plan.manifest["train"], "written": True}
 
 # %% ../../nbs/data/17_dataset_files.ipynb #lines-size

@@ -27,14 +27,15 @@ def planned_kinds(
 ) -> list[str]:  # the planted name of every row, in order; duplicates not yet among them
     "What each row is: cases in their fixed numbers, ordinary kinds by their share."
     names = [name for name, case in CASES.items() for _ in range(case.copies)]
-    if n < len(names) + DUPLICATES:
-        raise ValueError(
-            f"the demo needs at least {len(names) + DUPLICATES} rows to plant every feature and defect, not {n}"
-        )
+    least = len(names) + 2 * DUPLICATES  # the repeated rows, and their repetitions
+    if n < least: raise ValueError(f"the demo needs at least {least} rows to plant every feature and defect, not {n}")
     ordinary = n - DUPLICATES - len(names)
     names += ["chat"] * round(ordinary * CHAT_SHARE)
     kinds, shares = list(KINDS), [share for _, share in KINDS.values()]
-    names += rng.choices(kinds, shares, k=n - DUPLICATES - len(names))
+    drawn = rng.choices(kinds, shares, k=n - DUPLICATES - len(names))
+    while drawn.count("single") < DUPLICATES:  # in few rows chance may draw none
+        drawn[next(place for place, kind in enumerate(drawn) if kind != "single")] = "single"
+    names += drawn
     rng.shuffle(names)
     return names
 
