@@ -100,7 +100,9 @@ def test_verdicts_are_those_of_the_packages_own_loop(every):
     print(f"{len(cases)} planted conversations: {dict(Counter(verdicts))}")
     assert not apart, apart[:5]
     kinds = Counter((kind, not mine) for _, kind, _, mine in cases)
-    assert kinds["right", True] and not kinds["right", False] and not kinds["right, step by step", False]
+    assert kinds["right", True] and not kinds["right", False]
+    for _, kind, turns, mine in cases: # one by one, two questions have turns of more calls than there may be steps
+        if kind == "right, step by step": assert bool(mine) == (max(map(len, turns)) > 20)
     for kind in ("nothing is called", "wrong tool", "too many steps", "unreadable"): assert not kinds[kind, True], kind
     assert {"", "multi_turn:instance_state_mismatch", "multi_turn:force_terminated",
             "multi_turn:empty_turn_model_response"} <= {*verdicts}
