@@ -6,16 +6,18 @@
 __all__ = ['FREE_TO_CHANGE', 'HARMLESS', 'NO_PICKLES', 'REQUIRED_FACTS', 'BEGUN', 'CheckpointError', 'prune',
            'incomplete_folders', 'sweep', 'clear_away', 'step_of', 'lost_checkpoints_message', 'machine_name',
            'code_commit', 'checkpoint_facts', 'differences', 'rows_per_step', 'convertible', 'matters_for_training',
-           'refuse_acting_pickles', 'weights_only', 'named_object', 'checkpoint_to_resume', 'require_own_name',
-           'require_fitting', 'require_nothing_beyond', 'random_state_files', 'world_size_words', 'set_aside',
-           'is_repetition', 'start_word', 'resume_of', 'convert_world', 'sees_other_disk', 'agreed_checkpoint',
-           'delete_beyond', 'lock_run', 'expected_bytes', 'checkpoints_to_come', 'lack_of_room', 'require_room']
+           'refuse_acting_pickles', 'weights_only', 'named_object', 'checkpoint_to_resume', 'own_run_command',
+           'require_own_name', 'require_fitting', 'require_nothing_beyond', 'random_state_files', 'world_size_words',
+           'set_aside', 'is_repetition', 'start_word', 'resume_of', 'convert_world', 'sees_other_disk',
+           'agreed_checkpoint', 'delete_beyond', 'lock_run', 'expected_bytes', 'checkpoints_to_come', 'lack_of_room',
+           'require_room']
 
 # %% ../../nbs/training/06_checkpoints.ipynb #imports
 import os
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -286,6 +288,17 @@ def checkpoint_to_resume(
     require_nothing_beyond(settings, facts, step_of(folder) if folder else 0, limit)
     return folder
 
+# %% ../../nbs/training/06_checkpoints.ipynb #resume-own-run
+def own_run_command(settings: Settings, facts: dict[str, Any]) -> str: # for a shell
+    "The command that trains with these settings in a folder of its own."
+    name = f"{settings.name}-{short_hash({n: facts[n] for n in ('settings', 'data_key', 'world_size')})}"
+    moved = {"output_dir": f"{settings.output_dir}-{name}"} if settings.output_dir else {"run_name": name}
+    own = settings.model_copy(update={**moved, "resume": "never" if settings.resume == "never" else "auto"})
+    _, page, _, *words = shlex.split(command_line(own, "02_train"))
+    processes = [] if facts["world_size"] == 1 else ["--nproc", str(facts["world_size"])]
+    return shlex.join(["proxy-sft", "run", page, *processes, *words])
+
+
 # %% ../../nbs/training/06_checkpoints.ipynb #resume-fitting
 REQUIRED_FACTS = ("settings", "data_key", "world_size", "step")  # of a checkpoint's manifest
 
@@ -326,7 +339,8 @@ def require_fitting(
             f"{folder} belongs to another training. What differs:\n  "
             + "\n  ".join(changed)
             + world_size_words(then, facts)
-            + "\nChoose another run_name, or put the settings back, or set resume to never to begin anew."
+            + "\nTo train this as a run of its own:\n  " + own_run_command(settings, facts)
+            + "\nOr put the settings back, or set resume to never to begin anew."
         )
     if missing := [n for n in random_state_files(then["world_size"], ranks) if n not in then["files"]]:
         raise CheckpointError(
@@ -356,9 +370,9 @@ def require_nothing_beyond(
         raise CheckpointError(
             f"{run_dir} holds {what} of step {found} and {'the same' if same else 'another'} training, and this start "
             f"would go on from step {step}. "
-            "Choose another run_name; or set resume to auto, to go on from the newest checkpoint here; or to never, "
-            "which moves all of it into "
-            "previous-N; or move it away yourself. Nothing was started."
+            "Set resume to auto, to go on from the newest checkpoint here; or to never, which moves all of it into "
+            f"previous-N; or train this as a run of its own:\n  {own_run_command(settings, facts)}\n"
+            "Nothing was started."
         )
 
 # %% ../../nbs/training/06_checkpoints.ipynb #resume-fits
