@@ -129,7 +129,8 @@ def other_download(settings):
     "Another version of the rows was downloaded after the conversion."
     change_rows(settings)
     record = read_manifest(settings.data_dir)
-    write_manifest(settings.data_dir, {**record, "train": {**record["train"], "blake3": file_hash(settings.train_file)}})
+    record["train"]["blake3"] = file_hash(settings.train_file)
+    write_manifest(settings.data_dir, record)
 
 
 def other_part(settings): write_manifest(settings.data_dir, {**read_manifest(settings.data_dir), "split": "train_gen"})

@@ -31,7 +31,7 @@ from proxy_sft.pipeline import ensure_inputs
 from proxy_sft.tokens.encoding import encode_rows
 from proxy_sft.tokens.keys import cache_key, key_parts, PrepareError
 from proxy_sft.tokens.preparation import build, prepare, Prepared
-from proxy_sft.core.atomic_folders import is_complete
+from proxy_sft.core.atomic_folders import is_complete, with_checksum
 from proxy_sft.core.settings import load_settings
 from proxy_sft.core.build_once import Claim
 
@@ -255,7 +255,7 @@ def test_what_changed_is_shown(workspace, capsys):
     record = json.loads((converted / "report.json").read_text())  # as a conversion that had written these files
     names = [one["name"] for one in record["files"] if (converted / one["name"]).is_file()]
     record["files"] = hashes([converted / name for name in names])
-    (converted / "report.json").write_text(json.dumps(record))
+    (converted / "report.json").write_text(json.dumps(with_checksum(record)))
     build(settings_in(workspace, cut="keep_newest"), print)
     shown = capsys.readouterr().out
     assert (

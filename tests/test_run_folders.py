@@ -124,7 +124,8 @@ def test_a_dry_run_says_where_a_setting_comes_from(tmp_path):
 def test_the_command_that_a_refusal_prints_trains_the_same_in_its_own_folder(tmp_path, first, second, resume):
     "Two settings meet in one folder: what is printed gives the second start's settings, and another folder."
     given = dict(profile="demo", workspace=str(tmp_path))
-    first, second = ({n: str(tmp_path / v) if n == "output_dir" else v for n, v in one.items()} for one in (first, second))
+    for one in (first, second):
+        if "output_dir" in one: one["output_dir"] = str(tmp_path / "out dir")
     facts = [checkpoint_facts(load_settings(**given, **more), "0" * 20, 2) for more in (first, second)]
     run_dir = load_settings(**given, **first).run_dir
     made(run_dir, facts[0])
