@@ -9,14 +9,13 @@ __all__ = ['Cache', 'list_caches', 'prune_caches', 'cache_line', 'key_lines', 'c
 import argparse
 import importlib
 import json
-import re
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 # %% ../../nbs/tokens/06_caches.ipynb #imports-own
 from ..core.atomic_folders import COMPLETE, read_manifest, folder_bytes, delete_folder
-from ..core.settings import Settings
+from ..core.settings import Settings, short_hash
 from .keys import prepared_folders
 from .preparation import remove_abandoned
 
@@ -60,14 +59,17 @@ def cache_line(cache: Cache) -> str:
     )
 
 # %% ../../nbs/tokens/06_caches.ipynb #key-lines
-def key_lines(cache: Cache, others: list[Cache]) -> list[str]: # indented, one for each part of the key that differs
-    "What tells a prepared folder apart from the others: settings in words, files and code by the start of their hash."
+def key_lines(cache: Cache, others: list[Cache]) -> list[str]: # one indented line; empty when nothing differs
+    "What tells a prepared folder apart from the others: settings by name, files and code by a hash of each kind."
     keys = [read_manifest(other.folder)["key_parts"] for other in others]
-    own = read_manifest(cache.folder)["key_parts"]
-    parts = [part for part in own if any(key.get(part) != own[part] for key in keys)]
-    def shown(value): return value[:8] if isinstance(value, str) and re.fullmatch("[0-9a-f]{32,}", value) else value
-    return [f"    {part.removeprefix('settings/')}: {shown(own[part])}" for part in parts]
-
+    own, kinds = read_manifest(cache.folder)["key_parts"], {}
+    for part in own:
+        if any(key.get(part) != own[part] for key in keys):
+            kind, _, name = part.partition("/")
+            kinds.setdefault(kind, {})[name] = own[part]
+    words = [f"{name} {value}" for name, value in kinds.pop("settings", {}).items()]
+    words += [f"{kind} {short_hash(values)}" for kind, values in kinds.items()]
+    return [f"    {'; '.join(words)}"] if words else []
 
 # %% ../../nbs/tokens/06_caches.ipynb #caches-command-2
 def caches_command(args: argparse.Namespace) -> int: # exit code
