@@ -40,7 +40,7 @@ from proxy_sft.core.atomic_folders import (
 )
 from ..core.distributed import any_rank, broadcast, all_gather
 from ..core.locks import InUseError, RunLock
-from ..core.settings import PACKAGE, Settings
+from ..core.settings import command_line, PACKAGE, Settings, short_hash
 from ..core.stop_requests import log_line
 
 # %% ../../nbs/training/06_checkpoints.ipynb #errors
