@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 from proxy_sft.evaluation import generation
 import pytest
@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from proxy_sft.chat.masks import supervise
 from proxy_sft.chat.parity_turns import Inspection, server_prompts
 from proxy_sft.chat.saving import save_chat_files
+from proxy_sft.chat.servers import api_messages
 from proxy_sft.demo.model import write_demo_model
 from proxy_sft.evaluation.answers import (
     Answer, as_it_was_meant, as_server_reads, choose_turns, EvaluateError, expected_text, HeldoutTurn, METRICS,
@@ -628,3 +629,32 @@ def test_a_strange_server_is_named_before_the_base_model_works(world, berkeley, 
         for model in ("", "mine"):
             with pytest.raises(EvaluateError, match=rf"{url} (does not list its models|has \d+ models)"):
                 ask({"tuned": Server(url, model=model, attempts=1)})
+
+
+@pytest.mark.parametrize("says", ("/tokenize", "/v1/chat/completions", "garbage", ""))
+def test_prompts_at_a_server_are_compared_where_it_says_them(says):
+    """One server answers /tokenize, one return_token_ids, one with what is no list of ids, one with 404; the template
+    behind the first two is the saved one, or another."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(sent)
+            known = self.path == says and (says == "/tokenize" or sent["return_token_ids"] and sent["max_tokens"] == 1)
+            body = {"tokens": ids} if says == "/tokenize" else {"prompt_token_ids": ids, "choices": []}
+            if says == "garbage": known, body = True, {"tokens": ["a"], "prompt_token_ids": None}
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode() if known else b"{}")
+        def log_message(self, *args): pass
+    asked, ids, turns = [], [5, 6, 7, 8], turns_of(**ASKED[1])
+    with HTTPServer(("127.0.0.1", 0), Handler) as site:
+        threading.Thread(target=site.serve_forever, daemon=True).start()
+        server = Server(f"http://127.0.0.1:{site.server_port}/v1", model="m", timeout=60)
+        same = server.compare_prompts(turns[:1], [[5, 6, 7, 8]])
+        other, longer = (server.compare_prompts(turns[:1], [prompt]) for prompt in ([5, 6, 9, 8], [5, 6, 7, 8, 9]))
+        site.shutdown()
+    if not says.startswith("/"): assert same == other == longer == ""; return
+    assert "1 prompts" in same and "token for token" in same
+    assert "differs from the trained one at token 2 of 4" in other
+    assert "differs from the trained one at token 4" in longer
+    assert asked[0]["tools"] == turns[0].tools and asked[0]["messages"] == api_messages(turns[0].messages[:-1])

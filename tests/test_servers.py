@@ -10,8 +10,10 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from proxy_sft.chat.encoder import row_parts
 from proxy_sft.chat.masks import IGNORED, supervise
@@ -237,6 +239,17 @@ def test_rows_that_are_taken_for_the_same_are_the_same(tokenizer):
     assert sure > 150
 
 
+@pytest.mark.parametrize("template", ("nothink", "empty_think", "stock"))
+def test_prompts_in_pieces_are_the_prompts(tokenizer, template):
+    "Tools rendered once for a conversation, against every prompt rendered whole by Hugging Face's own way."
+    server, chance = Inspection(tokenizer, template).server, random.Random(9)
+    chats = [row_parts(row) for row in converted()][::6]
+    for messages, tools in [*chats, *(row_parts(random_chat(chance, False)) for _ in range(60))]:
+        ends = [*range(1, len(messages) + 1)]
+        assert server.prompts(messages, tools, ends) == [
+            apply_template(messages[:end], tools, tokenizer, server.source, server.options, True) for end in ends]
+
+
 def test_the_table_of_the_default_template(tokenizer, tmp_path):
     "All of the demo and of Dolci's rows at all three servers; and what TRL's file by itself gives."
     rows = [*converted()]
@@ -320,3 +333,21 @@ def test_white_space_between_text_and_call_comes_back_as_it_went(tokenizer):
             given = SERVERS[server].view([*api_messages(chat[:1]), back, *api_messages(chat)[2:]], tools,
                                          chat_template())
             assert render_chat(*given, tokenizer) == trained, (server, text)
+
+
+@pytest.mark.parametrize("template", ("nothink", "empty_think"))
+def test_plain_jinja2_escapes_nothing_that_the_template_writes(tokenizer, template):
+    """Older servers render in jinja2's own sandbox, whose `tojson` gives markup, sorts keys and escapes `<`: other
+    prompts than the trained ones, but the tags stay tags and the values stay what they are."""
+    def raise_exception(text): raise ValueError(text)
+    environment = ImmutableSandboxedEnvironment(loader=jinja2.BaseLoader(), trim_blocks=True, lstrip_blocks=True)
+    calls = [{"function": {"name": "f", "arguments": {"z": "<\u00e9>", "a": 1}}}]
+    messages = [{"role": "user", "content": "<b>"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    tools = [{"function": {"name": "f", "description": "a'b", "parameters": {"type": "dict", "properties": {}}}}]
+    text = environment.from_string(chat_template(template)).render(
+        messages=messages, tools=tools, add_generation_prompt=True, raise_exception=raise_exception)
+    trained = render_chat(messages, tools, tokenizer, template, add_generation_prompt=True)
+    assert text != trained and "&" not in text
+    def lines(text): return [json.loads(line) if line.startswith("{") and "<function-name>" not in line
+                             else line for line in text.splitlines()]
+    assert lines(text) == lines(trained)

@@ -10,7 +10,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import orjson
@@ -19,11 +19,11 @@ import orjson
 from .encoder import match_at, row_parts, TokenRows
 from .masks import answer_is_on
 from proxy_sft.chat.parity_turns import (
-    call_text, Inspection, lost_parts, misread_turns, normal_form, parse_back, ROLES, server_prompts, server_turns,
+    call_text, calls_shown, Inspection, lost_parts, misread_turns, normal_form, ROLES, server_prompts, server_turns,
     turn_parity
 )
 from .servers import BILLING, STANDARD_TYPES
-from .templates import ChatError, json_text, ROW_ERRORS, tool_text, TYPE_NAMES
+from .templates import ChatError, json_text, ROW_ERRORS, STOP_TOKEN, tool_text, TYPE_NAMES
 
 # %% ../../nbs/chat/06_parity_counts.ipynb #measure-export
 MOST_FAILURES = 20  # examples kept; the counts are complete
@@ -133,35 +133,34 @@ def _clean_parts(row: dict, pattern: Any) -> Optional[tuple[list, list]]: # None
     return None if spelt and pattern.search(json_text(parts)) else parts
 
 # %% ../../nbs/chat/06_parity_counts.ipynb #shows-all
-def _shows_all(messages: list, tools: list, text: str, written: Callable) -> bool: # written: a tool as text
-    """Whether every content and every tool is in the text; contents are looked for where they should stand, then
-    anywhere."""
+def _shows_all(messages: list, text: str, strips: bool) -> bool: # strips: the template does so beside a call
+    "Whether every content is in the text; it is looked for where it should stand, then anywhere."
     at = 0
     for message in messages:
         content = message.get("content")
         if not isinstance(content, str): continue
-        if written is tool_text and message.get("tool_calls"): content = content.strip()
+        if strips and message.get("tool_calls"): content = content.strip()
         begin = text.find("\n", text.find("<|im_start|>", at)) + 1
         if text.startswith(content, begin): at = begin + len(content)
         elif content not in text: return False
-    return all(written(tool) in text for tool in tools)
+    return True
+
+# %% ../../nbs/chat/06_parity_counts.ipynb #shows-tools
+def _shows_tools(inspection: Inspection, tools: list, text: str, column: str) -> bool: # column: the tools as JSON text
+    "Whether every tool is in the text."
+    if not tools: return True
+    written = inspection.encoder.renderer.known_tools.get(column)  # by the direct writer, of every tool
+    if written and written in text: return True
+    return all((tool_text if inspection.writes_fields else json_text)(tool) in text for tool in tools)
 
 # %% ../../nbs/chat/06_parity_counts.ipynb #prompts-begin
-def _prompts_begin(
-    inspection: Inspection,
-    messages: list,
-    tools: list,
-    text: str,
-    turns: list,
-) -> bool: # turns: number of each answer among the row's turns
-    "Whether the text begins with the prompt that a server builds for each answer, as far as that turn's header."
+def _prompts_begin(inspection: Inspection, messages: list, tools: list, text: str, turns: list) -> bool:
+    """Whether the text begins with the prompt that a server builds for each answer, as far as that turn's header;
+    `turns`: number of each answer among the row's turns."""
     assistants = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    for k, turn in zip(assistants, turns):
-        prompt = inspection.server.text(messages[:k], tools, generate=True)
-        if not (
-            text.startswith(prompt) and prompt.endswith(inspection.asks) and prompt.count("<|im_start|>") == turn + 1
-        ):
-            return False
+    for prompt, turn in zip(inspection.server.prompts(messages, tools, assistants), turns):
+        begins = text.startswith(prompt) and prompt.endswith(inspection.asks)
+        if not (begins and prompt.count("<|im_start|>") == turn + 1): return False
     return True
 
 # %% ../../nbs/chat/06_parity_counts.ipynb #plain-schema-export
@@ -185,19 +184,23 @@ def _are_names(value: Any) -> bool:
     return type(value) is list and all(type(name) is str for name in value) and len({*value}) == len(value)
 
 # %% ../../nbs/chat/06_parity_counts.ipynb #is-plain-schema
+_NO_TEXT = {"properties", "items", "additionalProperties", "required", "enum", *_NUMBERS, *_OTHER_WORDS}
+
+
 def _is_plain_schema(schema: Any) -> bool:
     "Whether every server takes a schema and hands it on as the template writes it."
     if type(schema) is not dict: return False
     for key, value in schema.items():
-        if key == "type": fine = type(value) is str and value in _TYPES
+        if type(value) is str:
+            if key == "type": fine = value in _TYPES
+            else: fine = key not in _NO_TEXT
         elif key == "properties": fine = type(value) is dict and all(map(_is_plain_schema, value.values()))
         elif key == "items": fine = _is_plain_schema(value)
         elif key == "additionalProperties": fine = type(value) is bool or _is_plain_schema(value)
         elif key == "required": fine = _are_names(value)
         elif key == "enum": fine = type(value) is list
-        elif key in _TEXT_WORDS: fine = type(value) is str
         elif key in _NUMBERS: fine = type(value) in (int, float)
-        else: fine = key not in _OTHER_WORDS
+        else: fine = key != "type" and key not in _TEXT_WORDS and key not in _OTHER_WORDS
         if not fine: return False
     return True
 
@@ -290,37 +293,31 @@ def spans_of(
     return Spans(row, role, start, end)
 
 # %% ../../nbs/chat/06_parity_counts.ipynb #plain-turns-export
-def _turns_in_order(
-    inspection: Inspection,
-    tokens: TokenRows,
-    spans: Spans,
-    sums: np.ndarray,
-    calls: list,
-    on: list,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each row whether its tokens are in order; of its answers the first token behind the header, and the one behind
-    the stop. `sums`: trained tokens before each; `calls`, `on`: for each answer of a row whether it has calls, and
-    whether the data want it trained; None: unknown."""
+def _turns_in_order(inspection: Inspection, tokens: TokenRows, spans: Spans, sums: np.ndarray, calls: list,
+                    on: list) -> np.ndarray:
+    """Of each row whether its tokens are in order. `sums`: trained tokens before each; `calls`, `on`: for each answer
+    of a row how many calls it has, and whether the data want it trained; None: unknown."""
     (row, _, start, end), ids = (column[spans.role == 2] for column in spans), tokens.ids
     fine = np.bincount(row, minlength=len(tokens)) == [-1 if some is None else len(some) for some in calls]
     known = fine[row]
-    called, chosen = np.zeros(len(row), bool), np.ones(len(row), bool)
-    called[known] = [flag for some, ok in zip(calls, fine) if ok for flag in some]
+    called, chosen = np.zeros(len(row), int), np.ones(len(row), bool)
+    called[known] = [count for some, ok in zip(calls, fine) if ok for count in some]
     if inspection.train_on == "last": chosen = np.append(row[1:] != row[:-1], True)[:len(row)]
-    if inspection.train_on == "calls": chosen = called.copy()
+    if inspection.train_on == "calls": chosen = called > 0
     chosen[known] &= np.array([flag for some, ok in zip(on, fine) if ok for flag in some], bool)
     begin = start + len(inspection.served)
-    stops, opens = np.flatnonzero(ids == inspection.stop), np.flatnonzero(ids == inspection.open)
+    stops = np.flatnonzero(ids == inspection.stop)
     behind = np.append(stops, len(ids) + 1)[np.searchsorted(stops, begin)] + 1
     good = known & match_at(ids, start, inspection.served) & (behind <= end)
     begin, behind = np.minimum(begin, end), np.minimum(behind, end)
     learnt = sums[end] - sums[start]
     trained = (learnt == sums[behind] - sums[begin]) & tokens.trained[behind - 1]
-    good &= np.where(chosen, trained, learnt == 0) & (
-        called | (np.searchsorted(opens, begin) == np.searchsorted(opens, behind))
-    )
+    good &= np.where(chosen, trained, learnt == 0)
+    for tag in (inspection.open, inspection.close): # of each call
+        at = np.flatnonzero(ids == tag)
+        good &= called == np.searchsorted(at, behind) - np.searchsorted(at, begin)
     fine[row[~good]] = False
-    return fine & (np.diff(sums[tokens.offsets]) > 0), begin, behind
+    return fine & (np.diff(sums[tokens.offsets]) > 0)
 
 # %% ../../nbs/chat/06_parity_counts.ipynb #plain-rows-export
 def _rows_in_order(
@@ -335,27 +332,29 @@ def _rows_in_order(
         _clean_parts(row, inspection.server.pattern) if ok and not inspection.server.fallback else None
         for row, ok in zip(rows, known)
     ]
-    calls = [part and [bool(m.get("tool_calls")) for m in part[0] if m["role"] == "assistant"] for part in parts]
+    calls = [part and [len(m.get("tool_calls") or ()) for m in part[0] if m["role"] == "assistant"] for part in parts]
     on = [part and [answer_is_on(m) for m in part[0] if m["role"] == "assistant"] for part in parts]
     spans, sums = spans_of(inspection, tokens), np.concatenate([[0], np.cumsum(tokens.trained, dtype=np.int32)])
-    fine, begin, behind = _turns_in_order(inspection, tokens, spans, sums, calls, on)
+    fine = _turns_in_order(inspection, tokens, spans, sums, calls, on)
     answers = np.flatnonzero(spans.role == 2)
     edges, first = (
         np.searchsorted(spans.row[answers], np.arange(len(rows) + 1)),
         np.searchsorted(spans.row, np.arange(len(rows))),
     )
-    written, behind_text = tool_text if inspection.writes_fields else json_text, np.zeros(len(rows), int)
+    behind_text = np.zeros(len(rows), int)
     for i in np.flatnonzero(fine).tolist():
-        (messages, tools), mine = parts[i], slice(edges[i], edges[i + 1])
-        same = same_at_servers(inspection, messages, tools, rows[i].get("tools_json") or "")
+        (messages, tools), turns = parts[i], (answers[edges[i]:edges[i + 1]] - first[i]).tolist()
+        column = rows[i].get("tools_json") or ""
+        same = same_at_servers(inspection, messages, tools, column)
         if same is None or same < len(messages) and inspection.train_on != "all":
             fine[i] = False
             continue
         behind_text[i] = sum([m["role"] == "assistant" and answer_is_on(m) for m in messages[same + 1:]])
         fine[i] = (
-            _prompts_begin(inspection, messages, tools, texts[i], (answers[mine] - first[i]).tolist())
-            and _shows_all(messages, tools, texts[i], written)
-            and not (True in calls[i] and _calls_differ(inspection, messages, tokens.ids, begin[mine], behind[mine]))
+            _prompts_begin(inspection, messages, tools, texts[i], turns)
+            and _shows_all(messages, texts[i], inspection.writes_fields)
+            and _shows_tools(inspection, tools, texts[i], column)
+            and not (any(calls[i]) and _calls_differ(messages, texts[i], turns))
         )
     fine &= _decode_to_texts(inspection, tokens, texts, fine)
     counts = _count_in_order(tokens, spans, sums, fine, [part for part, ok in zip(parts, fine) if ok])
@@ -366,20 +365,16 @@ def _rows_in_order(
     return fine, counts
 
 # %% ../../nbs/chat/06_parity_counts.ipynb #calls-differ
-def _calls_differ(
-    inspection: Inspection,
-    messages: list,
-    ids: np.ndarray,
-    begin: np.ndarray,
-    behind: np.ndarray,
-) -> bool:
-    "Whether the calls read off an answer's tokens are others than its message's."
-    wanted = [
-        [normal_form(call_text(call)) for call in m.get("tool_calls") or []]
-        for m in messages
-        if m["role"] == "assistant"
-    ]
-    return any(calls != parse_back(inspection, ids[a:b]) for calls, a, b in zip(wanted, begin, behind) if calls)
+def _calls_differ(messages: list, text: str, turns: list) -> bool:
+    """Whether the text shows other calls in an answer than its message holds; `turns`: number of each answer among the
+    row's turns. That the ids say this text is looked at for all rows together."""
+    shown, answers = text.split("<|im_start|>"), (m for m in messages if m["role"] == "assistant")
+    for message, turn in zip(answers, turns):
+        if not (calls := message.get("tool_calls")): continue
+        body, wanted = shown[turn + 1].partition(STOP_TOKEN)[0], [normal_form(call_text(call)) for call in calls]
+        pieces = [piece.partition("</tool_call>")[0] for piece in body.split("<tool_call>")[1:]]
+        if pieces != [f"\n{call}\n" for call in wanted] and wanted != calls_shown(pieces): return True
+    return False
 
 # %% ../../nbs/chat/06_parity_counts.ipynb #decode-to-texts
 def _decode_to_texts(inspection: Inspection, tokens: TokenRows, texts: list, fine: np.ndarray) -> np.ndarray:

@@ -52,14 +52,17 @@ TYPE_NAMES = {"dict": "object", "map": "object", "list": "array", "tuple": "arra
 _RENAMED = "\n".join(f"""            {{%- set schema = schema | replace('"type": "{old}"', '"type": "{new}"') %}}"""
                      for old, new in TYPE_NAMES.items())
 _TOOL = r"""        {%- set function = tool.function or tool %}
-        {{- '\n{"type": "function", "function": {"name": ' + function.name | tojson }}
-        {%- if function.description is defined and function.description is not none %}
-            {{- ', "description": ' + function.description | tojson }}
+        {{- '\n{"type": "function", "function": {"name": ' }}
+        {{- function.name | tojson }}
+        {%- if function.description %}
+            {{- ', "description": ' }}
+            {{- function.description | tojson }}
         {%- endif %}
-        {%- if function.parameters is defined and function.parameters is not none %}
+        {%- if function.parameters %}
             {%- set schema = function.parameters | tojson %}
 @RENAMED@
-            {{- ', "parameters": ' + schema }}
+            {{- ', "parameters": ' }}
+            {{- schema }}
         {%- endif %}
         {{- '}' + '}' }}""".replace("@RENAMED@", _RENAMED)
 
@@ -81,7 +84,10 @@ _CALL = r"""                {%- set arguments = tool_call.arguments or {} %}
                 {%- if tool_call.name is not string or arguments is not mapping %}
                     {{- raise_exception('a call needs a name, and an object of arguments') }}
                 {%- endif %}
-                {{- '<tool_call>\n{"name": ' + tool_call.name | tojson + ', "arguments": ' + arguments | tojson }}
+                {{- '<tool_call>\n{"name": ' }}
+                {{- tool_call.name | tojson }}
+                {{- ', "arguments": ' }}
+                {{- arguments | tojson }}
 """
 _ROLE = r"""    {%- elif message.role not in ['system', 'developer'] %}
         {{- raise_exception('there is no role ' ~ message.role) }}
@@ -93,6 +99,7 @@ _OLD_CONTENT = """    {%- if message.content is string %}
     {%- else %}
         {%- set content = '' %}
     {%- endif %}"""
+_CONTENT = _OLD_CONTENT.replace("= ''", "= text_of(message)")
 _OLD_CALL = r"""                {{- '<tool_call>\n{"name": "' }}
                 {{- tool_call.name }}
                 {{- '", "arguments": ' }}
@@ -119,7 +126,7 @@ EDITS = (  # of TRL's file: why, the text there, the text here, how often
     ("a content may be a list of text parts; vLLM and SGLang join them differently where the template does not",
      "{%- if tools %}\n", _TEXT_OF + "{%- if tools %}\n", 1),
     ("the same for the first message", "messages[0].content +", "text_of(messages[0]) +", 2),
-    ("the same for every message", _OLD_CONTENT, "    {%- set content = text_of(message) %}", 1),
+    ("the same for every message", _OLD_CONTENT, _CONTENT, 1),
     ("`developer` is a newer name of `system`; vLLM moves such messages where the template does not know it",
      "messages[0].role == 'system'", "messages[0].role in ['system', 'developer']", 2),
     ("the same for later messages", _OLD_SYSTEM, _SYSTEM, 1),
@@ -172,8 +179,8 @@ def tool_text(
     function = tool.get("function") or tool
     description, parameters = function.get("description"), function.get("parameters")
     text = f'{{"type": "function", "function": {{"name": {json_text(function["name"])}'
-    if description is not None: text = f'{text}, "description": {json_text(description)}'
-    if parameters is None: return text + "}}"
+    if description: text = f'{text}, "description": {json_text(description)}'
+    if not parameters: return text + "}}"
     schema = _type_name.sub(lambda found: f'"type": "{TYPE_NAMES[found[1]]}"', json_text(parameters))
     return f'{text}, "parameters": {schema}}}}}'
 

@@ -147,15 +147,22 @@ def ask(
 @patch
 def prompt_ids(self: Server, turn: HeldoutTurn) -> Optional[list[int]]: # None where the server does not say
     "Token ids of a turn's prompt as the server builds it."
-    import httpx
     options = serving_options(self.template)
-    more = {"chat_template_kwargs": options} if options else {}
-    sent = {**self.request(turn), **more, "add_generation_prompt": True, "add_special_tokens": False}
+    sent = {**self.request(turn), **({"chat_template_kwargs": options} if options else {})}
+    asked = (("/tokenize", "tokens", {"add_generation_prompt": True, "add_special_tokens": False}),
+             ("/v1/chat/completions", "prompt_token_ids", {"return_token_ids": True, "max_tokens": 1}))
+    found = (_ids_at(self, path, {**sent, **more}, key) for path, key, more in asked)
+    return next((ids for ids in found if ids is not None), None)
+
+# %% ../../nbs/evaluation/04_servers.ipynb #ids-at
+def _ids_at(server: Server, path: str, sent: dict, key: str) -> Optional[list[int]]:
+    "The token ids in an answer; None where there are none."
+    import httpx
     try:
-        response = httpx.post(f"{self.url.rstrip('/').removesuffix('/v1')}/tokenize", json=sent, timeout=self.timeout)
-        tokens = response.json()["tokens"] if response.status_code == 200 else None
+        response = httpx.post(f"{server.url.rstrip('/').removesuffix('/v1')}{path}", json=sent, timeout=server.timeout)
+        ids = response.json()[key] if response.status_code == 200 else None
     except (httpx.HTTPError, ValueError, KeyError, TypeError): return None
-    return tokens if isinstance(tokens, list) and all(isinstance(token, int) for token in tokens) else None
+    return ids if isinstance(ids, list) and ids and all(type(token) is int for token in ids) else None
 
 # %% ../../nbs/evaluation/04_servers.ipynb #compare-prompts
 @patch
