@@ -324,6 +324,7 @@ def run_side(folder):
         "mfu": utilisation(speed, flops, peak_flops(device)),
         "flops": flops,
         "context": counted["squares"] / counted["tokens"],
+        "predicted": prediction(settings, shape, counted["squares"] / counted["tokens"], device, trainer),
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "as it comes"),
         "split": clock.spent,
         "settings": {
@@ -344,6 +345,18 @@ def run_side(folder):
         "loss": [r["loss"] for r in trainer.state.log_history if "loss" in r],
     }
     (folder / "result.json").write_text(json.dumps(result))
+
+
+def prediction(settings, shape, context, device, trainer):
+    "Tokens per second by the model of the step, with the layers that this card recomputes; None: no rates are known."
+    from proxy_sft.training.recomputation import resolved
+    from proxy_sft.training.step_model import predicted, rates_of
+    if (rates := rates_of(device)) is None: return None
+    if settings.activation_checkpointing == "auto":
+        from transformers.modeling_layers import GradientCheckpointingLayer
+        layers = [m for m in trainer.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        settings = resolved(settings, sum(layer.gradient_checkpointing for layer in layers), len(layers))
+    return predicted(shape, settings, rates, context).tokens_per_second
 
 
 def resident(name):
@@ -439,6 +452,8 @@ def table(results, gpu):
     yield line("measured: steps, real tokens", lambda r: f"{r['steps']}, {r['tokens']:,.0f}")
     yield line("padding computed", lambda r: f"{1 - r['tokens'] / r['computed']:.1%}")
     yield line("real tokens per second", lambda r: f"{r['speed']:,.0f}")
+    yield line("predicted by the model of the step",
+               lambda r: f"{r['predicted']:,.0f}" if r["predicted"] else "no rates are known")
     yield line("mean context, tokens", lambda r: f"{r['context']:,.1f}")
     yield line("GFLOP per real token", lambda r: f"{r['flops'] / 1e9:,.6g}")
     yield line(

@@ -171,7 +171,9 @@ def test_the_doctors_memory_is_what_one_process_allocates(folder):
         assert seen["before the step"] == pytest.approx(
             said["weights"] + said["gradients"] + said["32-bit copy"] + said["optimizer"], rel=0.01
         )
-        assert seen["peak"] == pytest.approx(sum(said.values()), rel=0.1)
+        # beside a copy the count is an eighth too high on a model as small as this one, never too low
+        assert seen["peak"] == pytest.approx(sum(said.values()), rel=0.15 if said["32-bit copy"] else 0.1)
+        if said["32-bit copy"]: assert seen["peak"] <= sum(said.values())
 
 
 @pytest.mark.parametrize("stage, rest", [(2, {}), pytest.param(1, {}, marks=soak), pytest.param(3, {

@@ -105,3 +105,37 @@ def test_other_recipes_take_the_value_as_bfloat16():
     assert keeps_master(settings, False)
     for one, divided in ((settings, True), (adapters, False)):
         assert weights_dtype(one, divided) == torch.bfloat16 and not keeps_master(one, divided)
+
+
+# ---- recomputation
+
+def test_as_few_layers_are_computed_anew_as_fit_the_card():
+    "The doctor's finding says the choice, its price, and bytes that leave a tenth of the card."
+    from proxy_sft.training.cost import published_config
+    from proxy_sft.training.doctor import check_gpu_memory, chosen_layers
+    shape, counts = published_config("Qwen/Qwen3-8B"), {}
+    for profile, ranks, card in (("qwen3_8b", 1, 139.8), ("qwen3_8b", 1, 178.4), ("qwen3_8b_8gpu", 8, 79.1)):
+        settings = load_settings(profile, workspace="nowhere", kernels="liger")
+        found = check_gpu_memory(settings, ranks, shape, int(card * 2**30))
+        assert found.level == "ok" and "computed anew" in found.text and "of a step's operations" in found.text, found
+        chosen = chosen_layers(settings, ranks, shape, int(card * 2**30))[0].activation_checkpointing
+        counts[profile, card] = 36 if chosen == "full" else chosen
+    assert 36 > counts["qwen3_8b", 139.8] > counts["qwen3_8b", 178.4] > 0 and counts["qwen3_8b_8gpu", 79.1] < 36
+    for one in (counts["qwen3_8b", 139.8] - 1,):  # one layer less would not fit
+        less = load_settings("qwen3_8b", workspace="nowhere", kernels="liger", activation_checkpointing=one)
+        assert check_gpu_memory(less, 1, shape, int(139.8 * 2**30)).level != "ok"
+
+
+def test_only_the_first_layers_run_twice():
+    from transformers import AutoModelForCausalLM, Qwen3Config
+    from proxy_sft.training.cost import set_checkpointing
+    model = AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=64,
+                                                         num_hidden_layers=4, num_attention_heads=2,
+                                                         num_key_value_heads=1, head_dim=16)).train()
+    set_checkpointing(model, 3)
+    runs = [0] * 4
+    for place, layer in enumerate(model.model.layers):
+        def count(*args, place=place): runs[place] += 1
+        layer.mlp.register_forward_pre_hook(count)
+    model(input_ids=torch.ones(1, 8, dtype=torch.long), use_cache=False).logits.sum().backward()
+    assert runs == [2, 2, 2, 1]

@@ -85,7 +85,7 @@ first)
 speed)
     if [ "$(gib)" -ge 130 ]; then
         bench profile 330 4 --steps 2 --accumulation 4
-        bench half 240 3 --steps 2 --accumulation 2 -p weights bfloat16
+        bench casts 240 3 --steps 2 --accumulation 2 --alone -p weights float32 -p activation_checkpointing full
     else
         bench half 330 4 --steps 2 --accumulation 4 -p weights bfloat16
         bench fewer 240 3 --steps 2 --accumulation 2

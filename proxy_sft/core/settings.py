@@ -23,7 +23,7 @@ from typing import Any, Literal, Optional, Union, get_args
 
 import yaml
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
 
 # %% ../../nbs/core/01_settings.ipynb #error
 class SettingsError(ValueError):
@@ -188,8 +188,11 @@ class Hardware(Group):
         "auto",
         description="kernels of normalisation, feed-forward and positions; auto: liger where installed, on a GPU",
     )
-    activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "selective", description="activations that the backward pass computes anew: none, all but attention, all")
+    activation_checkpointing: Union[Literal["auto", "none", "selective", "full"], NonNegativeInt] = Field(
+        "selective",
+        description="activations that the backward pass computes anew: none, all but attention, all, those of the "
+        "first N layers; auto: of as few layers as fit the card by the memory count",
+    )
     memory_probe: Literal["auto", "always", "never"] = Field(
         "auto", description="the longest blocks go forwards and backwards before the first step; auto: on a GPU"
     )

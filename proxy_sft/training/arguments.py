@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 # %% ../../nbs/training/10_arguments.ipynb #imports-own
 from ..core.settings import deepspeed_file, Settings
 from .attention import choose_attention
-from .cost import keeps_master, weights_dtype
+from .cost import keeps_master, Recomputed, weights_dtype
 from .master_weights import with_master
 from .model import kernel_arguments, kernels_for, optimizer_arguments, training_device
 
@@ -86,10 +86,10 @@ CHECKPOINTING = next(
     n for n in ("activation_checkpointing", "gradient_checkpointing") if n in SFTConfig.__dataclass_fields__
 )  # renamed in 5.23
 
-def checkpointing_arguments(kind: str) -> dict[str, Any]: # none, selective or full
-    "Which activations are computed anew; selective is TRL's: what attention gave is kept."
+def checkpointing_arguments(kind: Recomputed) -> dict[str, Any]:
+    "Which activations are computed anew; which layers, the model knows; selective: what attention gave is kept."
     return {
-        CHECKPOINTING: kind != "none",
+        CHECKPOINTING: kind not in ("none", 0),
         f"{CHECKPOINTING}_kwargs": {"selective": True} if kind == "selective" else None,
     }
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'ASSUMED', 'CARDS', 'DoctorError', 'model_config', 'zero_of', 'device_memory', 'device_name', 'needed',
-           'ways_to_fit', 'check_gpu_memory', 'host_memory', 'check_host_memory', 'disk_needed', 'matching',
-           'check_data', 'amounts', 'named_card', 'check_duration', 'check_model', 'findings', 'diagnose',
-           'require_health']
+           'chosen_layers', 'ways_to_fit', 'check_gpu_memory', 'host_memory', 'check_host_memory', 'disk_needed',
+           'matching', 'check_data', 'amounts', 'named_card', 'check_duration', 'check_speed', 'check_model',
+           'findings', 'diagnose', 'require_health']
 
 # %% ../../nbs/training/09_doctor.ipynb #imports
 import os
@@ -20,6 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..core.atomic_folders import read_manifest
 from ..core.settings import offloads, Settings, zero_settings
 from ..tokens.inputs import differences_of
+from .recomputation import layers_to_recompute, recomputation_line, resolved
 from ..tokens.keys import key_parts, prepared_folders
 from ..tokens.preparation import Prepared
 from .checkpoints import checkpoints_to_come, expected_bytes
@@ -32,6 +33,7 @@ from proxy_sft.training.machine_checks import (
     check_cards, check_disk_space, check_process, check_run_folder, check_shared_memory, existing
 )
 from .settings_checks import check_control_tokens, check_settings
+from .step_model import predicted, rates_of
 
 # %% ../../nbs/training/09_doctor.ipynb #memory
 class DoctorError(RuntimeError):
@@ -85,6 +87,16 @@ def needed(
     host = sum(n for name, n in parts.items() if name.startswith("host"))
     return parts, sum(parts.values()) - host, host
 
+# %% ../../nbs/training/09_doctor.ipynb #chosen-layers
+def chosen_layers(
+    settings: Settings, ranks: int, config: PreTrainedConfig, card: Optional[int]
+) -> tuple[Settings, str]:
+    "`activation_checkpointing: auto` as the run will have it on this card, and its price in a sentence."
+    if settings.activation_checkpointing != "auto": return settings, ""
+    count = layers_to_recompute(config, settings, ranks, zero_of(settings, ranks), card)
+    return resolved(settings, count, config.num_hidden_layers), " " + recomputation_line(config, settings, count)
+
+
 # %% ../../nbs/training/09_doctor.ipynb #ways-to-fit
 def ways_to_fit(
     settings: Settings,
@@ -117,14 +129,16 @@ def check_gpu_memory(
     card: Optional[int],
 ) -> Finding: # card: bytes of one device
     "Whether a step fits."
+    settings, choice = chosen_layers(settings, ranks, config, card)
     parts, total, _ = needed(settings, ranks, config)
     told = f"{total / 2**30:.1f} GiB on each device: " + ", ".join(
         f"{n} {b / 2**30:.1f}" for n, b in parts.items() if b and not n.startswith("host")
     )
     if card is None:
-        return Finding("memory", "not checked", f"{told}; no card to compare with.", "--gpu names one, such as h100.")
+        return Finding("memory", "not checked", f"{told}; no card to compare with.{choice}",
+                       "--gpu names one, such as h100.")
     told, level = (
-        f"{told}; the card has {card / 2**30:.1f}.",
+        f"{told}; the card has {card / 2**30:.1f}.{choice}",
         "fail" if total > card else "warn" if total > 0.9 * card else "ok",
     )
     if level == "ok": return Finding("memory", level, told)
@@ -290,6 +304,18 @@ def check_duration(
     return Finding("time", "ok", f"{told}: about {hours:,.1f} hours{money}, if {ASSUMED:.0%} of the peak of {ranks} x "
                                  f"{device_name} is reached.")
 
+# %% ../../nbs/training/09_doctor.ipynb #check-speed
+def check_speed(
+    settings: Settings, ranks: int, config: PreTrainedConfig, device_name: str, card: Optional[int], context: float
+) -> Iterator[Finding]: # card: bytes of one device
+    "Tokens per second by the model of the step (`training/26_step_model`); nothing where a card's rates are not known."
+    if (rates := rates_of(device_name)) is None: return
+    chosen = chosen_layers(settings, ranks, config, card)[0]
+    found = predicted(Shape.of(config), chosen, rates, context, ranks)
+    yield Finding("speed", "ok", f"{found} on each {device_name}, from assumed rates of its kernels: measure them with "
+                                 "benchmarks/gpu.")
+
+
 # %% ../../nbs/training/09_doctor.ipynb #diagnose
 def check_model(settings: Settings) -> Finding:
     "Whether the model is on the disk."
@@ -336,7 +362,10 @@ def findings(
                            shutil.disk_usage(existing(settings.run_dir)).free)
     yield check_duration(settings, ranks, config, gpu or device_name(settings), prepared)
     if not rehearsal: return
-    yield check_gpu_memory(settings, ranks, config, CARDS[gpu] if gpu else device_memory(settings))
+    card = CARDS[gpu] if gpu else device_memory(settings)
+    yield check_gpu_memory(settings, ranks, config, card)
+    known = amounts(settings, ranks, prepared)
+    if known: yield from check_speed(settings, ranks, config, gpu or device_name(settings), card, known[1])
     yield from check_host_memory(settings, ranks, config, host_memory())
 
 # %% ../../nbs/training/09_doctor.ipynb #report

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..chat.saving import stop_token_ids
-from .cost import keep_attention, keeps_master, PACKAGES
+from .cost import keep_attention, keeps_master, PACKAGES, recompute_first
 from ..core.settings import Settings
 
 # %% ../../nbs/training/03_model.ipynb #error
@@ -88,6 +88,7 @@ def load_for_training(settings: Settings, tokenizer: PreTrainedTokenizerBase, dt
     model.config.eos_token_id = model.generation_config.eos_token_id = stops
     model.config.use_cache = False
     if settings.activation_checkpointing == "selective": keep_attention(model)
+    if isinstance(settings.activation_checkpointing, int): recompute_first(model, settings.activation_checkpointing)
     return model
 
 # %% ../../nbs/training/03_model.ipynb #require-dtype
