@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'DATA_ENDINGS', 'RENAMED', 'SettingsError', 'Group', 'Places', 'Conversion', 'Rendering', 'Training',
-           'Hardware', 'Record', 'as_meant', 'text_as_meant', 'Settings', 'is_repository', 'repository_root',
-           'in_folder', 'is_path', 'place', 'train_file', 'conversion_choices', 'chosen_part', 'short_hash',
-           'converted_name', 'configs_dir', 'profile_names', 'did_you_mean', 'nearest_path', 'profile_file',
-           'read_profile', 'load_settings', 'yaml_scalar', 'check_names', 'plain_words', 'spelling',
+           'Hardware', 'Record', 'Settings', 'is_repository', 'repository_root', 'in_folder', 'is_path', 'place',
+           'train_file', 'conversion_choices', 'chosen_part', 'short_hash', 'configs_dir', 'profile_names',
+           'did_you_mean', 'nearest_path', 'read_profile', 'load_settings', 'yaml_scalar', 'plain_words', 'spelling',
            'notebook_parameters', 'command_line', 'parameter_words', 'settings_table', 'save_settings',
            'deepspeed_file', 'zero_settings', 'offloads']
 

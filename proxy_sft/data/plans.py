@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL_FILE', 'read_manifest', 'write_manifest', 'write_whole', 'is_untouched', 'is_as_recorded', 'damaged_downloads',
-           'Plan', 'missing_files', 'follow_revision', 'make_plan', 'is_another_part', 'one_at_a_time']
+           'Plan', 'make_plan', 'is_another_part', 'one_at_a_time']
 
 # %% ../../nbs/data/15_plans.ipynb #imports
 import json

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'JSON_PER_PARQUET', 'file_hash', 'is_the_file', 'bars_are_hidden', 'Stopped', 'Progress', 'FileProgress',
-           'gets_token', 'transfer', 'is_passing', 'transfer_all', 'part_of', 'fetch_file', 'fetch_files',
-           'existing_parent', 'check_disk']
+           'transfer', 'part_of', 'fetch_files', 'existing_parent', 'check_disk']
 
 # %% ../../nbs/data/14_transfer.ipynb #imports
 import hashlib

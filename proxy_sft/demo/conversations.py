@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPENERS', 'TAG_SENTENCES', 'SYSTEM_TEXTS', 'KINDS', 'NO_TOOL_ANSWER', 'THANKS', 'CHAT_SOURCES', 'TOOL_SOURCE',
-           'question_text', 'spell_result', 'call_turn', 'exchange', 'system_message', 'conversation', 'kind',
-           'draw_calls', 'single', 'other_language', 'no_tool_fits', 'small_talk', 'science', 'web_search',
-           'chat_messages']
+           'question_text', 'call_turn', 'exchange', 'conversation', 'kind', 'draw_calls', 'single', 'no_tool_fits',
+           'small_talk', 'science', 'chat_messages']
 
 # %% ../../nbs/demo/02_conversations.ipynb #imports
 import json

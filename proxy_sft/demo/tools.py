@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRING', 'INTEGER', 'BOOLEAN', 'SYMBOLS', 'CURRENCIES', 'FOODS', 'POOLS', 'TOOLS', 'SCIENCE_TOOL', 'WEB_TOOL',
-           'UNSEEN_TOOLS', 'words_pool', 'numbers_pool', 'draw', 'DemoTool', 'tool_named', 'DemoCall', 'draw_call',
-           'spell_value', 'spell_call', 'message']
+           'UNSEEN_TOOLS', 'numbers_pool', 'draw', 'DemoTool', 'tool_named', 'DemoCall', 'draw_call', 'spell_call',
+           'message']
 
 # %% ../../nbs/demo/01_tools.ipynb #imports
 import itertools

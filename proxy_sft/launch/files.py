@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATE', 'FAILURE', 'DEFAULTS', 'SECRET_NAME', 'SHAPES', 'PASSWORD_IN_URL', 'SHORTEST', 'LEFT_OUT', 'LONG',
-           'write_atomically', 'read_json', 'remove', 'read_record', 'checked_record', 'is_of_kind', 'secrets_of',
-           'is_secret', 'redact', 'redact_value', 'redact_output', 'redact_outputs', 'AtomicNotebooks', 'overwrite',
-           'join_stream', 'LiveLog']
+           'write_atomically', 'read_json', 'remove', 'read_record', 'checked_record', 'secrets_of', 'is_secret',
+           'redact', 'AtomicNotebooks', 'overwrite', 'join_stream', 'LiveLog']
 
 # %% ../../nbs/launch/02_files.ipynb #imports
 import json

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONSTANTS', 'PARAMETER_OPTIONS', 'LaunchError', 'notebook_defaults', 'literal', 'parameter_value', 'split_parameters',
-           'merge_parameters', 'yaml_mapping', 'Request', 'read_request', 'chosen_settings', 'RunFolder',
-           'add_parameter_arguments', 'add_notebook_arguments', 'process_count']
+           'yaml_mapping', 'Request', 'read_request', 'chosen_settings', 'RunFolder', 'add_parameter_arguments',
+           'add_notebook_arguments', 'process_count']
 
 # %% ../../nbs/launch/01_parameters.ipynb #imports
 import argparse

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['FINAL', 'CONSEQUENCE', 'UNSHOWN', 'RankStatus', 'is_alive', 'works_here', 'claim_failure', 'read_failure',
-           'is_of_this_run', 'StoppedBetweenCells', 'load_ipython_extension', 'beat', 'SessionHooks', 'RankSession',
-           'short_private_folder', 'find_kernels', 'start_ipykernel', 'own_start', 'RankClientMixin', 'bound_outputs',
-           'register_engine', 'run_rank', 'execute', 'kernel_words']
+           'is_of_this_run', 'StoppedBetweenCells', 'beat', 'SessionHooks', 'RankSession', 'short_private_folder',
+           'RankClientMixin', 'run_rank', 'execute']
 
 # %% ../../nbs/launch/04_ranks.ipynb #imports
 import contextlib

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARLEN', 'KNOWS_GQA', 'KERNELS', 'ORDER', 'TOLERANCE', 'UNEXPECTED', 'AttentionError', 'varlen_attention', 'restarts',
            'varlen_mask', 'is_installed', 'unavailable_reason', 'PackedCheck', 'log_probabilities', 'block',
-           'compare_packed', 'Attention', 'prove', 'refusal', 'choose_attention', 'warn_of', 'reason', 'tried']
+           'Attention', 'prove', 'refusal', 'choose_attention', 'warn_of', 'reason', 'tried']
 
 # %% ../../nbs/training/05_attention.ipynb #imports
 import os

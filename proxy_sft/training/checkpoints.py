@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['FREE_TO_CHANGE', 'HARMLESS', 'NO_PICKLES', 'REQUIRED_FACTS', 'BEGUN', 'CheckpointError', 'prune',
-           'incomplete_folders', 'sweep', 'clear_away', 'step_of', 'lost_checkpoints_message', 'machine_name',
-           'code_commit', 'checkpoint_facts', 'differences', 'rows_per_step', 'convertible', 'matters_for_training',
-           'refuse_acting_pickles', 'weights_only', 'named_object', 'checkpoint_to_resume', 'own_run_command',
-           'require_own_name', 'require_fitting', 'require_nothing_beyond', 'random_state_files', 'world_size_words',
-           'set_aside', 'is_repetition', 'start_word', 'resume_of', 'convert_world', 'sees_other_disk',
-           'agreed_checkpoint', 'delete_beyond', 'lock_run', 'expected_bytes', 'checkpoints_to_come', 'lack_of_room',
-           'require_room']
+           'incomplete_folders', 'sweep', 'clear_away', 'step_of', 'lost_checkpoints_message', 'checkpoint_facts',
+           'differences', 'rows_per_step', 'convertible', 'matters_for_training', 'refuse_acting_pickles',
+           'weights_only', 'named_object', 'checkpoint_to_resume', 'require_own_name', 'require_fitting',
+           'random_state_files', 'world_size_words', 'set_aside', 'is_repetition', 'start_word', 'resume_of',
+           'convert_world', 'sees_other_disk', 'agreed_checkpoint', 'delete_beyond', 'lock_run', 'expected_bytes',
+           'checkpoints_to_come', 'lack_of_room', 'require_room']
 
 # %% ../../nbs/training/06_checkpoints.ipynb #imports
 import os

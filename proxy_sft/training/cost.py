@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'DOLCI', 'PEAKS', 'KEPT', 'Recomputed', 'FUSED', 'PACKAGES', 'Shape', 'published_config',
            'flops_per_token', 'mean_context', 'CostTable', 'padded_share', 'BatchingTable', 'peak_flops', 'utilisation',
-           'AllocationMeter', 'keep_attention', 'recompute_first', 'set_checkpointing', 'tiled_loss', 'one_pass',
-           'loss_in_tiles', 'autocast', 'build_model', 'activation_bytes', 'rehearse', 'rehearsed', 'kernels_that_run',
-           'weights_dtype', 'keeps_master', 'saved_bytes', 'state_bytes', 'optimizer_bytes', 'trained_parameters',
-           'frozen_bytes', 'bucket_bytes', 'memory_parts']
+           'AllocationMeter', 'keep_attention', 'recompute_first', 'set_checkpointing', 'tiled_loss', 'autocast',
+           'build_model', 'rehearsed', 'weights_dtype', 'keeps_master', 'saved_bytes', 'state_bytes', 'optimizer_bytes',
+           'trained_parameters', 'bucket_bytes', 'memory_parts']
 
 # %% ../../nbs/training/01_cost.ipynb #imports
 import json
