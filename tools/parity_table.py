@@ -1,8 +1,10 @@
-"""How many prompts are token for token the trained ones, by server, template and kind of request: writes docs/parity.md.
+"""How many prompts are token for token the trained ones, by server, template and kind of request: writes
+docs/parity.md.
 
     python tools/parity_table.py
 
-Rows are every fourth of the demo's and, where they lie beside the checkout, Dolci's; spellings of tools and messages are generated."""
+Rows are every fourth of the demo's and, where they lie beside the checkout, Dolci's; spellings of tools and messages
+are generated."""
 import copy
 import json
 import random
@@ -198,7 +200,8 @@ the template itself builds (`stock` rewrites earlier turns).
   leaves those out.
   `PROXY_SFT_SOAK=1 pytest tests/test_llama_cpp.py` builds that part and compares texts: 366 of 366 prompts of the
   demo's and Dolci's rows that it accepts, and 1,149 of 1,149 generated tools, are the trained ones. It refuses a
-  request whose schema has a type that JSON Schema does not know (`dict`: 396 prompts of these rows) or whose description is null, and it writes floats with six digits (3.14159265 becomes
+  request whose schema has a type that JSON Schema does not know (`dict`: 396 prompts of these rows) or whose
+  description is null, and it writes floats with six digits (3.14159265 becomes
   3.14159) and integers beyond 64 bits as floats: such prompts are others. Tokens were not compared (no GGUF is made
   here).
 - **llama-cpp-python** 0.3.36 (read in its source, not run) renders in a copy of Transformers' environment what a
