@@ -233,7 +233,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def evaluate_command(args: argparse.Namespace) -> int: # exit code
     "`proxy-sft evaluate`: the table on the terminal, everything in evaluation.json or bfcl.json."
     from proxy_sft.evaluate import evaluate
-    from proxy_sft.evaluation.asking import evaluate_leaderboard, evaluation_dict
+    from proxy_sft.evaluation.predictions import evaluate_leaderboard, evaluation_dict
     from proxy_sft.evaluation.bfcl import leaderboard_dict
     from proxy_sft.evaluation.bfcl_multi_turn import (
         BFCL, bfcl_package, evaluate_multi_turn, multi_turn_dict, split_categories

@@ -12,8 +12,8 @@ from typing import Any, Optional
 from .core.settings import Settings
 from .core.stop_requests import listening
 from .evaluation.answers import choose_turns
-from proxy_sft.evaluation.asking import (
-    ask_model, ask_server, forget_answers, model_folders, prepare_questions, require_same_heldout, save_evaluation,
+from proxy_sft.evaluation.predictions import (
+    predict, predict_by_server, forget_answers, model_folders, prepare_questions, require_same_heldout, save_evaluation,
     shown
 )
 from .evaluation.scores import Evaluation, judge
@@ -51,7 +51,7 @@ def evaluate(
         keep=not base_only,
     )
     results = {
-        name: ask_server(servers[name], questions, name) if name in servers else ask_model(folder, questions, name)
+        name: predict_by_server(servers[name], questions, name) if name in servers else predict(folder, questions, name)
         for name, folder in folders.items()
     }
     about = {

@@ -161,7 +161,7 @@ def test_a_killed_evaluation_goes_on_and_a_dead_reply_is_no_answer(tmp_path, mon
             return found
     folder = tmp_path / "model"
     folder.mkdir()
-    monkeypatch.setattr("proxy_sft.evaluation.asking.model_folders", lambda *args: {"tuned": folder})
+    monkeypatch.setattr("proxy_sft.evaluation.predictions.model_folders", lambda *args: {"tuned": folder})
     server, ask = Server(), lambda: evaluate_multi_turn(settings, ["multi_turn_base"], 2, servers={"tuned": server})
     with pytest.raises(KeyboardInterrupt): ask()
     server.dies = 0

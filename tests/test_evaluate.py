@@ -28,7 +28,7 @@ from proxy_sft.evaluation.answers import (
 from proxy_sft.evaluation.bfcl import tool_of
 from proxy_sft.evaluation.answers import wilson
 from proxy_sft.evaluate import evaluate
-from proxy_sft.evaluation.asking import evaluate_leaderboard, model_folders
+from proxy_sft.evaluation.predictions import evaluate_leaderboard, model_folders
 from proxy_sft.evaluation.failures import browse_failures, show_turn
 from proxy_sft.evaluation.rollouts import evaluate_rollouts
 from proxy_sft.evaluation.scores import Evaluation, evaluation_html, judge, rate_figure, table_rows

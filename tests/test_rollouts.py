@@ -41,7 +41,7 @@ def test_killed_rollouts_go_on(tmp_path, monkeypatch):
               {"role": "tool", "content": "12:00"}, {"role": "assistant", "content": "Noon."}] for name in "abc"]
     lines = [json.dumps({"messages_json": json.dumps(talk), "tools_json": json.dumps(TOOLS)}) for talk in talks]
     (settings.converted_dir / "heldout.jsonl").write_text("\n".join(lines) + "\n")
-    monkeypatch.setattr("proxy_sft.evaluation.asking.model_folders", lambda *args: {"tuned": tmp_path})
+    monkeypatch.setattr("proxy_sft.evaluation.predictions.model_folders", lambda *args: {"tuned": tmp_path})
     first, second = Planted(dies=5), Planted()
     with pytest.raises(KeyboardInterrupt): evaluate_rollouts(settings, servers={"tuned": first})
     found = evaluate_rollouts(settings, servers={"tuned": second})

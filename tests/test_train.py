@@ -22,7 +22,7 @@ from proxy_sft.core.settings import load_settings
 from proxy_sft.demo.model import write_demo_model
 from proxy_sft.evaluate import evaluate
 from proxy_sft.evaluation.answers import EvaluateError
-from proxy_sft.evaluation.asking import require_same_heldout
+from proxy_sft.evaluation.predictions import require_same_heldout
 from proxy_sft.launch.parameters import split_parameters
 from proxy_sft.tokens.keys import PrepareError
 from proxy_sft.train import train

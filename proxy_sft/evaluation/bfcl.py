@@ -342,7 +342,7 @@ def judge_questions(
     return Leaderboard(
         questions,
         replies,
-        {m: [why_wrong(q, r) for q, r in zip(questions, told, strict=True)] for m, told in replies.items()},
+        {m: [why_wrong(q, r) for q, r in zip(questions, made, strict=True)] for m, made in replies.items()},
         **more,
     )
 

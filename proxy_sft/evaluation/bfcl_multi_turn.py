@@ -246,7 +246,7 @@ def evaluate_multi_turn(
     folder: Optional[Path] = None, # the leaderboard's files, for the check that they are the package's
 ) -> MultiTurn: # also written to run_dir/bfcl_multi_turn.json
     "Base and tuned model in the leaderboard's conversations; goes on where a killed one was."
-    from proxy_sft.evaluation.asking import model_folders, shown
+    from proxy_sft.evaluation.predictions import model_folders, shown
     package, servers, chosen, total = bfcl_package(), servers or {}, [], {}
     for name in categories:
         questions = multi_turn_questions(package, name, folder)

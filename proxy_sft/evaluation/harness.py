@@ -21,7 +21,7 @@ from ..core.atomic_folders import write_flushed
 from ..core.display import html_table, text_table
 from ..core.settings import did_you_mean, Settings
 from .answers import EvaluateError
-from .asking import model_folders
+from .predictions import model_folders
 from .generation import digest, load_model, model_identity
 from .scores import drawn_sums, middle
 

@@ -174,7 +174,7 @@ def evaluate_rollouts(
     servers: Optional[dict[str, Any]] = None,
 ) -> Rollouts: # also written to run_dir/rollouts.json
     "Base and tuned model alone in the same held-out conversations."
-    from proxy_sft.evaluation.asking import model_folders
+    from proxy_sft.evaluation.predictions import model_folders
     chosen, servers = choose_conversations(settings.converted_dir / "heldout.jsonl", most, settings.seed), servers or {}
     for server in servers.values(): _ = server.name  # asked before a model has worked for hours
     found, stores = {}, []

@@ -103,7 +103,7 @@ def ways_to_fit(
     card: int,
 ) -> Iterator[str]: # bytes of one device
     "Settings that would make a step fit with a tenth to spare, and what they need."
-    told = set()
+    seen = set()
     for way in WAYS:
         if all(getattr(settings, name) == value for name, value in way.items()) or (
             way.get("deepspeed") == "ds_zero3.json" and ranks == 1
@@ -112,12 +112,12 @@ def ways_to_fit(
         if settings.lora_rank and "weights" in way: continue
         if way.get("max_length", 0) > settings.max_length or way.get("batch_size", 0) > settings.batch_size: continue
         _, total, host = needed(settings.model_copy(update=way), ranks, config)
-        said = " ".join(f"-p {name} {value}" for name, value in way.items() if getattr(settings, name) != value)
-        if total > 0.9 * card or said in told: continue
-        told.add(said)
+        words = " ".join(f"-p {name} {value}" for name, value in way.items() if getattr(settings, name) != value)
+        if total > 0.9 * card or words in seen: continue
+        seen.add(words)
         on_host = f", and {host * ranks / 2**30:.0f} of host memory" if host else ""
         lossy = ", but pure bfloat16 weights lose small updates" if "weights" in way else ""
-        yield f"`{said}` ({total / 2**30:.1f} GiB{on_host}{lossy})"
+        yield f"`{words}` ({total / 2**30:.1f} GiB{on_host}{lossy})"
 
 # %% ../../nbs/training/09_doctor.ipynb #look-memory
 def check_gpu_memory(
@@ -129,22 +129,22 @@ def check_gpu_memory(
     "Whether a step fits."
     settings, choice = chosen_layers(settings, ranks, config, card)
     parts, total, _ = needed(settings, ranks, config)
-    told = f"{total / 2**30:.1f} GiB on each device: " + ", ".join(
+    text = f"{total / 2**30:.1f} GiB on each device: " + ", ".join(
         f"{n} {b / 2**30:.1f}" for n, b in parts.items() if b and not n.startswith("host")
     )
     if card is None:
-        return Finding("memory", "not checked", f"{told}; no card to compare with.{choice}",
+        return Finding("memory", "not checked", f"{text}; no card to compare with.{choice}",
                        "--gpu names one, such as h100.")
-    told, level = (
-        f"{told}; the card has {card / 2**30:.1f}.{choice}",
+    text, level = (
+        f"{text}; the card has {card / 2**30:.1f}.{choice}",
         "fail" if total > card else "warn" if total > 0.9 * card else "ok",
     )
-    if level == "ok": return Finding("memory", level, told)
+    if level == "ok": return Finding("memory", level, text)
     ways = list(ways_to_fit(settings, ranks, config, card))
     advice = f"These fit by the same count: {'; '.join(ways[:5])}." if ways else (
         f"Nothing that was tried fits. Set max_length lower (now {settings.max_length}), or take more GPUs with ZeRO-3 "
         "(ds_zero3.json).")
-    return Finding("memory", level, told, advice)
+    return Finding("memory", level, text, advice)
 
 # %% ../../nbs/training/09_doctor.ipynb #host-memory
 def host_memory() -> Optional[int]: # bytes that a program can still get; None: not known
@@ -163,14 +163,14 @@ def check_host_memory(
     "Whether what is offloaded fits; nothing is said when nothing is."
     host = needed(settings, ranks, config)[2] * min(ranks, max(1, torch.cuda.device_count()))
     if not host: return
-    told = f"{host / 2**30:.1f} GiB for what {settings.deepspeed} offloads" + (
+    text = f"{host / 2**30:.1f} GiB for what {settings.deepspeed} offloads" + (
         "." if free is None else f"; {free / 2**30:.1f} are free."
     )
     full = free is not None and host > free
     yield Finding(
         "host memory",
         "fail" if full else "ok",
-        told,
+        text,
         "Set deepspeed to a configuration without offload, or take a machine with more memory." if full else "",
     )
 
@@ -242,7 +242,7 @@ def amounts(
     per_step = settings.batch_size * settings.gradient_accumulation * ranks
     if prepared:
         split, lengths = prepared.splits["train"], prepared.facts("train")["used_tokens"].to_numpy()
-        tokens, context, blocks, told = (
+        tokens, context, blocks, text = (
             split["tokens"],
             mean_context(lengths[lengths > 0].tolist()),
             split["blocks"],
@@ -250,7 +250,7 @@ def amounts(
         )
     elif settings.dataset == "allenai/Dolci-Instruct-SFT":
         rows = min(DOLCI["rows"], settings.max_train_samples or DOLCI["rows"])
-        tokens, context, told = (
+        tokens, context, text = (
             rows * DOLCI["tokens"],
             DOLCI["context"],
             f"{rows:,} conversations of Dolci's usual length",
@@ -262,7 +262,7 @@ def amounts(
         if settings.max_steps is None
         else settings.max_steps * per_step * tokens / max(1, blocks),
         context,
-        told,
+        text,
     )
 
 # %% ../../nbs/training/09_doctor.ipynb #check-duration
@@ -289,17 +289,17 @@ def check_duration(
     if not (found := amounts(settings, ranks, prepared)):
         return Finding("time", "not checked", "The number of tokens is not known before the data is prepared.",
                        "`proxy-sft prepare` counts them.")
-    tokens, context, told = found
+    tokens, context, text = found
     flops = flops_per_token(Shape.of(config), context, frozen=settings.lora_rank is not None)
-    told = f"{tokens:,.0f} tokens to train, a mean context of {context:,.0f} ({told})"
-    if not settings.packing: told += "; padding, which packing would save, comes on top"
+    text = f"{tokens:,.0f} tokens to train, a mean context of {context:,.0f} ({text})"
+    if not settings.packing: text += "; padding, which packing would save, comes on top"
     if (peak := peak_flops(device_name)) is None:
-        return Finding("time", "not checked", f"{told}; no speed is known for this device ({device_name}).",
+        return Finding("time", "not checked", f"{text}; no speed is known for this device ({device_name}).",
                        "--gpu names a card, such as h100.")
     hours = tokens * flops / (ASSUMED * peak * ranks) / 3600
     price = settings.gpu_hour_price
     money = f", {hours * ranks * price:,.0f} at {price} per GPU hour" if price else ", set gpu_hour_price for its cost"
-    return Finding("time", "ok", f"{told}: about {hours:,.1f} hours{money}, if {ASSUMED:.0%} of the peak of {ranks} x "
+    return Finding("time", "ok", f"{text}: about {hours:,.1f} hours{money}, if {ASSUMED:.0%} of the peak of {ranks} x "
                                  f"{device_name} is reached.")
 
 # %% ../../nbs/training/09_doctor.ipynb #check-speed
@@ -320,7 +320,7 @@ def check_model(settings: Settings) -> Finding:
     if (settings.model_dir / "config.json").is_file(): return Finding("model", "ok", f"{settings.model} is there.")
     if settings.is_demo and settings.model == "demo":
         return Finding(
-            "model", "ok", "The demo makes its model when the run starts; memory, disk and time are told then."
+            "model", "ok", "The demo makes its model when the run starts; memory, disk and time are counted then."
         )
     known = (
         "Its published shape is taken for what follows."

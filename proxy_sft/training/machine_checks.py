@@ -31,11 +31,11 @@ def existing(folder: Path) -> Path: # the nearest folder upwards that is there
 
 def check_disk_space(settings: Settings, needed: int, free: int) -> Finding: # bytes
     "Whether the window and the one more fit."
-    told = (f"What is missing of {settings.save_total_limit} checkpoints, and one more while saving, takes "
+    text = (f"What is missing of {settings.save_total_limit} checkpoints, and one more while saving, takes "
             f"{needed / 1e9:,.1f} GB; {free / 1e9:,.1f} GB are free.")
     advice = f"Set save_total_limit lower (now {settings.save_total_limit}), or output_dir to another disk."
-    if needed > free: return Finding("disk", "warn" if settings.on_full_disk == "go_on" else "fail", told, advice)
-    return Finding("disk", "warn" if needed > 0.8 * free else "ok", told)
+    if needed > free: return Finding("disk", "warn" if settings.on_full_disk == "go_on" else "fail", text, advice)
+    return Finding("disk", "warn" if needed > 0.8 * free else "ok", text)
 
 # %% ../../nbs/training/19_machine_checks.ipynb #check-run-folder
 def check_run_folder(folder: Path, setting: str = "workspace or output_dir") -> Finding:
@@ -152,32 +152,32 @@ def check_versions(settings: Settings, found: dict[str, str]) -> Iterator[Findin
 # %% ../../nbs/training/19_machine_checks.ipynb #check-devices
 def check_devices(settings: Settings, local: int, names: list[str]) -> Finding: # processes, and GPUs, of this machine
     "Whether there is a GPU for each process, and whether it can do what is asked."
-    told = f"{len(names)} GPU(s) {', '.join(sorted(set(names)))}." if names else "No GPU."
+    text = f"{len(names)} GPU(s) {', '.join(sorted(set(names)))}." if names else "No GPU."
     if not names:
-        return Finding("devices", "warn" if settings.device == "auto" else "ok", told,
+        return Finding("devices", "warn" if settings.device == "auto" else "ok", text,
                        "Training would run on the CPU." if settings.device == "auto" else "")
     if local > len(names):
         return Finding(
             "devices",
             "fail",
-            f"{told} {local} processes were asked for on this machine.",
+            f"{text} {local} processes were asked for on this machine.",
             f"Start with --nproc {len(names)} on each machine.",
         )
     import torch
     if settings.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return Finding("devices", "fail", f"{told} It has no bfloat16.", "Set bf16 to false.")
+        return Finding("devices", "fail", f"{text} It has no bfloat16.", "Set bf16 to false.")
     if len(set(names)) > 1:
         return Finding(
-            "devices", "warn", told, "The slowest sets the pace: choose equal cards with CUDA_VISIBLE_DEVICES."
+            "devices", "warn", text, "The slowest sets the pace: choose equal cards with CUDA_VISIBLE_DEVICES."
         )
     if local < len(names):
         return Finding(
             "devices",
             "warn",
-            f"{told} {local} of them would be used.",
+            f"{text} {local} of them would be used.",
             f"Start with --nproc {len(names)}, or show the run fewer with CUDA_VISIBLE_DEVICES.",
         )
-    return Finding("devices", "ok", told)
+    return Finding("devices", "ok", text)
 
 # %% ../../nbs/training/19_machine_checks.ipynb #links
 def driver_says(*question: str) -> Optional[str]: # None: nobody can tell
