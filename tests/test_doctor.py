@@ -37,8 +37,8 @@ def test_what_the_training_would_refuse_is_said_beforehand(given, demo_model, tm
     words = ["doctor", "-p", "profile", "demo", "-p", "model", str(demo_model), "-p", "workspace", str(tmp_path),
              "-p", "lora_rank", "4", "-p", name, value]
     code, shown = commands.main(words), capsys.readouterr().out
-    words = " ".join(shown.split())
-    assert WRONG[given] in words and ("Cannot start" in words), words
+    text = " ".join(shown.split())
+    assert WRONG[given] in text and "Cannot start" in text, text
     assert code == 1 or name == "dataset"
     assert not list(tmp_path.iterdir()), "the doctor writes nothing"
 
@@ -70,7 +70,7 @@ def test_the_first_line_comes_before_pytorch_is_loaded(tmp_path):
 def test_hours_and_memory_on_a_named_card(capsys, tmp_path):
     words = ["doctor", "-p", "profile", "qwen3_8b_8gpu", "-p", "workspace", str(tmp_path)]
     assert commands.main([*words, "--gpu", "h200"]) in (0, 1)
-    words = " ".join(capsys.readouterr().out.split())
-    assert "8 processes" in words and "hours" in words and not re.search(r"e\+\d", words) and "8 x H200" in words
+    text = " ".join(capsys.readouterr().out.split())
+    assert "8 processes" in text and "hours" in text and not re.search(r"e\+\d", text) and "8 x H200" in text
     assert commands.main([*words, "--gpu", "h300"]) == 1
     assert "Known: A100, H100" in capsys.readouterr().err
