@@ -177,7 +177,7 @@ class Renderer(Coder):
 
     def prompts(self, messages: list, tools: Optional[list], ends: list) -> list[str]:
         "The prompts that end before these messages; where the template's pieces are known, tools are written once."
-        if self._pieces and 0 not in ends:
+        if self._pieces and tools and len(ends) > 1 and 0 not in ends:  # otherwise there is nothing to write once
             try:
                 head = self._jinja.render_template("head", messages=messages[:1], tools=tools or None)
                 return [head + self._jinja.render_template("turns", messages=messages[:end], add_generation_prompt=True)

@@ -332,8 +332,9 @@ def _rows_in_order(
         _clean_parts(row, inspection.server.pattern) if ok and not inspection.server.fallback else None
         for row, ok in zip(rows, known)
     ]
-    calls = [part and [len(m.get("tool_calls") or ()) for m in part[0] if m["role"] == "assistant"] for part in parts]
-    on = [part and [answer_is_on(m) for m in part[0] if m["role"] == "assistant"] for part in parts]
+    answered = [part and [m for m in part[0] if m["role"] == "assistant"] for part in parts]
+    calls = [some and [len(m["tool_calls"] or ()) if "tool_calls" in m else 0 for m in some] for some in answered]
+    on = [some and [answer_is_on(m) if "train" in m else True for m in some] for some in answered]
     spans, sums = spans_of(inspection, tokens), np.concatenate([[0], np.cumsum(tokens.trained, dtype=np.int32)])
     fine = _turns_in_order(inspection, tokens, spans, sums, calls, on)
     answers = np.flatnonzero(spans.role == 2)
@@ -349,7 +350,8 @@ def _rows_in_order(
         if same is None or same < len(messages) and inspection.train_on != "all":
             fine[i] = False
             continue
-        behind_text[i] = sum([m["role"] == "assistant" and answer_is_on(m) for m in messages[same + 1:]])
+        if same < len(messages):
+            behind_text[i] = sum([m["role"] == "assistant" and answer_is_on(m) for m in messages[same + 1:]])
         fine[i] = (
             _prompts_begin(inspection, messages, tools, texts[i], turns)
             and _shows_all(messages, texts[i], inspection.writes_fields)
