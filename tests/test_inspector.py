@@ -482,6 +482,6 @@ def test_compared_templates_are_marked(tokenizer):
     state = InspectorState(RowFile([row(1, "x", 1)]), tokenizer)
     for do, value in (("other", "stock"), ("tab", "compare")): state.handle({"do": do, "value": value})
     html = state.view()["html"]
-    assert "<ins>&lt;think&gt;" in html and "1 difference" in html
+    assert "<ins>&lt;think&gt;" in html and "2 differences" in html  # the tool's empty fields, and thinking
     state.handle({"do": "other", "value": "nothink"})
     assert "the same tokens" in state.view()["html"]

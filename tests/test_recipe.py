@@ -171,9 +171,8 @@ def test_the_doctors_memory_is_what_one_process_allocates(folder):
         assert seen["before the step"] == pytest.approx(
             said["weights"] + said["gradients"] + said["32-bit copy"] + said["optimizer"], rel=0.01
         )
-        # beside a copy the count is an eighth too high on a model as small as this one, never too low
-        assert seen["peak"] == pytest.approx(sum(said.values()), rel=0.15 if said["32-bit copy"] else 0.1)
-        if said["32-bit copy"]: assert seen["peak"] <= sum(said.values())
+        # on a model as small as this one the count is up to an eighth too high, never too low
+        assert seen["peak"] == pytest.approx(sum(said.values()), rel=0.15) and seen["peak"] <= sum(said.values())
 
 
 @pytest.mark.parametrize("stage, rest", [(2, {}), pytest.param(1, {}, marks=soak), pytest.param(3, {
@@ -213,7 +212,7 @@ def outcome(folder, name):
 def same(first, second, rel):
     assert first[0] == pytest.approx(second[0], rel=rel) and len(first[0]) >= 3
     assert first[1].keys() == second[1].keys()
-    for name, weights in first[1].items(): torch.testing.assert_close(weights, second[1][name], rtol=1e-3, atol=1e-5)
+    for name, weights in first[1].items(): torch.testing.assert_close(weights, second[1][name], rtol=1e-3, atol=1e-4)
 
 
 def test_zero_3_gives_zero_2s_losses_and_a_whole_model(folder):

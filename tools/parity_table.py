@@ -134,7 +134,7 @@ def kinds(sets):
     for name, rows in sets.items():
         for shape, write in SHAPES.items(): yield f"{name}: {shape}", lambda rows=rows, write=write: shaped(rows, write)
     yield "2,000 generated tools", spelt
-    yield "2,000 generated conversations", message_shapes
+    yield "generated conversations: those of 2,000 that no server changes", message_shapes
 
 
 def costs(sets, tokenizer):

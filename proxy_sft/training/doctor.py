@@ -26,7 +26,7 @@ from proxy_sft.training.cost import (
     DOLCI, flops_per_token, mean_context, memory_parts, peak_flops, published_config, saved_bytes, Shape,
     trained_parameters, weights_dtype
 )
-from .findings import Finding, Report
+from .findings import Finding, is_missing, Report
 from proxy_sft.training.machine_checks import (
     check_cards, check_disk_space, check_process, check_run_folder, check_shared_memory, existing
 )
@@ -384,7 +384,7 @@ def require_health(settings: Settings, ranks: int = 1) -> Report: # raises Docto
     if report.failed and settings.preflight == "require":
         raise DoctorError(
             "The run would fail:"
-            + Report(report.failed).text(colour=False)
+            + Report([f for f in report.findings if f.level == "fail" or is_missing(f)]).text(colour=False)
             + "\nSet preflight to warn to start all the same."
         )
     return report
