@@ -198,6 +198,10 @@ class Page:
 
     def text(self, selector): return self.find(selector).text
     def row(self): return int(self.find("[aria-label=Row]").get_property("value"))
+    def arrive(self, row):
+        "Until a row is shown: the reply to a look at further rows may come before the one to a key."
+        self.wait(f"document.querySelector('.psft-app [aria-label=Row]').value === '{row}'", f"row {row} is shown")
+
     def idle(self): self.wait("document.querySelector('.psft-app').getAttribute('aria-busy') !== 'true'")
 
     def press(self, selector):
@@ -273,6 +277,7 @@ def test_keyboard(page):
     at, cells = page.row(), len(page.driver.find_elements(By.CSS_SELECTOR, ".jp-Notebook .jp-Cell"))
     for key, row in (("j", at + 1), ("n", at + 2), ("k", at + 1)):
         page.keys(".panel", key)
+        page.arrive(row)
         assert page.row() == row
     page.keys(".panel", "2")
     assert page.find("[data-tab=tokens]").get_attribute("aria-selected") == "true"
