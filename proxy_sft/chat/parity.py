@@ -28,7 +28,7 @@ from .masks import IGNORED
 from .parity_counts import failure_example, measure, MOST_FAILURES, same_at_servers
 from .parity_turns import Inspection, ROLES, server_prompts
 from .servers import api_messages, SERVERS
-from .templates import ChatError, json_text, missing_control_tokens, ROW_ERRORS, TOOL_TOKENS
+from .templates import CALL_TOKENS, ChatError, json_text, missing_control_tokens, ROW_ERRORS
 from ..core.workers import results_in_order
 
 # %% ../../nbs/chat/07_parity.ipynb #parity-export
@@ -269,7 +269,7 @@ def check_parity(
     if template == "trl_training": fallback = "TRL's own"
     elif not fast: fallback = "as the caller wants"
     else: fallback = check_fast(inspection, _some_rows(rows, starts, numbers, sample, seed), sample, seed)
-    missing = tuple(t for t in missing_control_tokens(tokenizer, TOOL_TOKENS[:2]) if t in inspection.server.source)
+    missing = tuple(t for t in missing_control_tokens(tokenizer, CALL_TOKENS) if t in inspection.server.source)
     settings, counts, examples = (tokenizer, template, train_on, not fallback, servers), Counter(), []
     tasks = _tasks(rows, None if starts is None else starts[numbers])
     with closing(_run_tasks(tasks, settings, num_proc)) as results:

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from tokenizers import AddedToken
 
-from ..chat.templates import missing_control_tokens, TOOL_TOKENS
+from ..chat.templates import CALL_TOKENS, missing_control_tokens, TOOL_TOKENS
 
 # %% ../../nbs/training/20_new_tokens.ipynb #tokens
 @dataclass(frozen=True)
@@ -102,5 +102,5 @@ def untrained_control_tokens(
     norms = folder_norms(folder)
     if norms is None: return {}
     known = tokenizer.get_added_vocab()
-    wanted = [token for token in (*TOOL_TOKENS[:2], "<|im_end|>") if known.get(token, len(norms)) < len(norms)]
+    wanted = [token for token in (*CALL_TOKENS, "<|im_end|>") if known.get(token, len(norms)) < len(norms)]
     return untrained_rows(norms, {token: known[token] for token in wanted})

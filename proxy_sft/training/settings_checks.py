@@ -15,7 +15,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.modeling_utils import AttentionInterface
 
-from ..chat.templates import chat_template, ChatError, missing_control_tokens, TOOL_TOKENS
+from ..chat.templates import CALL_TOKENS, chat_template, ChatError, missing_control_tokens
 from ..core.atomic_folders import is_complete, read_manifest
 from ..core.settings import did_you_mean, Settings
 from .adapters import linear_layers, refuse_targets
@@ -92,7 +92,7 @@ def check_control_tokens(settings: Settings) -> Iterator[Finding]:
     tokenizer, advice = AutoTokenizer.from_pretrained(settings.model_dir, local_files_only=True), (
         "See add_control_tokens in proxy_sft.training.new_tokens.")
     template = chat_template(settings.template)
-    if missing := [t for t in missing_control_tokens(tokenizer, TOOL_TOKENS[:2]) if t in template]:
+    if missing := [t for t in missing_control_tokens(tokenizer, CALL_TOKENS) if t in template]:
         yield Finding("control tokens", "fail" if settings.parity == "require" else "warn",
                       f"The tokenizer has no token {' and '.join(missing)}.", advice)
     elif rows := untrained_control_tokens(settings.model_dir, tokenizer):
