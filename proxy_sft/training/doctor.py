@@ -18,7 +18,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..core.atomic_folders import read_manifest
 from ..core.settings import offloads, Settings, zero_settings
 from ..tokens.inputs import differences_of
-from .recomputation import layers_to_recompute, recomputation_line, resolved
+from proxy_sft.training.recomputation import (
+    device_bytes, layers_to_recompute, recomputation_line, resolved, SPARE
+)
 from ..tokens.keys import key_parts, prepared_folders
 from ..tokens.preparation import Prepared
 from .checkpoints import checkpoints_to_come, expected_bytes
@@ -82,8 +84,8 @@ def needed(
 ) -> tuple[dict[str, int], int, int]: # parts; bytes of one device, and for it in the host's memory
     "What a step takes."
     parts = memory_parts(config, settings, ranks, zero_of(settings, ranks))
-    host = sum(n for name, n in parts.items() if name.startswith("host"))
-    return parts, sum(parts.values()) - host, host
+    device = device_bytes(parts)
+    return parts, device, sum(parts.values()) - device
 
 # %% ../../nbs/training/09_doctor.ipynb #chosen-layers
 def chosen_layers(
@@ -113,7 +115,7 @@ def ways_to_fit(
         if way.get("max_length", 0) > settings.max_length or way.get("batch_size", 0) > settings.batch_size: continue
         _, total, host = needed(settings.model_copy(update=way), ranks, config)
         words = " ".join(f"-p {name} {value}" for name, value in way.items() if getattr(settings, name) != value)
-        if total > 0.9 * card or words in seen: continue
+        if total > SPARE * card or words in seen: continue
         seen.add(words)
         on_host = f", and {host * ranks / 2**30:.0f} of host memory" if host else ""
         lossy = ", but pure bfloat16 weights lose small updates" if "weights" in way else ""
@@ -137,7 +139,7 @@ def check_gpu_memory(
                        "--gpu names one, such as h100.")
     text, level = (
         f"{text}; the card has {card / 2**30:.1f}.{choice}",
-        "fail" if total > card else "warn" if total > 0.9 * card else "ok",
+        "fail" if total > card else "warn" if total > SPARE * card else "ok",
     )
     if level == "ok": return Finding("memory", level, text)
     ways = list(ways_to_fit(settings, ranks, config, card))

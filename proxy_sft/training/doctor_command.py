@@ -12,7 +12,7 @@ import sys
 from typing import Iterator
 
 from ..core.settings import load_settings, Settings
-from .findings import closing_sentence, Finding, finding_lines, group_of, Report
+from .findings import closing_sentence, Finding, grouped_lines, Report
 
 # %% ../../nbs/training/22_doctor_command.ipynb #arguments
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +31,13 @@ def heading(settings: Settings, ranks: int) -> str:
 # %% ../../nbs/training/22_doctor_command.ipynb #show-as-found
 def show_as_found(found: Iterator[Finding]) -> list[Finding]: # all of them
     "Print each finding under its group's heading, at once."
-    colour, width, kept, group = sys.stdout.isatty(), shutil.get_terminal_size().columns, [], ""
-    for finding in found:
-        if group_of(finding) != group: print(f"\n{(group := group_of(finding))}")
-        print(finding_lines(finding, colour, width), flush=True)
-        kept.append(finding)
+    kept = []
+    def kept_too():
+        for finding in found:
+            kept.append(finding)
+            yield finding
+    for line in grouped_lines(kept_too(), sys.stdout.isatty(), shutil.get_terminal_size().columns):
+        print(line, flush=True)
     print(f"\n{closing_sentence(kept)}")
     return kept
 
