@@ -13,8 +13,7 @@ from .core.settings import Settings
 from .core.stop_requests import listening
 from .evaluation.answers import choose_turns
 from proxy_sft.evaluation.predictions import (
-    predict, predict_by_server, forget_answers, model_folders, prepare_questions, require_same_heldout, save_evaluation,
-    shown
+    forget_answers, model_folders, places_of, predict_all, prepare_questions, require_same_heldout, save_evaluation
 )
 from .evaluation.scores import Evaluation, judge
 
@@ -50,18 +49,13 @@ def evaluate(
         batching={"batch_size": batch_size, "batch_tokens": batch_tokens},
         keep=not base_only,
     )
-    results = {
-        name: predict_by_server(servers[name], questions, name) if name in servers else predict(folder, questions, name)
-        for name, folder in folders.items()
-    }
+    results = predict_all(folders, servers, questions)
     about = {
         "seed": settings.seed,
         "template": settings.template,
         "limit": questions.limit,
         "max_turns": max_turns,
-        "models": {
-            name: servers[name].url if name in servers else shown(folder, settings) for name, folder in folders.items()
-        },
+        "models": places_of(folders, servers, settings),
     }
     weighed = not servers  # losses need the weights of both
     evaluation = judge(

@@ -246,22 +246,21 @@ def evaluate_multi_turn(
     folder: Optional[Path] = None, # the leaderboard's files, for the check that they are the package's
 ) -> MultiTurn: # also written to run_dir/bfcl_multi_turn.json
     "Base and tuned model in the leaderboard's conversations; goes on where a killed one was."
-    from proxy_sft.evaluation.predictions import model_folders, shown
+    from proxy_sft.evaluation.predictions import model_folders, places_of
     package, servers, chosen, total = bfcl_package(), servers or {}, [], {}
     for name in categories:
         questions = multi_turn_questions(package, name, folder)
         total[name] = len(questions)
         chosen += smallest(most, settings.seed, ((q[0]["id"], q) for q in questions)) if most else questions
-    verdicts, stores, models = {}, [], {}
-    for name, where in model_folders(settings, tuned, base_only).items():
+    verdicts, stores, folders = {}, [], model_folders(settings, tuned, base_only)
+    for name, where in folders.items():
         who = servers.get(name) or where
         store = None if base_only else answers_kept(settings, "answers-bfcl-multi-turn", who, max_new_tokens)
         answer = answers_of(settings, who, max_new_tokens, store)
         verdicts[name] = converse([Dialogue(package, *question) for question in chosen], answer)
-        models[name] = who.url if name in servers else shown(where, settings)
         stores.append(store)
     about = {"seed": settings.seed, "template": settings.template, "limit": max_new_tokens, "most": most,
-             "bfcl-eval": version("bfcl-eval"), "models": models}
+             "bfcl-eval": version("bfcl-eval"), "models": places_of(folders, servers, settings)}
     board = MultiTurn([entry["id"] for entry, _ in chosen], verdicts, total, about)
     if not base_only: keep_multi_turn(settings, board, stores)
     return board

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['evaluation_dict', 'save_evaluation', 'model_folders', 'shown', 'require_same_heldout', 'Questions', 'progress',
-           'predict', 'prepare_questions', 'forget_answers', 'predict_by_server', 'evaluate_leaderboard']
+           'predict', 'prepare_questions', 'forget_answers', 'predict_by_server', 'predict_all', 'places_of',
+           'evaluate_leaderboard']
 
 # %% ../../nbs/evaluation/09_predictions.ipynb #imports
 import json
@@ -265,6 +266,21 @@ def predict_by_server(
         )
     return gathered({"replies": mine} if place()[0] == 0 else {})["replies"], [], []
 
+# %% ../../nbs/evaluation/09_predictions.ipynb #all-models
+def predict_all(
+    folders: dict[str, Path], # `base` or `tuned` -> a model
+    servers: dict[str, Any], # the same names -> a `servers.Server` that is asked instead
+    questions: Questions,
+) -> dict[str, tuple]: # as `predict` gives it, for each model
+    "Every model in turn."
+    return {name: predict_by_server(servers[name], questions, name) if name in servers
+            else predict(folder, questions, name) for name, folder in folders.items()}
+
+
+def places_of(folders: dict[str, Path], servers: dict[str, Any], settings: Settings) -> dict[str, str]:
+    "Where each model is: a server's address, or a folder."
+    return {name: servers[name].url if name in servers else shown(folder, settings) for name, folder in folders.items()}
+
 # %% ../../nbs/evaluation/09_predictions.ipynb #leaderboard-export
 def leaderboard_questions(
     settings: Settings, # template, seed, run_dir
@@ -318,22 +334,13 @@ def evaluate_leaderboard(
     for server in servers.values(): _ = server.name  # known before a model has worked for hours
     questions, fits = leaderboard_questions(settings, chosen, folders["base"], max_new_tokens, keep=not base_only,
                                             batching={"batch_size": batch_size, "batch_tokens": batch_tokens})
-    replies = {
-        name: iter(
-            predict_by_server(servers[name], questions, name)[0]
-            if name in servers
-            else predict(where, questions, name)[0]
-        )
-        for name, where in folders.items()
-    }
+    replies = {name: iter(found) for name, (found, *_) in predict_all(folders, servers, questions).items()}
     about = {
         "seed": settings.seed,
         "template": settings.template,
         "limit": questions.limit,
         "most": most,
-        "models": {
-            name: servers[name].url if name in servers else shown(where, settings) for name, where in folders.items()
-        },
+        "models": places_of(folders, servers, settings),
     }
     board = judge_questions(
         chosen,

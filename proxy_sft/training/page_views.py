@@ -23,6 +23,7 @@ from ..core.settings import offloads, read_profile, Settings, yaml_scalar
 from ..evaluation.answers import choose_turns, EvaluateError, expected_text
 from ..evaluation.failures import got_text
 from ..evaluation.generation import answer_limit, generate_batch, load_model, questions_that_fit
+from ..evaluation.predictions import shown
 from .doctor import require_health
 from .findings import Report
 from .progress import thinned
@@ -146,11 +147,6 @@ def largest(values: list[float], form: str) -> str: # empty without a GPU, which
     "The largest value, as text."
     return form.format(max(values)) if values else "no GPU"
 
-# %% ../../nbs/training/16_page_views.ipynb #shown-path
-def shown_path(path: Path, settings: Settings) -> str:
-    "Relative to the repository where that is possible."
-    return str(path.relative_to(settings.root)) if path.is_relative_to(settings.root) else str(path)
-
 # %% ../../nbs/training/16_page_views.ipynb #card
 def result_card(
     result: Any, # `TrainResult`
@@ -158,7 +154,7 @@ def result_card(
     records: list[dict[str, Any]], # `launch.status.read_progress(result.run_dir)`
 ) -> Table:
     "Steps, losses, time, speed, memory and where everything lies."
-    folder, values = shown_path(result.run_dir, settings), partial(values_of, records)
+    folder, values = shown(result.run_dir, settings), partial(values_of, records)
     rows = [
         ["optimizer steps", f"{result.step:,}"],
         ["training loss", from_to(values("loss"))],
@@ -179,7 +175,7 @@ def next_commands(settings: Settings, profile: str) -> str: # lines for a termin
     return (f"papermill nbs/03_evaluate.ipynb out-03.ipynb -p profile {profile or settings.profile} -p run_name "
             f"{name}\n"
             f"proxy-sft report {name}\n"
-            f"less {shown_path(settings.run_dir, settings)}/SERVING.md     # commands for vLLM, SGLang and "
+            f"less {shown(settings.run_dir, settings)}/SERVING.md     # commands for vLLM, SGLang and "
             "transformers serve\n"
             "The page again, with the same parameters, resumes from the newest complete checkpoint.")
 
