@@ -20,28 +20,10 @@ from proxy_sft.training.model import LIGER, optimizer_arguments
 from proxy_sft.core.settings import load_settings
 from proxy_sft.train import train
 from test_train import rows_apart, slopes_apart
-from trainings import run_training
+from trainings import logged, run_training, TINY
 
-SMALL = dict(
-    profile="demo",
-    demo_rows=200,
-    max_train_samples=60,
-    max_eval_samples=2,
-    max_length=320,
-    logging_steps=1,
-    save_steps=2,
-    eval_steps=3,
-    max_steps=3,
-    num_proc=1,
-    report_to=[],
-)
 COLLATE = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
 BLOCK = block([[(7 * i + n) % 256 for i in range(n)] for n in (24, 31, 17)], COLLATE)
-
-
-def losses(folder, name):
-    log = json.loads((folder / "runs" / name / "trainer_state.json").read_text())["log_history"]
-    return [r["loss"] for r in log if "loss" in r]
 
 
 # ---- shapes and precisions
@@ -150,10 +132,10 @@ def test_weights_of_32_bits_are_trained_with_a_kernel_that_knows_16(tmp_path):
         ("dense", {}),
         ("kernel", dict(attention=VARLEN, activation_checkpointing="selective", act=train_with_the_gpus_kernel)),
     ):
-        done = run_training(**{**SMALL, **given, "run_name": name, **more})
+        done = run_training(**{**TINY, **given, "run_name": name, **more})
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert f"Attention: {VARLEN}, as the settings say. Checked: packed rows lose" in done.stdout
-    assert losses(tmp_path, "kernel") == pytest.approx(losses(tmp_path, "dense"), rel=2e-2)
+    assert logged(tmp_path / "runs" / "kernel") == pytest.approx(logged(tmp_path / "runs" / "dense"), rel=2e-2)
 
 
 # ---- packages that may be installed
@@ -178,7 +160,7 @@ def test_adamw_in_bfloat16_trains_and_goes_on(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(str(tmp_path / "packages"))
     settings = load_settings(
         **{
-            **SMALL,
+            **TINY,
             "workspace": str(tmp_path),
             "run_name": "half",
             "optimizer": "adamw_bf16",
@@ -188,13 +170,13 @@ def test_adamw_in_bfloat16_trains_and_goes_on(tmp_path, monkeypatch):
         }
     )
     train(settings)
-    expected, run_dir = losses(tmp_path, "half"), settings.run_dir
+    expected, run_dir = logged(tmp_path / "runs" / "half"), settings.run_dir
     assert len(expected) == 3 and expected[2] < expected[0]
     states = torch.load(run_dir / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"].values()
     assert {s["exp_avg"].dtype for s in states} == {s["exp_avg_sq"].dtype for s in states} == {torch.bfloat16}
     shutil.rmtree(run_dir / "checkpoint-3")
     train(settings)
-    assert losses(tmp_path, "half") == pytest.approx(expected, rel=2e-2)
+    assert logged(tmp_path / "runs" / "half") == pytest.approx(expected, rel=2e-2)
 
 
 def test_our_words_fit_the_packages_that_are_installed():
@@ -271,7 +253,7 @@ def test_attention_is_proved_on_the_layers_that_train(tmp_path, monkeypatch):
         (home / "liger_kernel" / name).write_text(text)
     (home / "liger_kernel-0.8.5.dist-info").mkdir()
     (home / "liger_kernel-0.8.5.dist-info" / "METADATA").write_text("Name: liger-kernel\nVersion: 0.8.5\n")
-    done = run_training(**{**SMALL, "workspace": str(tmp_path), "run_name": "proof", "bf16": True},
+    done = run_training(**{**TINY, "workspace": str(tmp_path), "run_name": "proof", "bf16": True},
                         act=PathFirst(str(home), prove_with_kernels))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from proxy_sft import commands
 from proxy_sft.core.settings import load_settings, profile_names, yaml_scalar
 from proxy_sft.training.cost import optimizer_bytes
-from trainings import run_training
+from trainings import logged, run_training
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(
@@ -203,10 +203,8 @@ def test_the_doctors_memory_is_what_two_ranks_allocate(folder, stage, rest):
 
 def outcome(folder, name):
     "Losses, and the final weights."
-    log = json.loads((folder / "runs" / name / "trainer_state.json").read_text())["log_history"]
-    return [r["loss"] for r in log if "loss" in r] + [r["eval_loss"] for r in log if "eval_loss" in r], load_file(
-        folder / "runs" / name / "model.safetensors"
-    )
+    run = folder / "runs" / name
+    return logged(run) + logged(run, "eval_loss"), load_file(run / "model.safetensors")
 
 
 def same(first, second, rel):

@@ -1,6 +1,5 @@
 """What makes training fast must train the same: three seeded steps of the demo with and without, in figures that are
 stated; what a checkpoint holds; what memory is counted."""
-import json
 import shutil
 
 import pytest
@@ -9,24 +8,9 @@ from safetensors.torch import load_file
 
 from proxy_sft.core.settings import load_settings
 from proxy_sft.training.checkpoints import checkpoint_facts  # noqa: F401 (loaded once, before the forks)
-from trainings import run_training
+from trainings import logged, run_training, TINY
 
-SMALL = dict(
-    profile="demo",
-    demo_rows=200,
-    max_train_samples=60,
-    max_eval_samples=2,
-    max_length=320,
-    logging_steps=1,
-    save_steps=2,
-    eval_steps=3,
-    max_steps=3,
-    num_proc=1,
-    bf16=True,
-    gradient_accumulation=2,
-    control_token_turns=0,
-    report_to=[],
-)
+SMALL = dict(**TINY, bf16=True, gradient_accumulation=2, control_token_turns=0)
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +23,6 @@ def trained(folder, name, **given):
     done = run_training(**{**SMALL, "workspace": str(folder), "run_name": name, **given})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return folder / "runs" / name
-
-
-def losses(run):
-    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    return [r["loss"] for r in log if "loss" in r]
 
 
 def masters(run, step):
@@ -62,7 +41,7 @@ def test_a_32_bit_copy_trains_as_32_bit_weights_do(folder, beside):
     """Losses within 1 %: products are the same, hidden states between layers have 16 bits instead of 32. The weights of
     both runs move together; those that are saved are the copies' rounding."""
     exact = trained(folder, "exact", weights="float32")
-    assert losses(beside) == pytest.approx(losses(exact), rel=1e-2) and len(losses(beside)) == 3
+    assert logged(beside) == pytest.approx(logged(exact), rel=1e-2) and len(logged(beside)) == 3
     first, last = load_file(beside / "checkpoint-2" / "model.safetensors"), load_file(beside / "model.safetensors")
     assert {t.dtype for t in last.values()} == {torch.bfloat16}
     copies = {tuple(m.shape): m for m in masters(beside, 3)}
@@ -78,10 +57,10 @@ def test_a_32_bit_copy_trains_as_32_bit_weights_do(folder, beside):
 def test_a_checkpoint_holds_the_copies_and_training_goes_on_to_the_same_bits(folder, beside, optimizer):
     run = beside if optimizer == "adamw_torch_fused" else trained(folder, optimizer, weights="bfloat16_master",
                                                                   optimizer=optimizer)
-    whole, weights, copies = losses(run), load_file(run / "model.safetensors"), masters(run, 3)
+    whole, weights, copies = logged(run), load_file(run / "model.safetensors"), masters(run, 3)
     shutil.rmtree(run / "checkpoint-3")
     trained(folder, run.name, weights="bfloat16_master", optimizer=optimizer)
-    assert losses(run) == whole
+    assert logged(run) == whole
     for name, weight in load_file(run / "model.safetensors").items(): assert weight.equal(weights[name]), name
     assert all(a.equal(b) for a, b in zip(masters(run, 3), copies, strict=True))
 

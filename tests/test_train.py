@@ -30,7 +30,7 @@ from proxy_sft.pipeline import ensure_inputs
 from proxy_sft.tokens.preparation import prepare
 from proxy_sft.training.arguments import TrainError
 from proxy_sft.training.trainer import build_trainer
-from trainings import run_training
+from trainings import logged, run_training
 
 SMALL = dict(
     profile="demo",
@@ -73,11 +73,6 @@ def run(folder, name, ranks=1, ok=True, **given):
     return done.stdout if ok else done.stderr
 
 
-def losses(folder, name):
-    log = json.loads((folder / "runs" / name / "trainer_state.json").read_text())["log_history"]
-    return [r["loss"] for r in log if "loss" in r]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A workspace with the straight run."
@@ -91,7 +86,7 @@ def test_ways_of_training_give_the_same_losses(folder, name):
     given, tolerance = SAME[name]
     said = run(folder, name, **{**STRAIGHT, **given})
     assert said.count("tool calls: decision") == 3 * (name == "asked")
-    expected, found = losses(folder, "straight"), losses(folder, name)
+    expected, found = logged(folder / "runs" / "straight"), logged(folder / "runs" / name)
     assert len(expected) == 3 and expected[2] < expected[0]
     if name == "samples":
         said = [json.loads(line) for line in (folder / "runs" / name / "logs" / "samples.jsonl").open()]
@@ -102,14 +97,14 @@ def test_ways_of_training_give_the_same_losses(folder, name):
 def test_one_rank_with_eight_micro_batches_is_two_ranks_with_four(folder):
     run(folder, "eight", gradient_accumulation=8)
     run(folder, "two", ranks=2, gradient_accumulation=4, deepspeed="null")
-    assert losses(folder, "two") == pytest.approx(losses(folder, "eight"), rel=2e-4)
+    assert logged(folder / "runs" / "two") == pytest.approx(logged(folder / "runs" / "eight"), rel=2e-4)
 
 
 def test_training_without_heldout_rows(tmp_path):
     said = run(
         tmp_path, "alone", demo_rows=200, max_train_samples=20, max_steps=1, heldout_fraction=0.0, heldout_tools=0.0
     )
-    assert "held-out" not in said and len(losses(tmp_path, "alone")) == 1
+    assert "held-out" not in said and len(logged(tmp_path / "runs" / "alone")) == 1
 
 
 # Means over tokens: the same rows and the same model, however they are batched
@@ -125,11 +120,6 @@ BATCHINGS = [
     dict(max_length=640),
     dict(max_length=1024, batch_size=2),
 ]
-
-
-def logged(folder, name, field):
-    log = json.loads((folder / "runs" / name / "trainer_state.json").read_text())["log_history"]
-    return [r[field] for r in log if field in r]
 
 
 def true_means(settings):
@@ -170,7 +160,7 @@ def test_means_do_not_depend_on_the_number_of_ranks(folder, truth, given):
     name = f"ranks-{given.get('batch_size', 1)}"
     run(folder, name, ranks=2, **{**FLAT, **given})
     for field, value in zip(("eval_loss", "eval_mean_token_accuracy"), truth):
-        assert logged(folder, name, field) == pytest.approx([value] * 2, abs=1e-5)
+        assert logged(folder / "runs" / name, field) == pytest.approx([value] * 2, abs=1e-5)
 
 
 def test_a_training_loss_over_several_steps_is_the_mean_over_their_tokens(folder):
@@ -180,9 +170,10 @@ def test_a_training_loss_over_several_steps_is_the_mean_over_their_tokens(folder
     run(folder, "by-logging", **{**flat, "max_steps": 6, "logging_steps": 2})  # records of steps 1, 2, 3 to 4, 5 to 6
     run(folder, "by-ranks", ranks=2, **{**flat, "deepspeed": "null"})
     for field in ("loss", "mean_token_accuracy"):
-        expected = logged(folder, "by-accumulation", field)
-        assert len(expected) == 3 and logged(folder, "by-logging", field)[2:] == pytest.approx(expected[1:], abs=1e-5)
-        assert logged(folder, "by-ranks", field) == pytest.approx(expected, abs=1e-5)
+        expected = logged(folder / "runs" / "by-accumulation", field)
+        assert len(expected) == 3
+        assert logged(folder / "runs" / "by-logging", field)[2:] == pytest.approx(expected[1:], abs=1e-5)
+        assert logged(folder / "runs" / "by-ranks", field) == pytest.approx(expected, abs=1e-5)
 
 
 def test_dft_weighs_each_token_by_its_probability_and_leaves_the_heldout_loss_alone(folder):
@@ -201,8 +192,9 @@ def test_dft_weighs_each_token_by_its_probability_and_leaves_the_heldout_loss_al
     run(folder, "nll", **FLAT, packing=False, batch_size=12)
     for name, batching in (("dft", dict(batch_size=12)), ("dft-4", dict(batch_size=3, gradient_accumulation=4))):
         run(folder, name, **FLAT, packing=False, loss="dft", **batching)
-        assert logged(folder, name, "loss")[0] == pytest.approx(float(sums[0] / sums[1]), rel=1e-4)
-        assert logged(folder, name, "eval_loss") == pytest.approx(logged(folder, "nll", "eval_loss"), rel=1e-6)
+        assert logged(folder / "runs" / name, "loss")[0] == pytest.approx(float(sums[0] / sums[1]), rel=1e-4)
+        plain = logged(folder / "runs" / "nll", "eval_loss")
+        assert logged(folder / "runs" / name, "eval_loss") == pytest.approx(plain, rel=1e-6)
 
 
 def weighted_means(folder, weigh, dft=False):
@@ -250,7 +242,7 @@ def test_a_token_of_a_call_counts_so_many_times_however_rows_are_batched(folder,
     plain = weighted_means(folder, lambda tokens: [1.0] * len(tokens), loss == "dft")
     assert expected != pytest.approx(plain, rel=1e-3)
     run(folder, f"calls-{name}", ranks, **{**WEIGHTED, "loss": loss, **given})
-    assert logged(folder, f"calls-{name}", "loss")[0] == pytest.approx(expected, rel=1e-4)
+    assert logged(folder / "runs" / f"calls-{name}", "loss")[0] == pytest.approx(expected, rel=1e-4)
 
 
 def weighted_data(folder, name, weights):
@@ -291,7 +283,7 @@ def test_weights_of_messages_count_in_the_loss_however_rows_are_batched(folder):
                                   ("w2", 2, dict(batch_size=2, gradient_accumulation=3, deepspeed="null")),
                                   ("wp", 1, dict(packing=True, gradient_accumulation=50))):
         run(settings.workspace_dir, name, ranks, **{**given, **batching})
-        assert logged(settings.workspace_dir, name, "loss")[0] == pytest.approx(sums[0] / sums[1], rel=1e-4), name
+        assert logged(settings.workspace_dir / "runs" / name)[0] == pytest.approx(sums[0] / sums[1], rel=1e-4), name
 
 
 def test_weights_of_one_are_no_weights(folder):
@@ -310,11 +302,12 @@ def test_weights_of_one_and_no_noise_leave_the_run_as_it_is_and_weights_move_the
         run(folder, name, **{**FLAT, **given, **more})
     weights = {name: file_hash(folder / "runs" / name / "model.safetensors")
                for name in ("w-none", "w-one", "w-three", "w-noise")}
-    assert weights["w-none"] == weights["w-one"] and losses(folder, "w-none") == losses(folder, "w-one")
+    assert weights["w-none"] == weights["w-one"]
+    assert logged(folder / "runs" / "w-none") == logged(folder / "runs" / "w-one")
     assert len({*weights.values()}) == 3
-    first = {name: logged(folder, name, "eval_loss")[0] for name in weights}
+    first = {name: logged(folder / "runs" / name, "eval_loss")[0] for name in weights}
     assert len({*first.values()}) == 1  # neither weights nor noise touch the held-out loss
-    assert logged(folder, "w-noise", "loss")[0] != logged(folder, "w-none", "loss")[0]
+    assert logged(folder / "runs" / "w-noise", "loss")[0] != logged(folder / "runs" / "w-none", "loss")[0]
 
 
 def test_every_log_is_a_record_with_all_fields(folder):
@@ -425,10 +418,10 @@ def test_adapters_stop_and_go_on_and_become_a_whole_model(folder):
         torch.testing.assert_close(final(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(final(ids).logits, base(ids).logits, atol=1e-2)
     assert torch.equal(final.model.embed_tokens.weight, base.model.embed_tokens.weight)
-    expected, whole = losses(folder, "lora"), (run_dir / "model.safetensors").read_bytes()
+    expected, whole = logged(folder / "runs" / "lora"), (run_dir / "model.safetensors").read_bytes()
     shutil.rmtree(run_dir / "checkpoint-3")
     run(folder, "lora", **given)
-    assert losses(folder, "lora") == expected and (run_dir / "model.safetensors").read_bytes() == whole
+    assert logged(folder / "runs" / "lora") == expected and (run_dir / "model.safetensors").read_bytes() == whole
 
 
 def test_adapters_under_zero2_train_as_one_rank_does(folder):
@@ -438,8 +431,8 @@ def test_adapters_under_zero2_train_as_one_rank_does(folder):
         folder, "probed", ranks=2, lora_rank=8, memory_probe="always", sample_steps=3
     )
     assert len((folder / "runs" / "probed" / "logs" / "samples.jsonl").read_text().splitlines()) == 3
-    assert losses(folder, "probed") == losses(folder, "zero")
-    assert losses(folder, "zero") == pytest.approx(losses(folder, "one"), rel=2e-4)
+    assert logged(folder / "runs" / "probed") == logged(folder / "runs" / "zero")
+    assert logged(folder / "runs" / "zero") == pytest.approx(logged(folder / "runs" / "one"), rel=2e-4)
     assert (folder / "runs" / "zero" / "model.safetensors").is_file()
 
 

@@ -3,6 +3,7 @@ because a fresh start takes seven seconds of processor time.
 
 What a fresh start does is seen by the demo, the launcher's tests and the notebooks; here the trainings are what is
 looked at."""
+import json
 import multiprocessing
 import os
 import subprocess
@@ -15,8 +16,18 @@ from ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the server is started
+TINY = dict( # a training of seconds
+    profile="demo", demo_rows=200, max_train_samples=60, max_eval_samples=2, max_length=320, num_proc=1,
+    max_steps=3, logging_steps=1, save_steps=2, eval_steps=3, report_to=[],
+)
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["proxy_sft.train"])
+
+
+def logged(run: Path, field: str = "loss") -> list: # run: a folder with a trainer_state.json
+    "What a training logged under a name, in order."
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return [record[field] for record in log if field in record]
 
 
 def be_a_rank(given: dict, environment: dict, said: str, act: Optional[Callable]) -> None:
