@@ -24,7 +24,7 @@ def make(folder: Path, files=("model.safetensors",), **facts) -> Path:
     return folder
 
 
-def test_sealed_folders(tmp_path):
+def test_atomic_folders(tmp_path):
     whole = make(tmp_path / "whole", step=1)
     (tmp_path / "again").mkdir()
     with pytest.raises(atomic_folders.AtomicFolderError, match="complete already"):

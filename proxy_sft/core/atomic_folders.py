@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'COMPLETE', 'AtomicFolderError', 'file_hash', 'files_in', 'flush', 'write_flushed', 'write_manifest',
            'set_usual_rights', 'mark_complete', 'publish', 'is_complete', 'read_manifest', 'checksum', 'with_checksum',
-           'read_record', 'damages', 'verify', 'checkpoint_step', 'complete_checkpoints', 'folder_bytes',
+           'read_with_checksum', 'damages', 'verify', 'checkpoint_step', 'complete_checkpoints', 'folder_bytes',
            'delete_folder', 'discard']
 
 # %% ../../nbs/core/04_atomic_folders.ipynb #imports
@@ -161,7 +161,7 @@ def with_checksum(record: dict[str, Any]) -> dict[str, Any]: # JSON values
     return {**record, "checksum": checksum(record)}
 
 # %% ../../nbs/core/04_atomic_folders.ipynb #read-record
-def read_record(path: Path) -> Optional[dict[str, Any]]: # without its checksum; None: there is none, or a damaged one
+def read_with_checksum(path: Path) -> Optional[dict[str, Any]]: # without it; None: there is none, or a damaged one
     "What `with_checksum` made, read again."
     try: record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError): return None

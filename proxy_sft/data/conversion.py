@@ -26,7 +26,7 @@ import orjson
 from blake3 import blake3
 
 # %% ../../nbs/data/12_conversion.ipynb #imports-own
-from ..core.atomic_folders import file_hash, flush, read_record, with_checksum, write_flushed
+from ..core.atomic_folders import file_hash, flush, read_with_checksum, with_checksum, write_flushed
 from ..core.build_once import one_at_a_time
 from ..core.display import html_table, text_table
 from ..core.settings import in_folder, is_path, Settings
@@ -358,7 +358,7 @@ def code_version() -> str: # 16 hex digits
 def read_report(folder: Path) -> Optional[dict]: # None: no report.json, or one that cannot be used
     "What a conversion wrote down about itself."
     try:
-        if (facts := read_record(folder / "report.json")) is None: return None
+        if (facts := read_with_checksum(folder / "report.json")) is None: return None
         report = report_from(facts, folder)
         by_source = sum(source["rows"] for source in report.by_source.values())
         whole = report.rows == report.kept + sum(report.rejected.values()) == by_source

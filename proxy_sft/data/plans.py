@@ -21,7 +21,7 @@ from huggingface_hub import get_token
 from huggingface_hub.utils import WeakFileLock
 
 # %% ../../nbs/data/15_plans.ipynb #imports-own
-from ..core.atomic_folders import read_record, with_checksum
+from ..core.atomic_folders import read_with_checksum, with_checksum
 from proxy_sft.data.hub import (
     ABOUT_FILES, choose_data_files, choose_model_files, DownloadError, hub_endpoint, is_among, list_repository, Source
 )
@@ -34,7 +34,7 @@ def read_manifest(
     "The record of an earlier run."
     path = folder / "download.json"
     if not path.is_file(): return None
-    manifest = read_record(path)
+    manifest = read_with_checksum(path)
     if manifest is not None and isinstance(manifest.get("files"), list): return manifest
     warnings.warn(f"{path} cannot be read; every file is compared with the hub's hashes again.", stacklevel=2)
     return None
