@@ -254,6 +254,16 @@ def test_state(file, tokenizer, tmp_path):
         assert state.note, nonsense
 
 
+def test_each_page_hears_which_of_its_messages_was_answered_last(file):
+    "A page is busy until its last message is answered: the answer to a read in the background is not it."
+    state = InspectorState(file)
+    for number, (page, do) in enumerate((("one", "read"), ("one", "tab"), ("two", "read"), ("one", "nonsense"))):
+        state.handle({"do": do, "value": "raw", "page": page, "number": number})
+        assert state.view()["answered"][page] == number
+    state.handle({"do": "query", "value": {}})
+    assert state.view()["answered"] == {"one": 3, "two": 2}
+
+
 def test_the_converters_ledger(tokenizer):
     raw = RowFile(
         [

@@ -86,7 +86,10 @@ function drawFacets(box, table, send) {
 # %% ../../nbs/chat/12_inspector_page.ipynb #script-render-export
 SCRIPT += """
 function render({model, el}) {
-  const send = message => { root.setAttribute("aria-busy", "true"); model.send(message); };
+  // each message has a number; busy until the view answers the last one that a person waits for
+  const page = `${Date.now()}-${Math.random()}`; let sent = 0, awaited = 0;
+  const post = message => model.send({...message, page, number: ++sent});
+  const send = message => { post(message); awaited = sent; root.setAttribute("aria-busy", "true"); };
   const button = (text, title, act) => make("button", {type: "button", title, "aria-label": `${text} ${title}`.trim(),
     onclick: act}, text);
   const panelId = `psft-panel-${counter++}`, number = make("input", {type: "number", min: 0, "aria-label": "Row",
@@ -192,8 +195,8 @@ SCRIPT += """
     blockBar.hidden = view.tab !== "block"; block.value = view.block; blocks.textContent = ` of ${view.blocks.toLocaleString("en")} `;
     stop.hidden = !view.reading || halted; clearTimeout(waiting);
     if (!view.reading) halted = false;
-    else if (!halted) waiting = setTimeout(() => model.send({do: "read"}), 50);
-    root.setAttribute("aria-busy", "false"); };
+    else if (!halted) waiting = setTimeout(() => post({do: "read"}), 50);
+    root.setAttribute("aria-busy", String((view.answered[page] ?? 0) < awaited)); };
   let shown = null;
   model.on("change:view", draw);
   el.append(root); draw();

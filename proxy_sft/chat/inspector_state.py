@@ -41,6 +41,7 @@ class InspectorState:
         self.query, self.flag, self.note, self._inspections, self._tables, self._views = Query(), "", "", {}, {}, {}
         self.row = self.first = self.piece = self.block = 0
         self.sort, self.down, self.append = "row", False, False
+        self.answered = {}  # page -> number of its last message
 
     @property
     def rows(self) -> RowFile:
@@ -156,6 +157,7 @@ InspectorState.page_rows, InspectorState.missing, InspectorState.go_on = _page_r
 def _handle(self: InspectorState, message: dict) -> None:
     "Do what the page wants; what is not understood becomes a note, not an error."
     do, value, self.note, self.append = message.get("do"), message.get("value"), "", False
+    if "page" in message: self.answered = {**self.answered, str(message["page"]): message.get("number")}
     try:
         if do == "find": _find(self, int(message.get("step", 1)), bool(message.get("stay")))
         elif do in ACTIONS: ACTIONS[do](self, value)
@@ -317,7 +319,7 @@ def _page(self: InspectorState) -> dict:
             "tab": self.tab, "note": self.note, "template": self.template, "templates": names, "other": self.other,
             "train_on": self.train_on, "flag": self.flag, "query": dict(self.query.__dict__), "piece": self.piece,
             "append": self.append, "shown": str(shown), "block": self.block, "blocks": len(self.blocks or ()),
-            "table": self.table_view(), "reading": self.missing()}
+            "table": self.table_view(), "reading": self.missing(), "answered": self.answered}
 
 
 InspectorState.view, InspectorState.block_view = _view, _block_view
