@@ -79,8 +79,12 @@ def lab(tmp_path_factory):
         }
     )
     (folder / "work").mkdir()
-    for theme in ("light", "dark"):  # a notebook each: a second browser would find the first one's kernel and outputs
-        (folder / "work" / f"{theme}_{NOTEBOOK}").write_text(json.dumps(notebook), encoding="utf-8")
+    (folder / "work" / NOTEBOOK).write_text(json.dumps(notebook), encoding="utf-8")
+    settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text(
+        json.dumps({"fetchNews": "false", "checkForUpdates": False})
+    )
     kernel = folder / "share" / "kernels" / "sft-qwen3"  # this Python, whatever is installed for the user
     kernel.mkdir(parents=True)
     (kernel / "kernel.json").write_text(json.dumps({
@@ -111,6 +115,7 @@ def lab(tmp_path_factory):
             f"--ServerApp.root_dir={folder / 'work'}",
             "--allow-root",
             "--LabApp.news_url=",
+            "--LabApp.expose_app_in_browser=True",
             "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         ],
         env={**os.environ, **{key: str(value) for key, value in own.items()}},
@@ -130,35 +135,35 @@ def lab(tmp_path_factory):
     log.close()
 
 
-@pytest.fixture(scope="module", params=["light", "dark"])
-def page(request, lab):
-    "A browser with JupyterLab in one theme and the notebook run to its end."
+@pytest.fixture(scope="module")
+def browser(lab):
+    "A browser with JupyterLab, the notebook run to its end."
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
     address, token, folder = lab
-    theme = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}[request.param]
-    settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True, exist_ok=True)
-    (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme, "adaptive-theme": False}))
-    (settings / "notification.jupyterlab-settings").write_text(
-        json.dumps({"fetchNews": "false", "checkForUpdates": False})
-    )
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
-    profile = folder / f"chrome-{request.param}"
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000",
-                     f"--user-data-dir={profile}", "--disable-gpu", "--hide-scrollbars"):
+                     f"--user-data-dir={folder / 'chrome'}", "--disable-gpu", "--hide-scrollbars"):
         options.add_argument(argument)
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     driver.command_executor.client_config.timeout = PATIENCE
     driver.set_page_load_timeout(PATIENCE)
     driver.set_script_timeout(PATIENCE)
     try:
-        driver.get(f"{address}/lab/tree/{request.param}_{NOTEBOOK}?token={token}&reset")
-        use = Page(driver, request.param)
-        use.run_all()
-        yield use
+        driver.get(f"{address}/lab/tree/{NOTEBOOK}?token={token}&reset")
+        Page(driver, "first").run_all()
+        yield driver
     finally: driver.quit()
+
+
+@pytest.fixture(scope="module", params=["light", "dark"])
+def page(request, browser):
+    "The notebook in one theme, the inspector at its first row."
+    use = Page(browser, request.param)
+    use.take_theme()
+    use.choose_row(0)
+    return use
 
 
 class Page:
@@ -185,6 +190,19 @@ class Page:
         self.wait(f"!{prompts}.some(text => text.includes('*'))", "all cells have run")
         self.driver.execute_script("document.querySelector('.psft-app').scrollIntoView({block: 'center'})")
 
+    def take_theme(self):
+        "Change JupyterLab's theme and wait until the page has it."
+        name, light = f"JupyterLab {self.theme.title()}", str(self.theme == "light").lower()
+        self.driver.execute_async_script(
+            "const done = arguments[1]; jupyterapp.commands.execute('apputils:change-theme', {theme: arguments[0]})"
+            ".then(() => done())", name)
+        self.wait(f"document.body.dataset.jpThemeName === '{name}' && document.body.dataset.jpThemeLight === '{light}'")
+
+    def choose_row(self, row):
+        from selenium.webdriver.common.keys import Keys
+        self.keys("[aria-label=Row]", Keys.CONTROL, "a", Keys.NULL, str(row), Keys.ENTER)
+        self.arrive(row)
+
     def menu(self, bar, item):
         from selenium.webdriver.common.by import By
         name = f"//li[contains(@class,'lm-MenuBar-item')][.//div[text()='{bar}']]"
@@ -199,7 +217,7 @@ class Page:
     def text(self, selector): return self.find(selector).text
     def row(self): return int(self.find("[aria-label=Row]").get_property("value"))
     def arrive(self, row):
-        "Until a row is shown: the reply to a look at further rows may come before the one to a key."
+        "Until a row is shown."
         self.wait(f"document.querySelector('.psft-app [aria-label=Row]').value === '{row}'", f"row {row} is shown")
 
     def idle(self): self.wait("document.querySelector('.psft-app').getAttribute('aria-busy') !== 'true'")
