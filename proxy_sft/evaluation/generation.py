@@ -96,6 +96,31 @@ def ready_to_answer(
         model.generation_config = generation
         model.train(training)
 
+# %% ../../nbs/evaluation/02_generation.ipynb #padded-export
+def left_padded(prompts: list[list[int]], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    "Prompts of one width, and 1 where a token is theirs."
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def only_open(out: Any, mask: torch.Tensor, rows: list[int]) -> dict[str, Any]: # the inputs of the next stretch
+    "The rows of a batch whose answers have not ended, with what the cache knows of them."
+    kept, ids = torch.tensor(rows, dtype=torch.long, device=mask.device), out.sequences
+    if len(rows) < len(mask): out.past_key_values.batch_select_indices(kept)
+    mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+    return {"input_ids": ids[kept], "attention_mask": mask[kept], "past_key_values": out.past_key_values}
+
+
+# %% ../../nbs/evaluation/02_generation.ipynb #read-tokens
+def read_tokens(tokenizer: Any, new: list[int], stop: list[int], limit: int, late: bool) -> Reply:
+    "What a model wrote before its stop token."
+    end = next((k for k, token in enumerate(new) if token in stop), len(new))
+    return Reply(tokenizer.decode(new[:end]), end < len(new), min(end + 1, len(new)),
+                 problem="out of time" if late and end == len(new) < limit else "")
+
+
 # %% ../../nbs/evaluation/02_generation.ipynb #generate-batch
 def generate_batch(
     model: Any, # a causal language model of Transformers
@@ -104,19 +129,25 @@ def generate_batch(
     stop: list[int], # ids that end an answer
     limit: int, # tokens per answer
     seconds: Optional[float] = None, # answers that take longer are cut
+    stretch: int = 32, # tokens after which ended answers leave the batch
 ) -> list[Reply]: # in the prompts' order
     "Greedy answers to one batch."
-    began, width = time.monotonic(), max(map(len, prompts))
+    end, width = None if seconds is None else time.monotonic() + seconds, max(map(len, prompts))
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), stop[0])
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    ids, mask = left_padded(prompts, pad, model.device)
+    given, asked, new = {"input_ids": ids, "attention_mask": mask}, list(range(len(prompts))), [[]] * len(prompts)
+    made, late = 0, False
     with ready_to_answer(model):
-        out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=limit, use_cache=True,
-                             eos_token_id=stop, pad_token_id=pad, max_time=seconds)[:, width:].tolist()
-    late = seconds is not None and time.monotonic() - began >= seconds
-    ends = [next((k for k, token in enumerate(new) if token in stop), len(new)) for new in out]
-    return [Reply(tokenizer.decode(new[:end]), end < len(new), min(end + 1, len(new)),
-                  problem="out of time" if late and end == len(new) < limit else "") for new, end in zip(out, ends)]
+        while asked and made < limit and not late:
+            out = model.generate(**given, do_sample=False, max_new_tokens=min(stretch, limit - made), use_cache=True,
+                                 eos_token_id=stop, pad_token_id=pad, return_dict_in_generate=True,
+                                 max_time=None if end is None else max(0.0, end - time.monotonic()))
+            for i, row in zip(asked, out.sequences[:, width:].tolist(), strict=True): new[i] = row
+            made, late = out.sequences.shape[1] - width, end is not None and time.monotonic() >= end
+            rows = [k for k, i in enumerate(asked) if not set(stop) & set(new[i])]
+            given, asked = only_open(out, given["attention_mask"], rows), [asked[k] for k in rows]
+    return [read_tokens(tokenizer, tokens, stop, limit, late) for tokens in new]
+
 
 # %% ../../nbs/evaluation/02_generation.ipynb #generate-export
 def generate_replies(
@@ -230,6 +261,7 @@ def load_model(
     folder: Path, # as `save_pretrained` writes it
     device: str = "auto", # `cpu`, or `auto` for a GPU where there is one
     attention: str = "auto", # attention implementation; auto is PyTorch's own
+    bf16: bool = False, # weights of 32 bits as bfloat16
 ) -> tuple[Any, dict]: # the model in evaluation mode, and its generation config
     "Load a model for greedy answers; EvaluateError when the folder cannot be loaded."
     bars = logging.is_progress_bar_enabled()
@@ -244,9 +276,9 @@ def load_model(
     finally:
         if bars: logging.enable_progress_bar()
     on_gpu = device == "auto" and torch.cuda.is_available()
-    return model.to(
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
-    ).eval(), model.generation_config.to_dict()
+    place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
+    half = bf16 and model.dtype == torch.float32
+    return model.to(place, torch.bfloat16 if half else None).eval(), model.generation_config.to_dict()
 
 # %% ../../nbs/evaluation/02_generation.ipynb #loss-export
 def token_losses(

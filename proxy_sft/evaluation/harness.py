@@ -168,11 +168,11 @@ def kept_task(
     keep: bool, # on disk, in the run's folder
 ) -> dict: # as of `run_task`
     "A task's scores from disk, or measured now."
-    key = digest([model_identity(folder), task, limit, settings.template, HARNESS])
+    key = digest([model_identity(folder), task, limit, settings.template, settings.bf16, HARNESS])
     path = settings.run_dir / "harness" / f"{key}.json"
     if keep and path.is_file(): return json.loads(path.read_text(encoding="utf-8"))
     attention = settings.attention if settings.attention in ("eager", "sdpa") else "auto"
-    model, _ = load_model(folder, settings.device, attention)
+    model, _ = load_model(folder, settings.device, attention, settings.bf16)
     scores = run_task(task, model, AutoTokenizer.from_pretrained(folder), manager, limit,
                       options=serving_options(settings.template))
     if keep:

@@ -191,7 +191,7 @@ def predict(
     import torch
     from proxy_sft.evaluation.generation import answer_rows, generate_replies, load_model, losses_of, model_identity
     q, tokenizer, template = questions, questions.tokenizer, questions.settings.template
-    model, generation = load_model(folder, q.settings.device, q.settings.attention)
+    model, generation = load_model(folder, q.settings.device, q.settings.attention, q.settings.bf16)
     with progress(name, len(q.prompts), " turns") as bar:
         replies = generate_replies(
             model,
@@ -200,7 +200,7 @@ def predict(
             stop_token_ids(tokenizer, generation),
             q.limit,
             done=bar.update,
-            store=q.store(model_identity(folder)),
+            store=q.store(model_identity(folder), str(model.dtype)),
             stop_reason=q.stop_reason,
             **q.batching,
         )

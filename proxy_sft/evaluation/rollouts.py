@@ -206,7 +206,7 @@ def answers_kept(
     "Where the replies of a model lie until the evaluation is complete."
     from proxy_sft.evaluation.generation import AnswerStore, digest, model_identity
     name = model_identity(who) if isinstance(who, Path) else [who.url, who.name]
-    return AnswerStore(settings.run_dir / kind, digest([name, settings.template, limit]))
+    return AnswerStore(settings.run_dir / kind, digest([name, settings.template, settings.bf16, limit]))
 
 # %% ../../nbs/evaluation/12_rollouts.ipynb #model-answers
 def model_answers(
@@ -223,7 +223,7 @@ def model_answers(
     from proxy_sft.chat.saving import stop_token_ids
     from proxy_sft.evaluation.generation import generate_replies, load_model
     tokenizer = AutoTokenizer.from_pretrained(settings.model_dir, local_files_only=True)
-    model, generation = load_model(folder, settings.device, settings.attention)
+    model, generation = load_model(folder, settings.device, settings.attention, settings.bf16)
     stop, inspection = stop_token_ids(tokenizer, generation), Inspection(tokenizer, settings.template)
     def answer(turns: list[HeldoutTurn]) -> list[Reply]:
         prompts = [row[-1].tolist() for row in server_prompts(inspection,

@@ -255,7 +255,7 @@ def answers_of(
     "A model's answers; its memory is given back."
     gc.collect()
     if torch.cuda.is_initialized(): torch.cuda.empty_cache()  # what the training, or the model before, has left
-    model, generation = load_model(folder, settings.device, settings.attention)
+    model, generation = load_model(folder, settings.device, settings.attention, settings.bf16)
     stop = stop_token_ids(tokenizer, generation)
     return [got_text(generate_batch(model, tokenizer, [prompt], stop, limit)[0]) for prompt in prompts]
 
