@@ -29,6 +29,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "workspace" / "precautions"
+LONGEST = 2500  # characters of a row
 SHARES = {"first": "first token right", "call_begin": "`<tool_call>` likeliest", "stop": "stop token likeliest",
           "names": "right tools", "exact": "exact calls", "stops": "stops"}
 
@@ -84,9 +85,8 @@ def write_data(kind: str, rows: list, kept_apart: set[str], target: Path) -> Non
     target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def joined_turns(rows: list, chance: random.Random, longest: int = 2500) -> list:
-    "Pairs of short rows as one conversation: its tools are those of both, and a result stands after each call."
-    rows = [row for row in rows if len(json.dumps(row)) < longest]
+def joined_turns(rows: list, chance: random.Random) -> list:
+    "Pairs of rows as one conversation: its tools are those of both, and a result stands after each call."
     rows, blank = chance.sample(rows, len(rows)), {"functions": None, "function_calls": None}
     after = [{"role": "environment", "content": '{"ok": true}', **blank},
              {"role": "assistant", "content": "Done.", **blank}]
@@ -156,6 +156,7 @@ def settings_of(name: str, given: argparse.Namespace, rows: list, seed: int, **m
     values = {"workspace": str(workspace), "dataset": str(data), "heldout_tools": kept_apart,
               "run_name": f"{name}-{seed}", "max_steps": given.steps, "save_steps": given.steps,
               "eval_steps": given.steps, "max_length": 1024, "max_eval_samples": 4, "control_token_turns": 0,
+              "gradient_accumulation": 1,
               "num_proc": 1, "seed": seed, "parity": "warn" if variant.change else "require",
               **dict(given.p), **variant.settings}
     return load_settings("smollm2", **{**values, **more})
@@ -206,7 +207,7 @@ def measured_turns(settings: Any, folder: Path, given: argparse.Namespace) -> di
     read = [read_turn(model, tokenizer, settings, *pair) for pair in zip(turns, prompts, strict=True)]
     asked = turns[:given.asked]
     replies = generate_replies(model, tokenizer, prompts[:given.asked], stop_token_ids(tokenizer, generation),
-                               answer_limit(asked, tokenizer, 128), batch_size=8)
+                               answer_limit(asked, tokenizer, 96), batch_size=8)
     scores = [score_turn(t.expected, read_reply(r), t.tools) for t, r in zip(asked, replies, strict=True)]
     for one, score in zip(read, scores):
         one["shares"] |= {metric: [int(score[metric]), 1] for metric in SHARES if metric in score}
@@ -275,7 +276,7 @@ def table(found: dict[str, list[dict]]) -> str: # Markdown
 def main() -> None:
     "Every variant in a process of its own; then the table."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of 2,048 tokens")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of 1,024 tokens")
     parser.add_argument("--seeds", type=int, default=1, help="trainings per variant")
     parser.add_argument("--turns", type=int, default=48, help="held-out turns to read")
     parser.add_argument("--asked", type=int, default=16, help="held-out turns to answer")
@@ -290,7 +291,8 @@ def main() -> None:
     if given.one:
         name, seed = given.one.rsplit("-", 1)
         rows = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()]
-        rows = random.Random(0).sample(rows, 1200)  # a few dozen are trained on; the others need no preparation
+        # short ones, which are read and trained on quickly, and few: a few dozen are trained on
+        rows = random.Random(0).sample([row for row in rows if len(json.dumps(row)) < LONGEST], 1000)
         results.mkdir(parents=True, exist_ok=True)
         (results / f"{given.one}.json").write_text(json.dumps(measure(name, given, rows, int(seed))))
         return

@@ -1,5 +1,8 @@
 """`make real`: SmolLM2-135M-Instruct learns to call tools from the Berkeley leaderboard's questions, by the four pages,
-on the CPU."""
+on the CPU or one GPU.
+
+    python tools/real.py [-p NAME VALUE …]    # parameters for the pages, such as `-p seed 1 -p run_name second`
+"""
 import os
 import subprocess
 import sys
@@ -44,7 +47,7 @@ def main() -> None:
     executed.mkdir(parents=True, exist_ok=True)
     folders = [str(PACKAGES), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders).rstrip(os.pathsep)}
-    profile = ["-p", "profile", "smollm2", *arithmetic()]
+    profile = ["-p", "profile", "smollm2", *arithmetic(), *sys.argv[1:]]
     for page, more in PAGES.items():
         print(f"\n{page}: papermill nbs/{page}.ipynb …", flush=True)
         parameters = [] if page == "real" else [*profile, *more]
@@ -52,7 +55,7 @@ def main() -> None:
                    "--no-progress-bar", "--log-output"]
         if subprocess.run(command, cwd=ROOT, env=environment).returncode: sys.exit(f"{page} failed; its own message "
                                                                                    "stands above.")
-    print(f"\nDone. The executed pages lie in {executed.relative_to(ROOT)}, the model in workspace/runs/smollm2.")
+    print(f"\nDone. The executed pages lie in {executed.relative_to(ROOT)}, the model in workspace/runs.")
 
 
 if __name__ == "__main__":
