@@ -15,22 +15,17 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from browsers import contrasts, Inspector, needs_chromium, PATIENCE, start_chromium
 from ports import free_port
 
+from proxy_sft.chat.views import show_row
+from proxy_sft.demo.tokenizer import build_demo_tokenizer
+
 ROOT = Path(__file__).resolve().parents[1]
-PICTURES = ROOT / "test-artifacts"
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-DRIVER = shutil.which("chromedriver")
 NOTEBOOK = "01_convert.ipynb"
-PATIENCE = 600  # seconds until something counts as stuck; nothing is awaited that long
 
 pytestmark = [
-    pytest.mark.skipif(
-        BROWSER is None or DRIVER is None,
-        reason="no Chromium with chromedriver here: the inspector was not tried in a browser",
-    ),
+    needs_chromium,
     pytest.mark.skipif(
         not shutil.which("jupyter-lab", path=str(Path(sys.executable).parent)), reason="no JupyterLab here"
     ),
@@ -138,18 +133,8 @@ def lab(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser(lab):
     "A browser with JupyterLab, the notebook run to its end."
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
     address, token, folder = lab
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000",
-                     f"--user-data-dir={folder / 'chrome'}", "--disable-gpu", "--hide-scrollbars"):
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    driver.command_executor.client_config.timeout = PATIENCE
-    driver.set_page_load_timeout(PATIENCE)
-    driver.set_script_timeout(PATIENCE)
+    driver = start_chromium("--window-size=1400,1000", f"--user-data-dir={folder / 'chrome'}")
     try:
         driver.get(f"{address}/lab/tree/{NOTEBOOK}?token={token}&reset")
         Page(driver, "first").run_all()
@@ -166,18 +151,11 @@ def page(request, browser):
     return use
 
 
-class Page:
-    "What a person does with the notebook and the inspector."
+class Page(Inspector):
+    "The notebook around it as well."
     def __init__(self, driver, theme): self.driver, self.theme = driver, theme
 
-    def wait(self, script, why=""):
-        "Until a script gives something."
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            if found := self.driver.execute_script("return " + script): return found
-            time.sleep(.1)
-        self.picture("stuck")
-        raise AssertionError(f"not within {PATIENCE} s: {why or script}")
+    def picture(self, name): super().picture(f"{self.theme}-{name}")
 
     def run_all(self):
         "Run all cells from the menu; the last one opens the inspector."
@@ -201,7 +179,7 @@ class Page:
     def choose_row(self, row):
         from selenium.webdriver.common.keys import Keys
         self.keys("[aria-label=Row]", Keys.CONTROL, "a", Keys.NULL, str(row), Keys.ENTER)
-        self.arrive(row)
+        self.wait(f"document.querySelector('.psft-app [aria-label=Row]').value === '{row}'", f"row {row} is shown")
 
     def menu(self, bar, item):
         from selenium.webdriver.common.by import By
@@ -210,37 +188,6 @@ class Page:
         entry = ("Array.from(document.querySelectorAll('.lm-Menu-item')).find(e => "
                  "e.textContent.trim().startsWith(arguments0))")
         self.wait(entry.replace("arguments0", json.dumps(item))).click()
-
-    def find(self, selector):
-        return self.wait(f"document.querySelector({json.dumps('.psft-app ' + selector)})")
-
-    def text(self, selector): return self.find(selector).text
-    def row(self): return int(self.find("[aria-label=Row]").get_property("value"))
-    def arrive(self, row):
-        "Until a row is shown."
-        self.wait(f"document.querySelector('.psft-app [aria-label=Row]').value === '{row}'", f"row {row} is shown")
-
-    def idle(self): self.wait("document.querySelector('.psft-app').getAttribute('aria-busy') !== 'true'")
-
-    def press(self, selector):
-        self.find(selector).click()
-        self.idle()
-
-    def keys(self, selector, *keys):
-        self.find(selector).send_keys(*keys)
-        self.idle()
-
-    def choose(self, label, name):
-        from selenium.webdriver.support.ui import Select
-        box = self.wait("Array.from(document.querySelectorAll('.psft-app label')).find(l => "
-                        f"l.textContent.startsWith('{label}'))"
-                        "?.nextElementSibling")
-        Select(box).select_by_visible_text(name)
-        self.idle()
-
-    def picture(self, name):
-        PICTURES.mkdir(exist_ok=True)
-        self.driver.save_screenshot(str(PICTURES / f"inspector-{self.theme}-{name}.png"))
 
 
 def test_rows_and_views(page):
@@ -295,7 +242,6 @@ def test_keyboard(page):
     at, cells = page.row(), len(page.driver.find_elements(By.CSS_SELECTOR, ".jp-Notebook .jp-Cell"))
     for key, row in (("j", at + 1), ("n", at + 2), ("k", at + 1)):
         page.keys(".panel", key)
-        page.arrive(row)
         assert page.row() == row
     page.keys(".panel", "2")
     assert page.find("[data-tab=tokens]").get_attribute("aria-selected") == "true"
@@ -320,22 +266,40 @@ def test_copy_as_json(page):
 
 def test_colours_can_be_read(page):
     "Text against its background, as the browser computes it: at least 4.5 to 1, in both themes."
-    shades = page.driver.execute_script("""
-      const solid = node => { for (let n = node; n; n = n.parentElement) {
-        const c = getComputedStyle(n).backgroundColor;
-        if (!/, 0\\)|transparent/.test(c) && !/rgba/.test(c)) return c; } return 'rgb(255, 255, 255)'; };
-      return ['.panel .t', '.panel mark', '.bar button', '.bar select', '.bar input', '[role=tab]', 'p'].map(s => {
-        const node = document.querySelector('.psft-app ' + s);
-        return [s, getComputedStyle(node).color, solid(node)]; })""")
-    def light(color):
-        parts = [int(float(c)) / 255 for c in re.findall(r"[\d.]+", color)[:3]]
-        parts = [c / 12.92 if c <= .03928 else ((c + .055) / 1.055) ** 2.4 for c in parts]
-        return .2126 * parts[0] + .7152 * parts[1] + .0722 * parts[2]
-    for selector, front, back in shades:
-        a, b = sorted((light(front), light(back)))
-        assert (b + .05) / (a + .05) >= 4.5, (page.theme, selector, front, back)
+    parts = ".panel .t", ".panel mark", ".bar button", ".bar select", ".bar input", "[role=tab]", "p"
+    found = contrasts(page.driver, *(f".psft-app {part}" for part in parts))
+    assert len(found) == len(parts) and min(found.values()) >= 4.5, (page.theme, found)
 
 
 def test_cells_ran_without_an_error(page):
     errors = "Array.from(document.querySelectorAll('[data-mime-type*=error]')).map(e => e.textContent).join()"
     assert page.driver.execute_script("return " + errors) == ""
+
+
+def untrusted_notebook(tokenizer):
+    "As another machine left it: a widget that nobody can start here, with the row itself beside it."
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    page = show_row({"messages": messages}, tokenizer)._repr_html_()
+    widget = {"version_major": 2, "version_minor": 0, "model_id": "0" * 32}
+    data = {"text/html": page, "application/vnd.jupyter.widget-view+json": widget, "text/plain": "a widget"}
+    output = {"output_type": "display_data", "metadata": {}, "data": data}
+    cell = {"cell_type": "code", "id": "copy", "metadata": {}, "source": "1", "execution_count": 1, "outputs": [output]}
+    kernel = {"name": "sft-qwen3", "display_name": "sft-qwen3", "language": "python"}
+    return {"cells": [cell], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+
+
+def test_an_untrusted_notebook_shows_what_is_trained(page, lab):
+    "JupyterLab takes styles away; lines and marks stay, the stop token among them. The last test, since it leaves."
+    if page.theme == "light": return  # once is enough, where it is harder to read
+    address, token, folder = lab
+    notebook = untrusted_notebook(build_demo_tokenizer(["Hi", "Hello!"]))
+    (folder / "work" / "untrusted.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    page.driver.get(f"{address}/lab/tree/untrusted.ipynb?token={token}&reset")
+    page.wait("document.querySelector('.jp-OutputArea-output mark')", "the copy is shown")
+    page.picture("untrusted")
+    answer = page.driver.execute_script("return document.querySelector('.jp-OutputArea-output mark').innerText")
+    assert answer == "Hello!<|im_end|>"
+    before = page.driver.execute_script("return document.querySelector('.jp-OutputArea-output pre').innerText")
+    assert before.splitlines() == ["<|im_start|>user", "Hi<|im_end|>"]
+    found = contrasts(page.driver, ".jp-OutputArea-output mark", ".jp-OutputArea-output pre")
+    assert len(found) == 2 and min(found.values()) >= 4.5, found

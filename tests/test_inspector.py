@@ -441,11 +441,11 @@ def test_rows_are_sorted_filtered_and_counted(tokenizer):
     assert next(facet for facet in ask("table")["facets"] if facet["name"] == "source")["values"][0][:3] == ["s0", "s0",
             30]
     assert "of 30 rows" in ask("facet", ["source", "s1"])["caption"]
-    tokens = [int(cells[6].replace(",", "")) for _, cells in ask("sort", "tokens")["rows"]]
+    tokens = [int(cells[5].replace(",", "")) for _, cells in ask("sort", "tokens")["rows"]]
     assert tokens == sorted(tokens) and state.note == ""
     ask("facet", ["source", ""])
     state.handle({"do": "template", "value": "stock"})
-    assert len(ask("flag", "parity")["rows"]) > 0 and all(cells[-1].startswith("✘") for _,
+    assert len(ask("flag", "parity")["rows"]) > 0 and all(cells[7].startswith("✘") for _,
                                                           cells in ask("table")["rows"])
     state.handle({"do": "go", "value": ""})
     assert state.note == "a row is a whole number, not ''"  # an emptied field is a sentence, no Python error
@@ -495,3 +495,66 @@ def test_compared_templates_are_marked(tokenizer):
     assert "<ins>&lt;think&gt;" in html and "2 differences" in html  # the tool's empty fields, and thinking
     state.handle({"do": "other", "value": "nothink"})
     assert "the same tokens" in state.view()["html"]
+
+
+def test_a_path_brings_what_its_profile_knows(tmp_path, monkeypatch):
+    "A ledger's raw rows, a prepared folder's conversations and choices; from the root and from nbs/ alike."
+    from proxy_sft.chat.inspector import open_inspector
+    from proxy_sft.core.settings import load_settings
+    from proxy_sft.pipeline import ensure_prepared
+    workspace = {"workspace": str(tmp_path), "demo_rows": 200, "max_train_samples": 20, "max_length": 400}
+    settings = load_settings("demo", **workspace)
+    prepared = ensure_prepared(settings)
+    load = lambda profile="", **more: load_settings(profile or "demo", **{**workspace, **more})
+    monkeypatch.setattr("proxy_sft.chat.inspector.load_settings", load)
+    rejected = open_inspector(settings.converted_dir / "rejected.jsonl")
+    assert "raw" in rejected.files and "<mark>" in rejected.view()["html"] and rejected.tokenizer is not None
+    assert open_inspector(settings.converted_dir).rows.path == settings.converted_dir / "train.jsonl"
+    packed = open_inspector(prepared.folder)
+    assert packed.tab == "block" and "block 0 of" in packed.view()["html"] and packed.max_length == 400
+    names = [packed.block_view() for packed.block in range(len(packed.blocks))]
+    assert names and not any("row not looked up" in name for name in names)  # of rows that were cut, too
+    (settings.converted_dir / "report.json").write_text('{"files": []}')
+    with pytest.raises(FileNotFoundError, match="not those of any profile"): open_inspector(prepared.folder)
+
+
+def test_misspelt_names_get_the_nearest(file):
+    for wrong, right in (("dmo", "'demo'"), (str(file).replace("train", "trian"), str(file))):
+        with pytest.raises(FileNotFoundError, match=re.escape(right)): inspect(wrong)
+    file.rename(file.with_name("rows.jsonl"))
+    with pytest.raises(FileNotFoundError, match="Name one of its files: rows.jsonl"): inspect(file.parent)
+
+
+def test_servers_beside_each_other(tokenizer):
+    "A tool that only one server rewrites; a request that one refuses; the training text ends where the answer begins."
+    tool = {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {"x": {"type": "text"}}}}
+    tools = json.dumps([{"type": "function", "function": tool}])
+    state = InspectorState(RowFile([{**row(1, "x", 1), "tools_json": tools}]), tokenizer, "stock")
+    def view(**sides):
+        for do, value in {"tab": "compare", **sides}.items(): state.handle({"do": do, "value": value})
+        assert not state.note, state.note
+        return state.view()["html"]
+    assert "Choose" in view()
+    page = view(server="vllm", other_server="sglang")
+    assert "f(x) <strong>differs</strong>" in page and "<ins>string</ins>" in page and "vLLM 0" in page
+    assert "the same tokens" in view(server="", other_server="vllm", template="nothink")
+    state.handle({"do": "server", "value": "nonsense"})
+    assert "not understood" in state.note
+    page = view(server="", other_server="", template="nothink", other="stock")
+    for tag in ("del", "ins"):  # no mark goes over the end of a line: between lines lie folds
+        marks = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.S)
+        assert marks and not any("\n" in mark for mark in marks)
+
+
+def test_a_view_is_made_once_while_rows_are_read(file, tokenizer, monkeypatch):
+    "A page that reads in the background is answered three times a second: its view is not rendered again each time."
+    state, made = InspectorState(RowFile(file), tokenizer), []
+    html = RowView.html
+    monkeypatch.setattr(RowView, "html", lambda self, *args: made.append(args) or html(self, *args))
+    first = state.view()["html"]
+    state.handle({"do": "read"})
+    assert state.view()["html"] == first and len(made) == 1
+    for do, value in (("go", 1), ("tab", "tokens"), ("template", "stock"), ("train_on", "last")):
+        state.handle({"do": do, "value": value})
+        assert state.view()["html"] != first or do == "train_on"
+    assert len(made) == 5

@@ -2,10 +2,9 @@
 import json
 import math
 import re
-import shutil
-import subprocess
 
 import pytest
+from browsers import needs_chromium, show_as, start_chromium
 
 from proxy_sft.commands import main
 from proxy_sft.core.settings import load_settings, save_settings
@@ -13,7 +12,6 @@ from proxy_sft.launch.curves import axis_of, curve, thinned
 from proxy_sft.launch.report import comparison_html, report_html
 
 UGLY = "<script>window.pwned=1</script>"
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def a_run(folder, losses, **settings):
@@ -97,23 +95,14 @@ def test_axes_end_at_ticks_and_no_spike_is_lost():
     assert (77_777, 50.0) in thinned(points) and len(thinned(points)) < 500
 
 
-@pytest.mark.skipif(not BROWSER or not shutil.which("chromedriver"), reason="no Chromium with chromedriver here")
+@needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pages_fit_a_telephone(tmp_path, scheme):
     "420 pixels wide, nothing has to be scrolled sideways; text and page differ in brightness."
-    webdriver = pytest.importorskip("selenium.webdriver")
     runs = [a_run(tmp_path / name, [8.0, 1.0, 0.1], dataset=f"./{'rows' * 30}.jsonl") for name in ("a" * 60, "b")]
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(word)
-    service = webdriver.chrome.service.Service(shutil.which("chromedriver"), log_output=subprocess.DEVNULL)
-    browser = webdriver.Chrome(options=options, service=service)
+    browser = start_chromium()
     try:
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
-                                {"width": 420, "height": 900, "deviceScaleFactor": 1, "mobile": False})
+        show_as(browser, 420, scheme)
         for name, text in (("report", report_html(runs[0])), ("comparison", comparison_html(runs))):
             (tmp_path / f"{name}.html").write_text(text, encoding="utf-8")
             browser.get((tmp_path / f"{name}.html").as_uri())

@@ -20,10 +20,13 @@ from .inspector_state import InspectorState
 from .masks import TRAIN_ON
 from .packed_blocks import PackedBlocks
 from .row_files import find_row, Query, RowFile
+from .servers import SERVERS
 from .templates import TEMPLATES
 from .views import row_text, RowView, safe, TABS
 from ..core.atomic_folders import is_complete
-from ..core.settings import load_settings, profile_names, repository_root, Settings
+from proxy_sft.core.settings import (
+    did_you_mean, load_settings, nearest_path, profile_names, repository_root, Settings
+)
 from ..data.rows import convert_row
 from ..demo.rows import demo_rows
 from ..demo.tokenizer import build_demo_tokenizer
@@ -34,6 +37,7 @@ class Sources(NamedTuple):
     rows: RowFile
     files: dict             # name -> path of other files
     settings: Optional[Settings] = None
+    blocks: Optional[Path] = None  # a prepared folder
 
 # %% ../../nbs/chat/15_inspector.ipynb #find-sources
 def find_sources(
@@ -45,18 +49,36 @@ def find_sources(
     path = _existing(Path(given).expanduser())
     name = str(given)
     if name in profile_names() and (path is None or path.is_dir()): return _of_settings(load_settings(name))
-    if path is None: raise FileNotFoundError(f"There is no file or profile {name!r}. Profiles: "
-                                             f"{', '.join(profile_names())}.")
+    if path is None: raise FileNotFoundError(_no_such(name))
+    if (path / "train.arrow").is_file(): return _of_prepared(path)
     if path.is_dir(): path = path / "train.jsonl"
-    if not path.is_file(): raise FileNotFoundError(f"There is no {path}. Convert first (nbs/01_convert.ipynb), or name "
-                                                   "a .jsonl file.")
+    if not path.is_file(): raise FileNotFoundError(_nothing_in(path.parent))
+    settings = next((one for one in _profiles() if path.resolve().parent == one.converted_dir.resolve()), None)
+    raw = {"raw": settings.train_file} if settings and settings.train_file.is_file() else {}
     beside = {
         other.name: other for other in sorted(path.parent.glob("*.jsonl")) if other.name in LEDGERS and other != path
     }
-    return Sources(RowFile(path), beside)
+    return Sources(RowFile(path), beside | raw, settings)
+
+# %% ../../nbs/chat/15_inspector.ipynb #no-such
+def _no_such(name: str) -> str:
+    "What is wrong with a name that is nothing, and what may be meant."
+    path = Path(name).expanduser()
+    near = did_you_mean(name, profile_names()) or nearest_path(path) or nearest_path(repository_root() / path)
+    profiles = "" if "Did you mean" in near else f" Profiles: {', '.join(profile_names())}."
+    return f"There is no file or profile {name!r}.{near}{profiles}"
+
+
+def _nothing_in(folder: Path) -> str:
+    "What is wrong with a folder without converted rows."
+    files = [path.name for path in sorted(folder.glob("*.jsonl"))]
+    named = f"Name one of its files: {', '.join(files[:6])}."
+    convert = "Convert first (nbs/01_convert.ipynb), or name a .jsonl file."
+    return f"There is no train.jsonl in {folder}. {named if files else convert}"
 
 # %% ../../nbs/chat/15_inspector.ipynb #existing
 LEDGERS = ("train.jsonl", "heldout.jsonl", "rejected.jsonl", "repaired.jsonl")
+PREPARED_BY = ("template", "train_on", "max_length", "cut", "packing")  # settings
 
 
 def _existing(path: Path) -> Optional[Path]:
@@ -74,6 +96,24 @@ def _of_settings(settings: Settings) -> Sources:
         "nbs/00_download.ipynb and "
         f"nbs/01_convert.ipynb with profile {settings.profile}.")
     return Sources(RowFile(demo_rows(settings.demo_rows, settings.seed)), {}, settings)
+
+# %% ../../nbs/chat/15_inspector.ipynb #of-prepared
+def _profiles() -> list[Settings]:
+    "The settings of every profile, the default one first."
+    return [load_settings(name) for name in dict.fromkeys(["", *profile_names()])]
+
+
+def _of_prepared(folder: Path) -> Sources:
+    "A prepared folder, and the conversations that it was made from: those whose checksum stands in its manifest."
+    parts = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("key_parts", {})
+    chosen = {name: parts[f"settings/{name}"] for name in PREPARED_BY if f"settings/{name}" in parts}
+    for settings in _profiles():
+        report = settings.converted_dir / "report.json"
+        files = json.loads(report.read_text(encoding="utf-8"))["files"] if report.is_file() else []
+        if any((file["name"], file["blake3"]) == ("train.jsonl", parts.get("data/train.jsonl")) for file in files):
+            return _of_settings(settings.model_copy(update=chosen))._replace(blocks=folder)
+    raise FileNotFoundError(f"The conversations that {folder} was made from are not those of any profile now: name the "
+                            "settings that prepared it.")
 
 # %% ../../nbs/chat/15_inspector.ipynb #tokenizer-export
 def find_tokenizer(
@@ -94,10 +134,9 @@ def find_blocks(
 ) -> Optional[PackedBlocks]: # None: nothing is prepared with this template and these choices
     "The newest prepared folder of these choices."
     if settings is None: return None
-    names = ("template", "train_on", "max_length", "cut", "packing")
     def fits(folder):
         parts = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("key_parts", {})
-        return all(parts.get(f"settings/{name}") == getattr(settings, name) for name in names)
+        return all(parts.get(f"settings/{name}") == getattr(settings, name) for name in PREPARED_BY)
     folders = [folder for folder in settings.prepared_dir.glob("[0-9a-f]*") if folder.is_dir() and is_complete(folder)]
     found = sorted((folder for folder in folders if fits(folder)), key=lambda folder: folder.stat().st_mtime)
     return PackedBlocks(found[-1]) if found else None
@@ -116,10 +155,13 @@ def open_inspector(
     settings, raw = found.settings, raw if raw is not None else found.files.get("raw")
     if tokenizer is None and (found.rows.path is not None or settings): tokenizer = find_tokenizer(settings, found.rows)
     convert = convert or partial(convert_row, strictness=settings.strictness if settings else "default")
-    return InspectorState(
+    state = InspectorState(
         found.rows, tokenizer or None, template or (settings.template if settings else "nothink"),
         train_on or (settings.train_on if settings else "all"), RowFile(raw) if raw is not None else None, convert,
-        found.files, find_blocks(settings), settings.max_length if settings else None)
+        found.files, PackedBlocks(found.blocks) if found.blocks else find_blocks(settings),
+        settings.max_length if settings else None)
+    if found.blocks: state.tab = "block"
+    return state
 
 # %% ../../nbs/chat/15_inspector.ipynb #inspect-export
 def _widget(state: InspectorState) -> Any:
@@ -135,6 +177,10 @@ def _widget(state: InspectorState) -> Any:
             super().__init__(view=state.view())
             self.state = state
             self.on_msg(self._on_page)
+
+        def _repr_mimebundle_(self, **options):  # the row itself for untrusted notebooks, which show no widgets
+            data, metadata = super()._repr_mimebundle_(**options)
+            return {**data, "text/html": state.current()._repr_html_()}, metadata
 
         def _on_page(self, widget, message, buffers):
             state.handle(message)
@@ -173,6 +219,8 @@ def add_inspect_arguments(
     add("--calls", type=int, default=None, help="exactly so many calls")
     add("--raw", default="", help="the downloaded rows, for --view raw; default: the profile's")
     add("--view", choices=TABS, default="text", help="what to show (default: text)")
+    add("--beside", default="", help="with --view compare: another template, or the prompt of a server "
+                                     f"({', '.join(SERVERS)}); default: stock, or nothink beside stock")
     add("--template", default=None, help=f"{', '.join(TEMPLATES)} or a .jinja file (default: the profile's)")
     add("--train-on", choices=TRAIN_ON, default=None, help="which assistant turns are trained (default: the profile's)")
     add("--tokenizer", default="", help="folder of a tokenizer; default: the profile's model")
@@ -210,7 +258,8 @@ def inspect_command(
 # %% ../../nbs/chat/15_inspector.ipynb #state-of
 def _state_of(args: Any) -> InspectorState:
     "The inspector that the arguments describe; OSError when something is missing."
-    tokenizer, wanted = None, args.view in ("text", "tokens", "parity") and not args.json or args.serve or args.html
+    rendered = args.view in ("text", "tokens", "parity", "compare")
+    tokenizer, wanted = None, rendered and not args.json or args.serve or args.html
     if args.tokenizer and wanted:
         if not (Path(args.tokenizer) / "tokenizer.json").is_file():
             raise FileNotFoundError(f"no tokenizer in {args.tokenizer}: give --tokenizer, or --view messages")
@@ -234,7 +283,8 @@ def _print_row(state: InspectorState, args: Any) -> int:
         print(f"{args.html}: row {state.row} of {state.rows.name}, nothing in it is fetched from outside")
     else:
         print(f"row {state.row} of {len(state.rows)} in {state.rows.name}")
-        print(row_text(view, args.view, _wants_color(args.color)))
+        if args.view == "compare" and view.reading: print(state.compared_text(view, args.beside))
+        else: print(row_text(view, args.view, _wants_color(args.color)))
     return 0
 
 # %% ../../nbs/chat/15_inspector.ipynb #static-html

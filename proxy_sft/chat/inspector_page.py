@@ -58,27 +58,38 @@ function highlight(name, ranges) {
   if (ranges.length) CSS.highlights.set(name, new Highlight(...ranges)); else CSS.highlights.delete(name); }
 """
 
+# %% ../../nbs/chat/12_inspector_page.ipynb #script-redraw-export
+SCRIPT += """
+function redraw(box, data, parts) {
+  const now = JSON.stringify(data), held = box.contains(document.activeElement) ? document.activeElement.dataset.key : "";
+  if (box.dataset.drawn === now) return;
+  box.replaceChildren(...parts()); box.dataset.drawn = now;
+  if (held) [...box.querySelectorAll("[data-key]")].find(node => node.dataset.key === held)?.focus(); }
+"""
+
 # %% ../../nbs/chat/12_inspector_page.ipynb #script-table-export
 SCRIPT += """
 function drawTable(box, table, row, send) {
-  const head = make("tr", {}, ...table.head.map(([name, label]) => make("th", {scope: "col",
+  const parts = () => { const head = make("tr", {}, ...table.head.map(([name, label]) => make("th", {scope: "col",
     "aria-sort": table.sort === name ? (table.down ? "descending" : "ascending") : "none"},
-    make("button", {type: "button", title: `sort by ${label}`, onclick: () => send({do: "sort", value: name})},
+    make("button", {type: "button", title: `sort by ${label}`, "data-key": `sort ${name}`, onclick: () => send({do: "sort", value: name})},
       label + (table.sort === name ? (table.down ? " ▼" : " ▲") : "")))));
   const lines = table.rows.map(([number, cells]) => { const line = make("tr", {onclick: () => send({do: "go", value: number})},
-      ...cells.map((cell, at) => at ? make("td", {title: cell}, cell) : make("th", {scope: "row"}, cell)));
+      ...cells.map((cell, at) => at ? make("td", {title: cell, "data-label": at > 2 ? table.head[at][1] : ""}, cell) : make("th", {scope: "row"}, cell)));
     if (number === row) line.setAttribute("aria-current", "true");
     return line; });
-  box.replaceChildren(make("caption", {}, table.caption), make("thead", {}, head), make("tbody", {}, ...lines)); }
+  return [make("caption"), make("thead", {}, head), make("tbody", {}, ...lines)]; };
+  redraw(box, [table.head, table.rows, table.sort, table.down, row], parts);
+  box.caption.textContent = table.caption; }
 function drawFacets(box, table, send) {
   const open = new Set([...box.querySelectorAll("details[open]")].map(node => node.dataset.name));
-  box.replaceChildren(...table.facets.map(({name, label, values}) => {
+  redraw(box, table.facets, () => table.facets.map(({name, label, values}) => {
     const most = Math.max(...values.map(value => value[2]));
     const rows = values.map(([value, text, count, chosen]) => make("button", {type: "button", "aria-pressed": String(chosen),
-        onclick: () => send({do: "facet", value: [name, chosen ? "" : value]})},
+        "data-key": `${name} ${value}`, onclick: () => send({do: "facet", value: [name, chosen ? "" : value]})},
       make("span", {className: "name"}, text), make("span", {className: "count"}, count.toLocaleString("en")),
       make("span", {className: "meter", style: `width:${(100 * count / most).toFixed(1)}%`, "aria-hidden": "true"})));
-    const part = make("details", {}, make("summary", {}, `${label} (${values.length})`), ...rows);
+    const part = make("details", {}, make("summary", {"data-key": name}, `${label} (${values.length})`), ...rows);
     part.dataset.name = name; part.open = open.has(name) || values.some(value => value[3]);
     return part; })); }
 """
@@ -115,6 +126,10 @@ function render({model, el}) {
     onchange: () => block.value === "" ? draw() : send({do: "block", value: block.value})}), blocks = make("span");
   const blockBar = make("div", {className: "bar"}, button("◁", "previous block", () => send({do: "block", value: model.get("view").block - 1})),
     make("label", {}, "Block ", block), blocks, button("▷", "next block", () => send({do: "block", value: model.get("view").block + 1})));
+  const [serverLabel, server] = select("A as"), [otherServerLabel, otherServer] = select("B as");
+  server.onchange = () => send({do: "server", value: server.value});
+  otherServer.onchange = () => send({do: "other_server", value: otherServer.value});
+  const compareBar = make("div", {className: "bar"}, serverLabel, server, otherServerLabel, otherServer);
   const tabs = TABS.map(([name, label], at) => make("button", {type: "button", role: "tab", title: `key ${at + 1}`,
     id: `${panelId}-${name}`, "aria-controls": panelId, "data-tab": name, onclick: () => send({do: "tab", value: name})}, label));
   const list = make("div", {role: "tablist", "aria-label": "views"}, ...tabs);
@@ -142,7 +157,7 @@ SCRIPT += """
         make("div", {className: "bar"}, button("◀", "previous row (k)", () => find(-1)), make("label", {}, "Row ", number),
           total, button("▶", "next row (j)", () => find(1)), button("Copy JSON", "copy this row as JSON",
             () => copy(model.get("view").json, root, text => note.textContent = text)), hitBar),
-        summary, list, blockBar, panel)), help);
+        summary, list, blockBar, compareBar, panel)), help);
   let found = [], at = -1, halted = false, waiting = 0, loading = false;
   const step = by => { if (!found.length) return;
     at = (at + by + found.length) % found.length;
@@ -192,7 +207,8 @@ SCRIPT += """
     tabs.forEach(tab => { const on = tab.dataset.tab === view.tab; tab.hidden = tab.dataset.tab === "block" && !view.blocks;
       tab.setAttribute("aria-selected", on); tab.tabIndex = on ? 0 : -1;
       if (on) panel.setAttribute("aria-labelledby", tab.id); });
-    blockBar.hidden = view.tab !== "block"; block.value = view.block; blocks.textContent = ` of ${view.blocks.toLocaleString("en")} `;
+    fill(server, view.servers, view.server); fill(otherServer, view.servers, view.other_server);
+    compareBar.hidden = view.tab !== "compare"; blockBar.hidden = view.tab !== "block"; block.value = view.block; blocks.textContent = ` of ${view.blocks.toLocaleString("en")} `;
     stop.hidden = !view.reading || halted; clearTimeout(waiting);
     if (!view.reading) halted = false;
     else if (!halted) waiting = setTimeout(() => post({do: "read"}), 50);
@@ -214,13 +230,13 @@ APP_STYLE = STYLE.removeprefix("<style>").removesuffix("</style>") + """
  background:var(--jp-layout-color1,var(--vscode-editor-background,transparent))}
 .psft-app option{color:var(--jp-content-font-color1,var(--vscode-editor-foreground,CanvasText));
  background:var(--jp-layout-color1,var(--vscode-editor-background,Canvas))}
-.psft-app input[type=number]{width:7em}.psft-app input[type=search]{width:9em}.psft-app select{max-width:12em}
+.psft-app input[type=number]{width:9em}.psft-app input[type=search]{width:9em}.psft-app select{max-width:12em}
 .psft-app button{cursor:pointer}.psft-app :focus-visible{outline:2px solid #0072B2;outline-offset:1px}
-.psft-app .halves{display:grid;grid-template-columns:minmax(16em,2fr) 3fr;gap:1em}.psft-app .halves>*{min-width:0}
-@media(max-width:800px){.psft-app .halves{grid-template-columns:1fr}}
+.psft-app{container-type:inline-size}
+.psft-app .halves{display:grid;grid-template-columns:minmax(16em,9fr) 11fr;gap:1em}.psft-app .halves>*{min-width:0}
 .psft-app .scroll{overflow:auto;max-height:28em}.psft-app .rows{width:100%;font-size:12px;line-height:1.35}
 .psft-app .rows caption{text-align:left;opacity:.85}.psft-app .rows tbody tr{cursor:pointer}
-.psft-app .rows :is(th,td){white-space:nowrap;max-width:11em;overflow:hidden;text-overflow:ellipsis;font-weight:400;padding:.1em .4em}
+.psft-app .rows :is(th,td){white-space:nowrap;max-width:9em;overflow:hidden;text-overflow:ellipsis;font-weight:400;padding:.1em .3em}
 .psft-app .rows thead button{border:0;padding:0;font-weight:600;background:none}
 .psft-app .rows tr[aria-current]{background:rgba(0,114,178,.25)}
 .psft-app .facets{display:flex;flex-wrap:wrap;gap:.3em 1em;align-items:start;margin-bottom:.4em}
@@ -235,5 +251,10 @@ APP_STYLE = STYLE.removeprefix("<style>").removesuffix("</style>") + """
 .psft-app [role=tab][aria-selected=true]{font-weight:600;box-shadow:inset 0 3px #0072B2}
 .psft-app .panel{max-height:34em;overflow:auto;padding:.3em .1em}.psft-app[aria-busy=true] .panel{opacity:.6}
 .psft-app .note{margin:0;font-style:italic}.psft-app .help{color:CanvasText;background:Canvas;border:1px solid #888}
+@container(max-width:700px){.psft-app .halves{grid-template-columns:minmax(0,1fr)}
+ .psft-app .rows tr{display:flex;flex-wrap:wrap;gap:0 .8em;border-top:1px solid rgba(128,128,128,.4);padding:.15em 0}
+ .psft-app .rows :is(th,td){max-width:100%;white-space:normal;overflow-wrap:anywhere;padding:0}
+ .psft-app .rows td[data-label]::before{content:attr(data-label) " ";opacity:.8}
+ .psft-app .rows td:empty{display:none}.psft-app .rows thead th{display:block}}
 ::highlight(psft-hit){background:#ffd54f;color:#000}::highlight(psft-now){background:#ff8f00;color:#000}
 """

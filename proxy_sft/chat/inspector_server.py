@@ -36,7 +36,7 @@ render({model, el: document.getElementById("app")});
 """
 PAGE_STYLE = """:root{color-scheme:light dark}
 body{margin:0 auto;padding:.5em 1em;max-width:1800px;background:Canvas;color:CanvasText;font:14px system-ui,sans-serif}
-.psft-app .panel{max-height:calc(100vh - 16em)}.psft-app .scroll{max-height:calc(100vh - 18em)}"""
+.psft-app .panel,.psft-app .scroll{max-height:calc(100vh - 18em)}"""
 
 
 def page_html(
@@ -49,7 +49,7 @@ def page_html(
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
             'content="width=device-width">'
             f"<title>{state.rows.name.replace('<', '')}: proxy-sft "
-            f"inspect</title><style>{PAGE_STYLE}{APP_STYLE}</style></head>"
+            f"inspect</title><style>{APP_STYLE}{PAGE_STYLE}</style></head>"
             f'<body><main id="app"></main><script type="module" nonce="{nonce}">{script}</script></body></html>')
 
 # %% ../../nbs/chat/14_inspector_server.ipynb #handler-export

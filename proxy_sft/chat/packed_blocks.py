@@ -66,13 +66,18 @@ def row_of(
 
 # %% ../../nbs/chat/11_packed_blocks.ipynb #likely
 def _likely(rows: RowFile, candidates: Iterable[int], text: str) -> list[int]:
-    "Candidates whose last message stands in the text."
+    "Candidates whose first question stands in the text: of a row that was cut, the end does not."
     def holds(row):
-        content = row_parts(rows[row])[0][-1].get("content") or ""
-        return content in text
+        messages = row_parts(rows[row])[0]
+        first = next((message for message in messages if message["role"] == "user"), messages[0])
+        return (first.get("content") or "") in text
     return [int(row) for row in candidates if row < len(rows) and holds(int(row))]
 
 # %% ../../nbs/chat/11_packed_blocks.ipynb #block-view-export
+_ATTENTION = ("Attention: a token sees its own conversation from its first position to itself, and nothing of another. "
+             "Position ids begin at 0 in each.")
+
+
 def block_html(
     blocks: PackedBlocks, # of the prepared folder
     number: int, # which block, from 0
@@ -88,15 +93,13 @@ def block_html(
         total, trained = total + len(ids), trained + learnt
         name = _row_name(rows, row)
         lines.append((place, name, f"{first:,}–{last:,}", f"{len(ids):,}",
-                      f"{learnt:,} ({learnt / max(1, len(ids)):.0%})",
-                      f"position p in {first:,}–{last:,} sees {first:,}–p; position ids 0–{len(ids) - 1:,}"))
+                      f"{learnt:,} ({learnt / max(1, len(ids)):.0%})"))
         parts.append(f"<details><summary>{safe(f'{place}: {name}')}</summary>"
                      f'<pre class="t">{_with_marks(ids, labels, tokenizer)}</pre></details>')
-    heads = ("", "conversation", "positions", "tokens", "trained", "attention")
+    heads = ("", "conversation", "positions", "tokens", "trained")
     table = "".join("<tr>" + "".join(f"<td>{safe(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     return (f"<p><strong>block {number:,} of {len(blocks):,}</strong> · {total:,} tokens, {trained:,} trained, "
-            f"{len(lines)} conversations that do not see each "
-            f"other</p>{_picture(lines, blocks.block(number))}<table><tr>"
+            f"{len(lines)} conversations</p>{_picture(lines, blocks.block(number))}<p>{_ATTENTION}</p><table><tr>"
             + "".join(f'<th scope="col">{head}</th>' for head in heads) + f"</tr>{table}</table>{''.join(parts)}")
 
 # %% ../../nbs/chat/11_packed_blocks.ipynb #row-name

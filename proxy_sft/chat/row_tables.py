@@ -56,8 +56,8 @@ def json_of(*values: Any) -> str:
 # %% ../../nbs/chat/09_row_tables.ipynb #flags-export
 FLAGS = {"parity": "parity fails", "left_out": "left out of training", "cut": "cut",
          "literal": "literal control tokens"}
-COLUMNS = {"row": "row", "id": "id", "source": "source", "turns": "turns", "calls": "calls", "characters": "characters",
-           "tokens": "tokens", "trained": "trained", "reason": "reason", "parity": "parity"}
+COLUMNS = {"row": "row", "id": "id", "source": "source", "turns": "turns", "calls": "calls", "tokens": "tokens",
+           "trained": "trained", "parity": "parity", "reason": "reason", "characters": "characters"}
 MEASURED = ("turns", "tokens", "trained", "parity", *FLAGS)
 SECONDS = 0.3  # of reading before an answer is given
 
@@ -248,8 +248,9 @@ def _cells(self: RowTable, row: int) -> list[str]: # in the order of `COLUMNS`
     share = f"{found.trained / max(1, found.tokens):.0%}" if found else unknown
     parity = ("✔" if found.exact == found.supervised else f"✘ {found.supervised - found.exact}") if found else unknown
     turns = found.turns if found else (facts.turns or unknown)
-    return [f"{row:,}", facts.id, facts.source, str(turns), str(facts.calls), f"{facts.length:,}",
-            f"{found.tokens:,}" if found else unknown, share, facts.reason, parity]
+    tokens = f"{found.tokens:,}" if found else unknown
+    return [f"{row:,}", facts.id, facts.source, str(turns), str(facts.calls), tokens, share, parity, facts.reason,
+            f"{facts.length:,}"]
 
 
 RowTable.cells = _cells
