@@ -21,6 +21,7 @@ from proxy_sft.data.conversion import (
 )
 from .data.files import process_count
 from .data.ledger import Choices
+from .data.mixing import ensure_mix
 from .core.display import Table
 from .data.policy import action, meaning
 from .data.rows import ConvertError
@@ -31,7 +32,8 @@ def convert(
     settings: Settings,
     progress: bool = True, # show a progress bar when it takes longer than two seconds
 ) -> ConvertReport: # `.why` says why it was done, or that nothing had changed
-    "Convert the downloaded rows of a profile, unless that is done already."
+    "Convert the downloaded rows of a profile, unless that is done already; of several data sets each, then mix them."
+    if settings.data is not None: return convert_and_mix(settings, progress)
     target, files = settings.converted_dir / "train.jsonl", input_of(settings)
     if found := differences_of_download(settings, model=False): raise ConvertError("other_rows", str(found[0]))
     named = {name: getattr(settings, name) for name in Choices.__dataclass_fields__}
@@ -48,13 +50,23 @@ def convert(
     report.why = why
     return report
 
+# %% ../nbs/01_convert.ipynb #convert-and-mix
+def convert_and_mix(settings: Settings, progress: bool) -> ConvertReport: # of the mix, with `parts`
+    "Each data set in its own folder, as it is converted alone, and then the mix."
+    parts = [convert(one, progress) for one in settings.parts]
+    report = ensure_mix(settings)
+    report.parts = parts
+    return report
+
 # %% ../nbs/01_convert.ipynb #convert-views
 def rejections(report: ConvertReport) -> Table:
     "Every reason of this run, the commonest first."
     rows = []
-    for reason, count in sorted(report.rejected.items(), key=lambda pair: -pair[1]):
-        example, = report.examples(reason)
-        rows.append([reason, meaning(reason), count, f"line {example['line']}: {example['message'][:100]}",
+    found = [(part, reason, count) for part in report.parts or [report] for reason, count in part.rejected.items()]
+    for part, reason, count in sorted(found, key=lambda one: -one[2]):
+        example, = part.examples(reason)
+        name = f"{part.folder.name}: {reason}" if report.parts else reason
+        rows.append([name, meaning(reason), count, f"line {example['line']}: {example['message'][:100]}",
                      action(reason, "strict"), action(reason, "lenient")])
     return Table(rows, ("reason", "what is found", "rows", "an example", "under strict", "under lenient"))
 

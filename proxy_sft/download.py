@@ -10,6 +10,7 @@ import itertools
 import json
 from contextlib import ExitStack
 
+from .core.data_list import labels_of
 from .core.settings import Settings
 from .data.hub import plain_words
 from .data.local import dataset_job, model_job
@@ -22,13 +23,16 @@ def download(
     verify: bool = False, # read every file and compare its hash, instead of trusting size and time stamp
     refresh: bool = False, # ask the hub whether the branches have moved
     margin: int = MARGIN, # bytes of disk that stay free
-) -> dict: # {"model": record, "dataset": record}
+) -> dict: # {"model": record, "dataset": record}; of several data sets one record for each, by its name
     "Bring model and data to where the settings say; a second run needs no network. Raises `DownloadError`."
     with plain_words(f"a place to write below {settings.workspace_dir}"), ExitStack() as stack:
         model_needs, bring_model = model_job(settings, stack, verify, refresh, margin)
-        data_needs, bring_dataset = dataset_job(settings, stack, verify, refresh, margin)
-        check_disk(model_needs + data_needs, margin)
-        return {"model": bring_model(), "dataset": bring_dataset()}
+        names = ["dataset"] if settings.data is None else [f"dataset {name}" for name in labels_of(settings.data)]
+        # locked in one order, whatever the order of the list is
+        jobs = {name: dataset_job(one, stack, verify, refresh, margin)
+                for name, one in sorted(zip(names, settings.parts), key=lambda job: str(job[1].data_dir))}
+        check_disk(model_needs + [need for needs, _ in jobs.values() for need in needs], margin)
+        return {"model": bring_model(), **{name: jobs[name][1]() for name in names}}
 
 # %% ../nbs/00_download.ipynb #report-table
 def report_table(

@@ -9,7 +9,11 @@ __all__ = ['ensure_downloaded', 'ensure_inputs', 'ensure_prepared']
 from .convert import convert
 from .core.build_once import one_at_a_time
 from .core.settings import Settings
+from .data.mixing import ensure_mix
+from .data.rows import ConvertError
 from .download import download
+from .tokens.inputs import differences_of
+from .tokens.keys import PrepareError
 from .tokens.preparation import Prepared, prepare, require_inputs
 
 # %% ../nbs/04_pipeline.ipynb #ensure-inputs
@@ -23,6 +27,9 @@ def ensure_inputs(settings: Settings) -> None: # raises PrepareError
         with one_at_a_time(settings.workspace_dir / ".claim-demo"): # several starts at once make one demo
             ensure_downloaded(settings)
             convert(settings)
+    if settings.data is not None and not differences_of(settings): # converted, each by itself
+        try: ensure_mix(settings)
+        except ConvertError as error: raise PrepareError(str(error)) from error
     require_inputs(settings)
 
 # %% ../nbs/04_pipeline.ipynb #ensure-prepared

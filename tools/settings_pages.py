@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"en": ROOT / "docs" / "settings.md", "zh": ROOT / "docs" / "settings.zh.md"}
 CHINESE = Path(__file__).with_name("settings_zh.yaml")  # name: the English meaning that was translated, the translation
 GROUPS = (Places, Conversion, Rendering, Training, Hardware, Record)
-PROFILES = ("qwen3_8b", "qwen3_8b_80gb", "qwen3_8b_8gpu", "upstream", "smollm2", "demo")
+PROFILES = ("qwen3_8b", "qwen3_8b_80gb", "qwen3_8b_8gpu", "own_data", "upstream", "smollm2", "demo")
 HEADS = {
     "en": "| setting | " + " | ".join(f"`{name}`" for name in PROFILES) + " | meaning |",
     "zh": "| 设置项 | " + " | ".join(f"`{name}`" for name in PROFILES) + " | 含义 |",

@@ -88,11 +88,12 @@ def _existing(path: Path) -> Optional[Path]:
 # %% ../../nbs/chat/15_inspector.ipynb #of-settings
 def _of_settings(settings: Settings) -> Sources:
     files = {name: settings.converted_dir / name for name in LEDGERS if (settings.converted_dir / name).is_file()}
-    if settings.train_file.is_file(): files["raw"] = settings.train_file
+    raw = None if settings.data is not None else settings.train_file # a mix has no raw file of its own
+    if raw and raw.is_file(): files["raw"] = raw
     if "train.jsonl" in files: return Sources(RowFile(files.pop("train.jsonl")), files, settings)
     if "raw" in files: return Sources(RowFile(files["raw"]), files, settings)
     if not settings.is_demo: raise FileNotFoundError(
-        f"There is neither {settings.converted_dir / 'train.jsonl'} nor {settings.train_file}. Run "
+        f"There is neither {settings.converted_dir / 'train.jsonl'} nor {raw or 'a raw file'}. Run "
         "nbs/00_download.ipynb and "
         f"nbs/01_convert.ipynb with profile {settings.profile}.")
     return Sources(RowFile(demo_rows(settings.demo_rows, settings.seed)), {}, settings)

@@ -22,7 +22,10 @@ from typing import Any, Literal, Optional, Union, get_args
 
 import yaml
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator, model_validator
+
+# %% ../../nbs/core/01_settings.ipynb #imports-own
+from .data_list import AMOUNTS, labels_of, read_data, single
 
 # %% ../../nbs/core/01_settings.ipynb #error
 class SettingsError(ValueError):
@@ -63,7 +66,11 @@ class Places(Group):
         None, min_length=1, description="which of its splits; train when not set, or what the only training split is "
                                         "called"
     )
-    max_rows: Optional[int] = Field(None, ge=1, description="only so many rows of the dataset, for a taste")
+    data: Optional[list] = Field(
+        None, description="several data sets instead of `dataset`: a list of {dataset, one of share, rows and epochs, "
+                          "split, config, revision}"
+    )
+    max_rows: Optional[int] = Field(None, ge=1, description="only so many rows of each dataset, for a taste")
     bfcl: Optional[str] = Field(
         None,
         min_length=1,
@@ -291,6 +298,26 @@ class Settings(Record, Hardware, Training, Rendering, Conversion, Places):
         "A command line or YAML 1.1 gives some values another type than the setting has, see `as_meant`."
         return as_meant(value, cls.model_fields[info.field_name].annotation)
 
+    @model_validator(mode="before")
+    @classmethod
+    def take_single(cls, values):
+        "A list of one whole data set is the setting `dataset`."
+        values = dict(values)
+        chosen = any(values.get(name) is not None for name in ("dataset_config", "dataset_split"))
+        one = None if chosen else single(values.get("data"))
+        return {**values, "data": None, **one} if one else values
+
+    @field_validator("data")
+    @classmethod
+    def check_data(cls, entries, info):
+        "Every entry is checked, and no setting beside the list goes without effect."
+        if entries is None: return None
+        for name in ("dataset_config", "dataset_split"):
+            if info.data.get(name) is not None:
+                raise ValueError(f"{name} is {info.data[name]!r} beside a list of data sets; expected it in the entry "
+                                 f"that it is meant for, as {name.removeprefix('dataset_')}")
+        return read_data(entries, repository_root())
+
     @field_validator("run_name")
     @classmethod
     def stay_in_runs(cls, name):
@@ -302,7 +329,17 @@ class Settings(Record, Hardware, Training, Rendering, Conversion, Places):
 
     @property
     def is_demo(self) -> bool:
-        return self.model == "demo" or self.dataset == "demo"  # something is made here instead of fetched
+        # something is made here instead of fetched
+        return self.model == "demo" or any(part.dataset == "demo" for part in self.parts)
+    @property
+    def parts(self) -> list["Settings"]: # one for each data set, each as if it were the only one; these for one alone
+        own = {"dataset": "dataset", "dataset_config": "config", "dataset_split": "split"}
+        return [self] if self.data is None else [self.model_copy(update={
+            "data": None, "dataset_revision": one.get("revision", self.dataset_revision),
+            **{name: one.get(field) for name, field in own.items()}}) for one in self.data]
+    @property
+    def data_name(self) -> str: # for headings
+        return self.dataset if self.data is None else " + ".join(labels_of(self.data))
     @property
     def end_to_end(self) -> bool:
         return self.packing or self.padding_free  # conversations of a micro-batch share a row of the batch
@@ -313,9 +350,10 @@ class Settings(Record, Hardware, Training, Rendering, Conversion, Places):
     @property
     def model_dir(self) -> Path: return place(self.model, self.root, self.workspace_dir / "models")
     @property
-    def data_dir(self) -> Path: return self.train_file.parent
+    def data_dir(self) -> Path: return self.train_file.parent # of one data set; of a list see `parts`
     @property
     def train_file(self) -> Path:
+        if self.data is not None: raise SettingsError("Each data set of a list has a file of its own: settings.parts.")
         folder = place(self.dataset, self.root, self.workspace_dir / "data")
         if is_path(self.dataset): return train_file(folder)
         part = chosen_part(self)
@@ -380,6 +418,7 @@ def short_hash(made_from: dict[str, Any]) -> str: # 8 hex digits
 # %% ../../nbs/core/01_settings.ipynb #converted-name-2
 def converted_name(settings: "Settings") -> str: # a folder name below `converted/`
     "The dataset's name; with a short hash where two inputs, or two ways to convert one, would share a folder."
+    if settings.data is not None: return mixed_name(settings)
     if settings.dataset == "demo": return "demo"
     usual = Settings.model_fields
     made_from = {n: v for n, v in conversion_choices(settings).items() if v != usual[n].default}
@@ -389,6 +428,14 @@ def converted_name(settings: "Settings") -> str: # a folder name below `converte
         path = in_folder(settings.root, settings.dataset).resolve()
         name, made_from["path"] = re.sub(f"({'|'.join(map(re.escape, DATA_ENDINGS))})$", "", path.name), str(path)
     return f"{name}-{short_hash(made_from)}" if made_from else name
+
+# %% ../../nbs/core/01_settings.ipynb #mixed-name
+def mixed_name(settings: "Settings") -> str:
+    "The folder's name of a mix: other data sets, amounts, seeds or ways to convert are another one."
+    amounts = [{f: v for f, v in one.items() if f in AMOUNTS} for one in settings.data]
+    made_from = {"data": list(zip(map(converted_name, settings.parts), amounts)), "seed": settings.seed,
+                 "max_rows": settings.max_rows, **{n: getattr(settings, n) for n in Conversion.model_fields}}
+    return f"mix-{short_hash(made_from)}"
 
 # %% ../../nbs/core/01_settings.ipynb #profiles
 def configs_dir() -> Path: # the folder of profiles
@@ -459,6 +506,7 @@ def load_settings(
     check_names(given, "the overrides")
     values = read_profile(profile)
     check_names(values, f"profile {profile!r}")
+    refuse_both(given, values, profile)
     try: return Settings(**{**values, **given, "profile": Path(profile).stem})
     except ValidationError as error: raise SettingsError(plain_words(error, given, profile)) from error
 
@@ -484,10 +532,21 @@ def plain_words(error: ValidationError, overrides: dict[str, Any], profile: str)
         name = str(e["loc"][0])
         source = "the overrides" if name in overrides else f"profile {profile!r}"
         lines.append(
-            f"Setting {name!r} in {source} is {str(e['input'])[:80]!r} ({type(e['input']).__name__}): {e['msg']}. "
+            f"Setting {name!r} in {source} is {str(e['input'])[:80]!r} ({type(e['input']).__name__}): "
+            f"{e['msg'].removesuffix('.')}. "
             f"It means: {Settings.model_fields[name].description}.{spelling(name, e['input'], e['type'])}"
         )
     return "\n".join(lines)
+
+# %% ../../nbs/core/01_settings.ipynb #refuse-both
+def refuse_both(given: dict[str, Any], values: dict[str, Any], profile: str) -> None: # raises SettingsError
+    "`dataset` beside a list of data sets would have no effect; a list replaces the profile's `dataset`."
+    if given.get("dataset") is None or (data := given.get("data", values.get("data"))) is None: return
+    where = "they also have" if "data" in given else f"profile {profile!r} has"
+    raise SettingsError(
+        f"Setting 'dataset' in the overrides is {given['dataset']!r}, and {where} a list of {len(data)} data sets "
+        "(data); expected one of the two. Add it to the list, or set data to null."
+    )
 
 # %% ../../nbs/core/01_settings.ipynb #spelling
 def spelling(name: str, value: Any, kind: str) -> str: # kind: pydantic's name of the error; a sentence, or nothing

@@ -29,7 +29,7 @@ from blake3 import blake3
 from ..core.atomic_folders import file_hash, flush, read_with_checksum, with_checksum, write_flushed
 from ..core.build_once import one_at_a_time
 from ..core.display import html_table, text_table
-from ..core.settings import in_folder, is_path, Settings
+from ..core.settings import chosen_part, in_folder, is_path, Settings
 from .files import converted_parts, enough_work, input_files, keep_memory, parts_of, Progress
 from proxy_sft.data.ledger import (
     Choices, drop_rows, facts_file, FactsWriter, line_count, newlines, Piece, REMEMBERED, rows_to_drop
@@ -51,6 +51,7 @@ class ConvertReport:
     folder: Optional[Path] = None  # where the files lie
     why: str = ""  # why the conversion was done, or that nothing had changed
     facts: dict = field(default_factory=dict, repr=False)  # settings, inputs, files, as in report.json
+    parts: list = field(default_factory=list, repr=False)  # of a mix: the report of each data set
 
     def examples(self,
         code: str, # a reject reason or a repair code
@@ -91,6 +92,10 @@ def report_lines(report: ConvertReport) -> list[str]:
     wanted = report.facts.get("choices", {}).get("heldout_tools", 0)
     if missed := sorted({*wanted} - {*unseen}) if isinstance(wanted, (list, tuple)) else []:
         lines.append(f"to be held out, but declared by no row that is kept: {', '.join(missed)}")
+    for part in (report.facts.get("mix") or {}).get("parts", []):
+        lines.append(f"data set {part['name']}: {part['train']:,} of its {part['of']:,} training conversations, "
+                     f"{part['train'] / max(report.kept - report.heldout, 1):.1%} of the mix; "
+                     f"{part['heldout']:,} held out")
     return lines + [report.why] if report.why else lines
 
 # %% ../../nbs/data/12_conversion.ipynb #report-text
@@ -341,7 +346,10 @@ def input_of(
 ) -> list[Path]: # in the order in which they are read; ConvertError when there is none
     "The files that conversion reads."
     if not is_path(settings.dataset): return input_files(settings.train_file)
-    named = in_folder(settings.root, settings.dataset)
+    named, chosen = in_folder(settings.root, settings.dataset), chosen_part(settings)
+    if chosen and named.is_file():
+        raise ConvertError("ambiguous_files", f"{named} is one file and has no {' and '.join(chosen)} to choose "
+                                              f"({', '.join(chosen.values())}). Name its folder, or leave that out.")
     return input_files(named, settings.dataset_config, settings.dataset_split)
 
 # %% ../../nbs/data/12_conversion.ipynb #convert-code

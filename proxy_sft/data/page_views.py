@@ -17,8 +17,8 @@ from .rows import Row
 
 # %% ../../nbs/data/19_page_views.ipynb #rows
 def raw_rows(settings: Settings) -> Iterator[tuple[int, dict]]: # line, from 1, and row; ConvertError for no such file
-    "The rows that conversion will read, in its order; only as much of a file is read as is asked for."
-    for part in parts_of(input_of(settings)):
+    "The rows that conversion will read (of several data sets the first), in its order, as far as they are asked for."
+    for part in parts_of(input_of(settings.parts[0])):
         for line, row in rows_of(part, closely=True):
             if isinstance(row, Row): yield line, msgspec.to_builtins(row)
             elif isinstance(row, dict): yield line, row  # what cannot be read is the ledger's to show

@@ -23,9 +23,10 @@ from ..data.policy import REASONS
 from .curves import curve, CURVE_STYLE
 from .files import read_json
 from ..core.atomic_folders import write_flushed
+from ..core.data_list import labels_of
 from ..core.settings import Settings
 from proxy_sft.launch.status import (
-    differing_settings, find_run, newest, plain_time, reached, read_progress, run_snapshot
+    differing_settings, find_run, newest, plain_time, reached, read_mix, read_progress, run_snapshot
 )
 from ..core.display import html_table
 
@@ -137,6 +138,20 @@ def data_html(settings: Settings) -> str: # empty when the data was not converte
         + ("<details><summary>by "
            f"source</summary>{html_table(sources, ('source', 'rows', 'kept', 'not kept'))}</details>")
     )
+
+# %% ../../nbs/launch/08_report.ipynb #mix-html
+def mix_html(folder: Path) -> str: # empty for one data set
+    "What each data set has of the training."
+    rows = [(name, f"{one['rows']:,}", f"{one['share_of_rows']:.1%}", f"{one['supervised_tokens']:,}",
+             f"{one['share_of_supervised_tokens']:.1%}") for name, one in read_mix(folder).items()]
+    return html_table(rows, ("data set", "rows", "share", "supervised tokens", "share")) if rows else ""
+
+def datasets_html(settings: Settings, folder: Path) -> str:
+    "The conversion of each data set, and of several their shares first."
+    if settings.data is None: return data_html(settings)
+    parts = zip(labels_of(settings.data), settings.parts)
+    return mix_html(folder) + "".join(f"<h3>{html.escape(name)}</h3>{text}" for name, one in parts
+                                      if (text := data_html(one)))
 
 # %% ../../nbs/launch/08_report.ipynb #parity-html
 def parity_html(settings: Settings, folder: Path) -> str: # empty when no prepared folder is found
@@ -329,14 +344,13 @@ def report_html(folder: Path) -> str: # a whole HTML document
     parts = {
         "Curves": curves_html(records) + samples_html(folder),
         "Evaluation": evaluation_html(folder),
-        "Data": data_html(settings) if settings else "",
+        "Data": datasets_html(settings, folder) if settings else mix_html(folder),
         "Parity of training and serving": parity_html(settings, folder) if settings else "",
         "Settings": settings_html(settings) if settings else raw,
     }
     opening = f'<p class="verdict">{html.escape(verdict(folder, found, records))}</p>'
     opening += html_table(rows) if (rows := opening_rows(folder, found, records)) else ""
     return html_page(folder.name, f"<section>{opening}</section>{sections_html(parts)}")
-
 
 # %% ../../nbs/launch/08_report.ipynb #comparison
 def compared_curves(records: dict[str, list[dict]]) -> str: # run -> its log

@@ -10,12 +10,14 @@ __all__ = ['HARMED', 'PARTS', 'content_hash', 'Difference', 'differences_of', 'd
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 from ..core.atomic_folders import file_hash, is_complete, read_manifest, read_with_checksum
+from ..core.data_list import entry_name
 from ..core.settings import command_line, Conversion, is_path, Settings
 from ..data.conversion import code_version, input_of, read_report
 from ..data.ledger import Choices
+from ..data.mixing import mix_changes, mixed_parts
 from ..data.plans import damaged_downloads
 from ..data.rows import ConvertError
 
@@ -31,12 +33,12 @@ def _content_hash(path, *state): return file_hash(path)
 # %% ../../nbs/tokens/07_inputs.ipynb #difference
 class Difference(NamedTuple):
     "A step whose result is missing or was made from something else."
-    page: str        # that makes it
+    page: str        # that makes it; empty where a setting has to be changed
     lines: list[str] # what is different, a sentence each
     command: str     # that mends it
 
     def __str__(self) -> str:
-        return f"{' '.join(self.lines)} Run {self.page}: {self.command}"
+        return f"{' '.join(self.lines)} Run {self.page}: {self.command}" if self.page else " ".join(self.lines)
 
 HARMED = "is not as it was downloaded."
 
@@ -48,20 +50,45 @@ def differences_of(
     made: bool = False, # whether the demo's inputs should be there already; before a run it has yet to make them
 ) -> list[Difference]: # in the order of the steps; empty when all fits
     "What on disk was not made from these settings."
-    if not made and settings.model == settings.dataset == "demo": return []
-    if download := differences_of_download(settings): return download
-    if not (lines := conversion_differences(settings)): return []
-    names = ("workspace", "dataset", *PARTS, *Conversion.model_fields, "seed")
+    unmade = not made and settings.model == "demo" and any(one.dataset == "demo" for one in settings.parts)
+    if download := differences_of_download(settings, model=not unmade, skip="demo" * unmade): return download
+    if unmade: return [] if settings.data is None else mix_differences(settings, made)
+    if lines := by_dataset(settings, conversion_differences):
+        names = ("workspace", "dataset", "data", *PARTS, *Conversion.model_fields, "seed")
+        return [Difference("nbs/01_convert.ipynb", lines, command_line(settings, "01_convert", names))]
+    return [] if settings.data is None else mix_differences(settings, made)
+
+# %% ../../nbs/tokens/07_inputs.ipynb #by-dataset
+def by_dataset(
+    settings: Settings,
+    find: Callable[[Settings], list[str]], # gives sentences
+    skip: str = "", # a dataset that is not looked at
+) -> list[str]:
+    "What is found for each data set; in a list its entry is named."
+    if settings.data is None: return [] if settings.dataset == skip else find(settings)
+    return [f"{entry_name(number, entry)}: {line}".replace("entry", "Entry", 1)
+            for number, (entry, one) in enumerate(zip(settings.data, settings.parts), 1) if one.dataset != skip
+            for line in find(one)]
+
+def mix_differences(settings: Settings, made: bool) -> list[Difference]: # one, or none
+    "Amounts that cannot be met, and with `made` a mix that is missing or was made from something else."
+    try: parts = mixed_parts(settings)
+    except ConvertError as error:
+        if error.reason == "missing_file": return [] # of the demo, which has yet to be made
+        return [Difference("", [error.found.replace("entry", "Entry", 1)], "")]
+    if not made or not (lines := mix_changes(settings, parts)): return []
+    names = ("workspace", "dataset", "data", *PARTS, *Conversion.model_fields, "seed")
     return [Difference("nbs/01_convert.ipynb", lines, command_line(settings, "01_convert", names))]
 
 # %% ../../nbs/tokens/07_inputs.ipynb #differences-of-download
 def differences_of_download(
     settings: Settings,
     model: bool = True, # look at the model as well
+    skip: str = "", # a dataset that is not looked at
 ) -> list[Difference]: # one, or none
     "What was downloaded for other settings, or was changed since."
-    lines = (model_differences(settings) if model else []) + dataset_differences(settings)
-    names = ("workspace", "model", "model_revision", "dataset", "dataset_revision", *PARTS)
+    lines = (model_differences(settings) if model else []) + by_dataset(settings, dataset_differences, skip)
+    names = ("workspace", "model", "model_revision", "dataset", "dataset_revision", "data", *PARTS)
     verify = " -p verify True" * any(line.endswith(HARMED) for line in lines)  # a time stamp may be the old one
     command = command_line(settings, "00_download", names) + verify
     return [Difference("nbs/00_download.ipynb", lines, command)] if lines else []

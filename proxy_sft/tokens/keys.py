@@ -20,6 +20,7 @@ from ..chat.templates import chat_template
 from ..core.atomic_folders import file_hash, is_complete, read_manifest
 from ..core.settings import Settings
 from ..data.ledger import facts_file
+from ..data.mixing import mix_of
 from .inputs import content_hash
 
 # %% ../../nbs/tokens/02_keys.ipynb #error
@@ -71,6 +72,8 @@ def key_parts(
     )
     files = [settings.converted_dir / f"{split}.jsonl" for split in ("train", "heldout")] if data else []
     parts = {f"data/{p.name}": content_hash(p) for file in files for p in (file, facts_file(file)) if p.is_file()}
+    if settings.data is not None: # what a row's data set is called stands in the statistics
+        parts["mix"] = [[p["name"], p["train"], p["heldout"]] for p in mix_of(settings.converted_dir)]
     parts |= {f"tokenizer/{p.name}": file_hash(p) for p in tokenizer}
     parts |= {f"settings/{name}": getattr(settings, name) for name in KEY_SETTINGS}
     parts |= {f"code/{name}": file_hash(PACKAGE / f"{name}.py") for name in KEY_MODULES}

@@ -13,6 +13,8 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -23,7 +25,8 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 # %% ../../nbs/tokens/05_preparation.ipynb #imports-own
-from ..chat.parity import check_parity
+from ..chat.parity import check_parity, ParityReport
+from ..chat.parity_counts import MOST_FAILURES
 from ..core.atomic_folders import COMPLETE, is_complete, publish, read_manifest, AtomicFolderError, verify
 from proxy_sft.core.build_once import (
     Heartbeat,
@@ -39,6 +42,7 @@ from ..core.display import bar_pace
 from ..core.settings import Settings
 from ..core.stop_requests import listening, raise_if_stop_requested, StopRequested
 from ..core.workers import WorkerLost
+from ..data.mixing import dataset_of_rows
 from .blocks import _show_progress, build_split, facts_of, Source, sources_of
 from .encoding import FastPathDiffers, read_stream
 from .inputs import differences_of
@@ -104,6 +108,7 @@ def build_claimed(
             name: {n: v for n, v in counts.items() if n not in ("by_source", "max_length")}
             for name, counts in splits.items()
         }
+        for line in dataset_lines(splits["train"]): report(line)
         publish(aside, folder, {"key_parts": parts, "splits": short, "path": path, "parity_passed": parity})
     except WorkerLost as error: raise PrepareError(str(error)) from error
     except (OSError, AtomicFolderError) as error:
@@ -148,20 +153,43 @@ def check_train_parity(
     aside: Path,
     progress: Callable[[str], None],
 ) -> bool: # whether the parity check passed
-    "Measure serve parity over the training conversations before anything is trained; `parity.json` in the folder."
+    """Measure serve parity over the training conversations before anything is trained, of a mix for each data set;
+    `parity.json` in the folder."""
     source, tokenizer = sources.get("train"), AutoTokenizer.from_pretrained(settings.model_dir)
-    rows, lines, starts = (source.path, source.chosen, source.starts) if source else ([], None, None)
+    rows, starts = (source.path, source.starts) if source else ([], None)
     count, processes = len(source.chosen) if source else 0, settings.num_proc or os.cpu_count() or 1
+    found, done = {}, 0
     with tqdm(total=count, desc="parity check", unit=" rows", **bar_pace(), disable=not _show_progress()) as bar:
         def show_progress(rows):
-            bar.update(rows - bar.n)
-            progress(f"train: {rows:,} of {count:,} rows checked")
-        found = check_parity(
-            rows, tokenizer, settings.template, settings.train_on, processes, lines=lines, starts=starts,
-            servers=tuple(settings.parity_servers), progress=show_progress
-        )
-    (aside / "parity.json").write_text(found.to_json(), encoding="utf-8")
-    return found.passed
+            bar.update(done + rows - bar.n)
+            progress(f"train: {done + rows:,} of {count:,} rows checked")
+        for name, lines in lines_by_dataset(source):
+            found[name] = check_parity(
+                rows, tokenizer, settings.template, settings.train_on, processes, lines=lines, starts=starts,
+                servers=tuple(settings.parity_servers), progress=show_progress
+            )
+            done += found[name]["rows"]
+    write_parity(aside / "parity.json", found)
+    return all(one.passed for one in found.values())
+
+# %% ../../nbs/tokens/05_preparation.ipynb #write-parity
+def lines_by_dataset(source: Optional[Source]) -> list[tuple]: # name, row numbers; without a mix one, named ""
+    "The training conversations of each data set."
+    if source is None: return [("", None)]
+    mixed = dataset_of_rows(source.path, source.chosen)
+    return [(name, source.chosen[own]) for name, own in mixed if own.any()] or [("", source.chosen)]
+
+def write_parity(path: Path, found: dict[str, ParityReport]) -> None: # name of a data set -> its report
+    "One report; of several data sets their sum, and each by itself in `by_dataset`."
+    first, *others = found.values()
+    if not others: return path.write_text(first.to_json(), encoding="utf-8")
+    counts = sum((Counter(one.counts) for one in found.values()), Counter())
+    examples = [example for one in found.values() for example in one.examples][:MOST_FAILURES]
+    fallback = next((one.fallback for one in found.values() if one.fallback), "")
+    whole = json.loads(replace(first, counts=dict(counts), examples=examples, fallback=fallback).to_json())
+    whole["passed"] = all(one.passed for one in found.values())
+    whole["by_dataset"] = {name: json.loads(one.to_json()) for name, one in found.items()}
+    path.write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 # %% ../../nbs/tokens/05_preparation.ipynb #abandoned
 KEY = re.compile(r"(?:\.claim-|\.building-)?([0-9a-f]{20})(?:-[0-9a-f]+)?")
@@ -236,11 +264,18 @@ def require_fit(prepared: Prepared, settings: Settings) -> None: # raises Prepar
 # %% ../../nbs/tokens/05_preparation.ipynb #split-line
 def split_line(name: str, s: dict[str, Any]) -> str:
     "A split's counts."
-    return (
+    return "\n".join([
         f"{name}: {s['rows']:,} rows ({', '.join(f'{s[f]:,} {f}' for f in FATES if s[f])}), {s['tokens']:,} tokens, "
         f"{s['supervised_tokens'] / max(1, s['tokens']):.1%} of them supervised, {s['blocks']:,} blocks, "
-        f"{s['fill']:.1%} full"
-    )
+        f"{s['fill']:.1%} full", *(f"  {line}" for line in dataset_lines(s))
+    ])
+
+def dataset_lines(s: dict[str, Any]) -> list[str]: # empty where one data set was prepared alone
+    "What each data set of a mix has of a split, by rows and by supervised tokens."
+    rows, learnt = (max(1, s[what]) for what in ("rows", "supervised_tokens"))
+    return [f"{name}: {one['rows'] / rows:.1%} of the rows ({one['rows']:,}), "
+            f"{one['supervised_tokens'] / learnt:.1%} of the supervised tokens ({one['supervised_tokens']:,})"
+            for name, one in s.get("by_dataset", {}).items()]
 
 # %% ../../nbs/tokens/05_preparation.ipynb #prepare
 ANSWER = 60  # seconds in which the builder answers a first rank that would else build for its own machine
@@ -308,7 +343,8 @@ def build_for(
     def progress(text):
         heartbeat.update("building", text)
         raise_if_stop_requested(settings.run_dir, settings.max_hours, "preparing")
-        if _show_progress() and "because" in text or "died" in text: print(text, flush=True)
+        shown = _show_progress() and ("because" in text or "% of the rows" in text)
+        if shown or "died" in text: print(text, flush=True)
     try:
         ensure_inputs(settings)
         folder = build(settings, progress)

@@ -218,7 +218,7 @@ def check_data(settings: Settings, prepared: Optional[Prepared], why: str) -> Fi
     if different := differences_of(settings):
         missing = all(line.endswith("does not exist.") for one in different for line in one.lines)
         return Finding("data", "warn" if missing else "fail", " ".join(line for one in different for line in one.lines),
-                       " ".join(f"Run {one.page}: `{one.command}`." for one in different))
+                       " ".join(f"Run {one.page}: `{one.command}`." for one in different if one.page))
     if prepared:
         return Finding(
             "data",
@@ -250,7 +250,7 @@ def amounts(
             split["blocks"],
             "the prepared data",
         )
-    elif settings.dataset == "allenai/Dolci-Instruct-SFT":
+    elif settings.data is None and settings.dataset == "allenai/Dolci-Instruct-SFT":
         rows = min(DOLCI["rows"], settings.max_train_samples or DOLCI["rows"])
         tokens, context, text = (
             rows * DOLCI["tokens"],

@@ -25,7 +25,7 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 # %% ../../nbs/training/22_doctor_command.ipynb #heading
 def heading(settings: Settings, ranks: int) -> str:
     "What is looked at, in one line."
-    return (f"Profile {settings.profile}: {settings.model} on {settings.dataset}, run {settings.run_dir.name}, "
+    return (f"Profile {settings.profile}: {settings.model} on {settings.data_name}, run {settings.run_dir.name}, "
             f"{ranks} process{'es' if ranks > 1 else ''}.")
 
 # %% ../../nbs/training/22_doctor_command.ipynb #show-as-found

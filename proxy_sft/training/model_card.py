@@ -8,9 +8,10 @@ __all__ = ['DOLCI', 'hub_name', 'origin', 'data_licence', 'model_card']
 # %% ../../nbs/training/14_model_card.ipynb #imports
 from huggingface_hub import ModelCardData
 
+from ..core.data_list import labels_of
 from ..core.settings import is_path, Settings
 from ..tokens.inputs import record_of
-from ..tokens.preparation import Prepared
+from ..tokens.preparation import dataset_lines, Prepared
 
 # %% ../../nbs/training/14_model_card.ipynb #hub-name
 def hub_name(name: str) -> str: # empty for a local path and for the demo
@@ -20,10 +21,10 @@ def hub_name(name: str) -> str: # empty for a local path and for the demo
 # %% ../../nbs/training/14_model_card.ipynb #front-matter
 def front_matter(settings: Settings) -> str: # between two lines of dashes
     "What the hub reads of a card."
-    model, data = hub_name(settings.model), hub_name(settings.dataset)
+    model, data = hub_name(settings.model), [name for one in settings.parts if (name := hub_name(one.dataset))]
     matter = ModelCardData(
         base_model=model or None,
-        datasets=[data] if data else None,
+        datasets=data or None,
         license=record_of(settings.model_dir / "download.json").get("license"),
         library_name="transformers",
         tags=["tool-calling", "sft", "trl"],
@@ -46,19 +47,43 @@ def data_licence(settings: Settings, record: dict) -> str: # a sentence, or noth
                 "model on keeps that attribution.")
     return f"Licence of the data, as its page states it: {record['license']}." if record.get("license") else ""
 
+# %% ../../nbs/training/14_model_card.ipynb #data-origins
+def data_record(one: Settings) -> dict: # of one data set; empty when there is none
+    "What a data set's download wrote down."
+    return record_of(one.data_dir / "download.json")
+
+def data_origins(settings: Settings) -> str:
+    "The data sets in words."
+    named = [origin(one.dataset, one.dataset_revision, data_record(one), "dataset") for one in settings.parts]
+    return " and ".join(named)
+
+def data_licences(settings: Settings) -> str: # sentences, or nothing
+    "What has to be said about each data set."
+    found = [(name, data_licence(one, data_record(one))) for name, one in
+             zip(labels_of(settings.data or [{"dataset": settings.dataset}]), settings.parts)]
+    if settings.data is None: return found[0][1]
+    return " ".join(f"{name}: {words}" for name, words in found if words)
+
+def data_lines(settings: Settings, prepared: Prepared) -> list[str]: # empty for one data set
+    "The share that each data set has."
+    if settings.data is None: return []
+    return [f"`{line.replace(': ', '`: ', 1)}" for line in dataset_lines(prepared.splits["train"])]
+
 # %% ../../nbs/training/14_model_card.ipynb #card
 def model_card(settings: Settings, prepared: Prepared) -> str: # Markdown with the hub's front matter
     "The README that lies in every checkpoint and in the final model."
-    model, data = (record_of(folder / "download.json") for folder in (settings.model_dir, settings.data_dir))
+    model = record_of(settings.model_dir / "download.json")
+    mixed = "".join(f"\n  - {line}" for line in data_lines(settings, prepared))
     train, parity, inputs = prepared.splits["train"], prepared.parity, prepared.manifest["key_parts"]
     passed = "passed" if parity["passed"] else "FAILED, and training was ordered all the same"
     return f"""{front_matter(settings)}# {settings.name}
 
-{origin(settings.model, settings.model_revision, model, "model")}, fine-tuned on assistant turns of {origin(
-    settings.dataset, settings.dataset_revision, data, "dataset")} to call tools. {data_licence(settings, data)}
+{origin(settings.model, settings.model_revision, model, "model")}, fine-tuned on assistant turns of {
+    data_origins(settings)} to call tools. {data_licences(settings)}
 
 - conversations: {train['rows']:,} read, {train['whole'] + train['cut']:,} trained, {train['tokens']:,} tokens, {
-    train['supervised_tokens']:,} of them supervised; the file's BLAKE3 hash is `{inputs.get('data/train.jsonl')}`
+    train['supervised_tokens']:,} of them supervised; the file's BLAKE3 hash is `{inputs.get('data/train.jsonl')}`{
+    mixed}
 - chat template: `{settings.template}`, saved with this model; every trained turn ends with `<|im_end|>`, its stop token
 - parity check: {passed}. {parity['verdict']}
 - settings: `settings.yaml` in this folder; data key `{prepared.key}`

@@ -20,7 +20,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 # %% ../../nbs/training/13_run.ipynb #imports-own
-from ..core.atomic_folders import checkpoint_step, complete_checkpoints, read_manifest
+from ..core.atomic_folders import checkpoint_step, complete_checkpoints, read_manifest, write_flushed
 from ..core.build_once import World
 from ..core.distributed import broadcast, all_gather
 from ..core.locks import RunLock
@@ -94,9 +94,10 @@ def begin_run(settings: Settings, prepared: Prepared, lock: RunLock) -> Start: #
 def begin_writing(
     settings: Settings,
     start: Start,
+    prepared: Prepared,
     needed: int, # bytes of a checkpoint
 ) -> dict[str, str]: # what `sweep` gave; raises CheckpointError
-    "Everything is checked; now tidy the run's folder and write down the settings. `needed`: bytes of a checkpoint."
+    "Everything is checked; now tidy the run's folder and write down the settings."
     swept = sweep(settings.run_dir)
     if start.separate and start.resume == "auto" and start.checkpoint:
         delete_beyond(settings.run_dir, checkpoint_step(start.checkpoint))
@@ -104,7 +105,15 @@ def begin_writing(
     require_room(settings.run_dir, needed, settings.save_total_limit, settings.on_full_disk, anew)
     if anew: set_aside(settings.run_dir)
     save_settings(settings, settings.run_dir)
+    if settings.data is not None: write_mix(settings.run_dir, prepared)
     return swept
+
+# %% ../../nbs/training/13_run.ipynb #write-mix
+def write_mix(run_dir: Path, prepared: Prepared) -> None:
+    "What each data set has of the training, for `status` and the report."
+    (run_dir / "logs").mkdir(exist_ok=True)
+    text = json.dumps(prepared.splits["train"]["by_dataset"], indent=1, ensure_ascii=False)
+    write_flushed(run_dir / "logs" / "data.json", text + "\n")
 
 # %% ../../nbs/training/13_run.ipynb #agree
 def agree(act: Optional[Callable[[], Any]]) -> Any: # what it gave here; raises on every rank what it raised on one
@@ -201,7 +210,7 @@ def train_from(
     trainer.evaluation_due = due
     check_batch(trainer)
     needed = bytes_of_checkpoint(trainer, settings) if trainer.publishes else 0
-    swept = all_gather(agree((lambda: begin_writing(settings, start, needed)) if trainer.publishes else None))
+    swept = all_gather(agree((lambda: begin_writing(settings, start, prepared, needed)) if trainer.publishes else None))
     swept = {name: fate for one in swept if one for name, fate in one.items()}
     if World.from_environment().rank == 0 and swept:
         log_line(lost_checkpoints_message(swept, settings.model_copy(update={"resume": start.resume})))
