@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from transformers import AutoTokenizer
+
 from proxy_sft import commands
 from proxy_sft.core.settings import load_settings
+from proxy_sft.evaluation.predictions import prepare_questions
+from proxy_sft.pipeline import ensure_inputs
 from proxy_sft.train import train
+from proxy_sft.training.cost import Shape
+from proxy_sft.training.evaluation_time import Asked, evaluation_time, LAUNCHES, questions_of, usual_questions
+from proxy_sft.training.step_model import Rates
 
 PROGRAM = str(Path(sys.executable).parent / "proxy-sft")
 WRONG = {  # what is given -> what the doctor has to name
@@ -72,5 +79,33 @@ def test_hours_and_memory_on_a_named_card(capsys, tmp_path):
     assert commands.main([*words, "--gpu", "h200"]) in (0, 1)
     text = " ".join(capsys.readouterr().out.split())
     assert "8 processes" in text and "hours" in text and not re.search(r"e\+\d", text) and "8 x H200" in text
+    assert "evaluation Base and tuned model on turns of Dolci's usual length" in text and "minutes (reading" in text
     assert commands.main([*words, "--gpu", "h300"]) == 1
     assert "Known: A100, H100" in capsys.readouterr().err
+
+
+def test_minutes_of_an_evaluation_are_those_of_its_parts_by_hand():
+    "One layer, numbers that can be multiplied by eye; a rate of one operation, or one byte, a second."
+    shape = Shape(layers=1, hidden=2, inner=1, heads=1, key_heads=1, head_dim=2, vocabulary=5, tied=True)
+    assert shape.layer_matrices == 22 and shape.matrices == 32
+    rates, asked = Rates(1, 1, 1, 1e9), Asked([3, 3], 2, [4], "here")
+    found = evaluation_time(shape, rates, asked, batch_size=2)
+    read = 2 * 22 * 3 + 2 * 2 * 3 * 3 + 2 * 2 * 5  # weights, causal scores, the head of the last token
+    assert found.reading == 2 * 2 * read
+    write = 2 * (2 * 32 + 4 * 2 * (3 + 1))  # a token of both answers, in the middle of writing
+    assert found.writing == 2 * 2 * write  # two models, two tokens
+    assert found.losses == 2 * (2 * 22 * 4 + 2 * 2 * 4 * 4 + 2 * 2 * 5 * 4)
+    slow = evaluation_time(shape, Rates(1e18, 1, 1, 1), asked, batch_size=2)
+    assert slow.writing == 2 * 2 * (2 * 32 + 2 * 2 * 2 * 2 * (3 + 1))  # bytes: weights, and keys and values of both
+    assert evaluation_time(shape, Rates(1e18, 1, 1, 1e18), asked).writing == pytest.approx(2 * 2 * LAUNCHES)
+    assert found.minutes == sum((found.reading, found.writing, found.losses, found.loading)) / 60
+
+
+def test_what_is_asked_is_what_page_03_would_choose(tmp_path):
+    settings = load_settings("demo", workspace=str(tmp_path), demo_rows=200, num_proc=1)
+    assert questions_of(settings) == usual_questions()
+    ensure_inputs(settings)
+    asked, tokenizer = questions_of(settings, 20, 5), AutoTokenizer.from_pretrained(settings.model_dir)
+    chosen, *_ = prepare_questions(settings, tokenizer, 20, 5, 1024, batching={})
+    assert asked.prompts == list(map(len, chosen.prompts)) and asked.limit == chosen.limit < 1024
+    assert len(asked.losses) == len(asked.prompts) + len(chosen.chats)

@@ -28,6 +28,7 @@ from proxy_sft.training.cost import (
     DOLCI, flops_per_token, mean_context, memory_parts, peak_flops, published_config, saved_bytes, Shape,
     trained_parameters, weights_dtype
 )
+from .evaluation_time import evaluation_time, questions_of
 from .findings import Finding, is_missing, Report
 from proxy_sft.training.machine_checks import (
     check_cards, check_disk_space, check_process, check_run_folder, check_shared_memory, existing
@@ -316,6 +317,15 @@ def check_speed(
                                  "benchmarks/gpu.")
 
 
+# %% ../../nbs/training/09_doctor.ipynb #check-evaluation
+def check_evaluation(settings: Settings, ranks: int, config: PreTrainedConfig, device_name: str) -> Iterator[Finding]:
+    "Minutes of page 03 (`training/27_evaluation_time`); nothing where a card's rates are not known."
+    if (rates := rates_of(device_name)) is None: return
+    asked = questions_of(settings)
+    found = evaluation_time(Shape.of(config), rates, asked, ranks, one_load=settings.lora_rank is not None)
+    text = f"Base and tuned model on {asked.origin}, at most {asked.limit} tokens an answer: about {found} on {ranks} x "
+    yield Finding("evaluation", "ok", f"{text}{device_name}, from assumed rates.")
+
 # %% ../../nbs/training/09_doctor.ipynb #diagnose
 def check_model(settings: Settings) -> Finding:
     "Whether the model is on the disk."
@@ -366,6 +376,7 @@ def findings(
     yield check_gpu_memory(settings, ranks, config, card)
     known = amounts(settings, ranks, prepared)
     if known: yield from check_speed(settings, ranks, config, gpu or device_name(settings), card, known[1])
+    yield from check_evaluation(settings, ranks, config, gpu or device_name(settings))
     yield from check_host_memory(settings, ranks, config, host_memory())
 
 # %% ../../nbs/training/09_doctor.ipynb #report

@@ -30,7 +30,7 @@ class Finding:
 GROUPS = {  # heading -> what its findings are about; all others belong to the machine
     "Settings": ("template", "loggers", "adapters", "attention", "resume", "optimizer"),
     "Model and data": ("model", "control tokens", "data"),
-    "Memory, disk and time": ("memory", "host memory", "disk", "time", "speed"),
+    "Memory, disk and time": ("memory", "host memory", "disk", "time", "speed", "evaluation"),
     "Machine": (),
 }
 
