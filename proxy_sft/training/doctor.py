@@ -323,8 +323,8 @@ def check_evaluation(settings: Settings, ranks: int, config: PreTrainedConfig, d
     if (rates := rates_of(device_name)) is None: return
     asked = questions_of(settings)
     found = evaluation_time(Shape.of(config), rates, asked, ranks, one_load=settings.lora_rank is not None)
-    text = f"Base and tuned model on {asked.origin}, at most {asked.limit} tokens an answer: about {found} on {ranks} x "
-    yield Finding("evaluation", "ok", f"{text}{device_name}, from assumed rates.")
+    what = f"Base and tuned model on {asked.origin}, at most {asked.limit} tokens an answer"
+    yield Finding("evaluation", "ok", f"{what}: about {found} on {ranks} x {device_name}, from assumed rates.")
 
 # %% ../../nbs/training/09_doctor.ipynb #diagnose
 def check_model(settings: Settings) -> Finding:
