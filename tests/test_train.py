@@ -2,6 +2,8 @@
 import json
 import shlex
 import shutil
+import subprocess
+import time
 
 from proxy_sft.training import attention
 import pytest
@@ -16,8 +18,9 @@ from trl.trainer.utils import add_fused_lm_head
 from proxy_sft.training.attention import AttentionError, block, log_probabilities, choose_attention, VARLEN
 from proxy_sft.training.cost import keep_attention
 from proxy_sft.training.progress import FIELDS
-from proxy_sft.core.atomic_folders import file_hash
+from proxy_sft.core.atomic_folders import file_hash, read_manifest
 from proxy_sft.convert import convert
+from proxy_sft.core.locks import RunLock
 from proxy_sft.core.settings import load_settings
 from proxy_sft.demo.model import write_demo_model
 from proxy_sft.evaluate import evaluate
@@ -30,7 +33,9 @@ from proxy_sft.pipeline import ensure_inputs
 from proxy_sft.tokens.preparation import prepare
 from proxy_sft.training.arguments import TrainError
 from proxy_sft.training.trainer import build_trainer
-from trainings import logged, run_training
+from proxy_sft.training.checkpoint_writer import StopOnRequest
+from proxy_sft.training.run import begin_run
+from trainings import logged, run_training, stopped_after_a_step
 
 SMALL = dict(
     profile="demo",
@@ -383,6 +388,77 @@ def test_published_files_have_the_usual_rights(folder):
     assert not odd
     folders = {path.stat().st_mode & 0o777 for path in published if path.is_dir()}
     assert folders == {usual | (usual & 0o444) >> 2}
+
+
+def saved(checkpoint):
+    "Hashes of what a checkpoint holds, without what names times, speeds or this very setting."
+    files = read_manifest(checkpoint)["files"]
+    return {name: entry["blake3"] for name, entry in files.items()
+            if name.endswith((".safetensors", ".pt", ".pth", ".jinja")) or name.startswith("tokenizer")}
+
+
+@pytest.mark.parametrize("ranks, given", [(1, STRAIGHT), (2, dict(deepspeed="ds_config_zero2.json"))])
+def test_saves_beside_the_training_are_the_same(folder, tmp_path, ranks, given):
+    "Files, what is kept, and weights alone in between; a stop and a second start change nothing."
+    given = {**given, "save_steps": 1, "save_weights_steps": 2, "save_total_limit": 2}
+    run(folder, f"waits {ranks}", ranks, **given)
+    beside = run_training(ranks, act=stopped_after_a_step if ranks == 1 else None, **{
+        **SMALL, **given, "workspace": str(folder), "run_name": f"beside {ranks}", "save_through": str(tmp_path)})
+    if ranks == 1:
+        assert beside.returncode and (folder / "runs" / "beside 1" / "checkpoint-1" / "COMPLETE").exists()
+        assert not list(tmp_path.iterdir())
+        (folder / "runs" / "beside 1" / "STOP").unlink()
+        run(folder, "beside 1", **given, save_through=str(tmp_path))
+    else: assert beside.returncode == 0, beside.stderr
+    one, other = folder / "runs" / f"waits {ranks}", folder / "runs" / f"beside {ranks}"
+    names, found = (sorted(path.name for kind in ("checkpoint", "weights") for path in folder.glob(f"{kind}-*"))
+                    for folder in (one, other))
+    assert names == found and {"checkpoint-2", "checkpoint-3"} <= {*names}
+    assert all(saved(one / name) == saved(other / name) for name in names) and saved(one) == saved(other)
+    assert logged(one) == logged(other) and not list(tmp_path.iterdir())
+
+
+def in_the_way_of_a_save(settings) -> None: # an `act`
+    "A file where the second save is to be copied."
+    usual = StopOnRequest.on_step_end
+    def on_step_end(self, args, state, control, **more):
+        if state.global_step == 2:
+            while not (settings.run_dir / "checkpoint-1" / "COMPLETE").exists(): time.sleep(.01)
+            (settings.run_dir / ".saving").write_text("")
+        return usual(self, args, state, control, **more)
+    StopOnRequest.on_step_end = on_step_end
+    train(settings)
+
+
+def test_a_save_that_fails_beside_the_training_ends_it(folder, tmp_path):
+    done = run_training(1, act=in_the_way_of_a_save, **{
+        **SMALL, **STRAIGHT, "workspace": str(folder), "run_name": "in the way", "save_steps": 1,
+        "save_through": str(tmp_path)})
+    assert done.returncode == 1 and "checkpoint-2 could not be completed" in done.stderr, done.stderr
+    run_dir = folder / "runs" / "in the way"
+    assert [path.name for path in run_dir.glob("checkpoint-*")] == ["checkpoint-1"] and not list(tmp_path.iterdir())
+    assert not (run_dir / "model.safetensors").exists()
+
+
+def test_without_room_on_the_machine_a_save_goes_straight_to_the_run(folder, tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode: pytest.skip("no small file system can be mounted here")
+    try: said = run(folder, "no room", **STRAIGHT, save_through=str(tmp_path))
+    finally: subprocess.run(["umount", str(tmp_path)], check=True)
+    assert "it is written straight to the run's folder" in said
+    assert saved(folder / "runs" / "no room" / "checkpoint-3") == saved(folder / "runs" / "straight" / "checkpoint-3")
+
+
+def test_saves_beside_the_training_need_one_machine_and_a_folder(folder, tmp_path, monkeypatch):
+    settings = load_settings(**{**SMALL, "workspace": str(folder), "save_through": str(tmp_path / "nowhere")})
+    done = run_training(1, **{**SMALL, **STRAIGHT, "workspace": str(folder), "run_name": "nowhere",
+                              "save_through": str(tmp_path / "nowhere")})
+    assert "is no folder that can be written" in done.stderr and done.returncode == 1
+    assert not (folder / "runs" / "nowhere" / "settings.yaml").exists()
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 1)):
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(TrainError, match="save_through works on one machine"):
+        begin_run(settings, prepare(settings), RunLock(folder / "lock"))
 
 
 def test_what_was_chosen_stands_in_the_log_and_in_the_manifest(folder):

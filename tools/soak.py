@@ -273,14 +273,14 @@ class Soak:
         return f"another number of ranks: {lines}", all(l[-1] for l in lines)
 
     # kill -9 of the whole tree
-    def kills(self, count=50):
+    def kills(self, count=50, **given):
         right = inside = 0
         for i in range(count):
             ranks, saving = 1 + i % 2, i % 4 < 2 # half of them in a save, with one and with two ranks
             whole, name = self.reference(ranks), f"kill-{i}"
             for _ in range(1 + i % 3): # up to three deaths in a row
-                inside += self.killed(name, ranks, saving)[0]
-            right += self.finish(name, ranks) == whole
+                inside += self.killed(name, ranks, saving, **given)[0]
+            right += self.finish(name, ranks, **given) == whole
             self.check_window(name)
             shutil.rmtree(self.dir(name))
         return (
@@ -289,7 +289,7 @@ class Soak:
             right == count and inside >= count // 2,
         )
 
-    def killed(self, name, ranks, saving) -> tuple[bool, list[int]]: # whether it was in a save; exit codes
+    def killed(self, name, ranks, saving, **given) -> tuple[bool, list[int]]: # whether it was in a save; exit codes
         "A life whose group is killed: where it holds still inside a save, or at a random moment."
         mark, wait = self.folder / f"{name}.held", self.dice.uniform(0.2, 3)
         mark.unlink(missing_ok=True)
@@ -299,6 +299,7 @@ class Soak:
             hold_inside_save(mark, self.dice.randrange(60)) if saving else None,
             workspace=str(self.folder / "ws"),
             run_name=name,
+            **given,
         )
         self.lives += 1
         while not os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT): # else it ended by itself
@@ -307,6 +308,14 @@ class Soak:
         try: os.killpg(pids[0], signal.SIGKILL)
         except ProcessLookupError: pass # ended by itself
         return mark.exists(), end(pids)
+
+    # the same with saves beside the training
+    def beside(self, count=30):
+        machine = self.folder / "machine"
+        machine.mkdir()
+        text, good = self.kills(count, save_through=str(machine))
+        left = len(list(machine.iterdir()))
+        return f"saves beside the training: {text}; {left} folders are left on the machine", good and not left
 
     def check_window(self, name):
         from proxy_sft.core.atomic_folders import checkpoint_step, complete_checkpoints
@@ -791,7 +800,8 @@ def hashes(run_dir) -> bool:
     return all(bool(verify(f)) for f in complete_checkpoints(run_dir))
 
 
-PARTS = ("exact", "worlds", "broken", "spikes", "odd", "full", "full_two", "flips", "terms", "kills", "mixed")
+PARTS = ("exact", "worlds", "broken", "spikes", "odd", "full", "full_two", "flips", "terms", "kills", "beside",
+         "mixed")
 
 
 def main() -> int:
@@ -799,7 +809,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", default=[], metavar="PART[=COUNT]",
                         help=f"of {', '.join(PARTS)}; all when not given, then the pytest files in their long form")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--count", type=int, help="faults of a part, instead of 50, 20, 100 and 200")
+    parser.add_argument("--count", type=int, help="faults of a part, instead of 50, 20, 30, 100 and 200")
     args = parser.parse_args()
     import proxy_sft.train  # noqa: F401  once, for all lives
     bad = 0
@@ -808,7 +818,7 @@ def main() -> int:
         for part, _, count in (p.partition("=") for p in args.parts or PARTS):
             began, count = time.monotonic(), int(count or args.count or 0)
             text, good = getattr(soak, part)(
-                *([count] if count and part in ("flips", "terms", "kills", "mixed") else [])
+                *([count] if count and part in ("flips", "terms", "kills", "beside", "mixed") else [])
             )
             bad += not good
             print(

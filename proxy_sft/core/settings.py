@@ -257,6 +257,10 @@ class Record(Group):
     on_full_disk: Literal["stop", "go_on"] = Field(
         "stop", description="too little free disk for a checkpoint: stop, or go on without it and say so"
     )
+    save_through: Optional[str] = Field(
+        None, description="folder of this machine, such as /dev/shm or a local disk, through which saves go: training "
+                          "stands still only while they are written there; null: straight to the run's folder"
+    )
     max_hours: Optional[float] = Field(
         None, gt=0, description="save and stop, to be started again, after so many hours"
     )

@@ -28,6 +28,7 @@ from proxy_sft.core.atomic_folders import (
 )
 from ..core.distributed import any_rank, all_gather
 from ..core.stop_requests import log_line, stop_reason, working
+from .background_saves import BackgroundSave, copy_folder, free_bytes
 from proxy_sft.training.checkpoints import (
     CheckpointError, lack_of_room, matters_for_training, prune, random_state_files
 )
@@ -81,22 +82,27 @@ class CompleteCheckpoints:
     stop: Optional["StopOnRequest"] = None
     began_at = 0                # the step that was loaded
     evaluation_due = False      # whether a stop cut off the evaluation of this step
+    through: Optional[Path] = None # folder of this machine through which saves go; None: straight to the run's folder
+    expected = 0                # bytes of a checkpoint, before there is one
+    aside: Optional[Path] = None # where the present save is written; None: `.saving` in the run's folder
+    saving: Optional[BackgroundSave] = None # on the process that publishes: the save that is not done yet
 
     @property
     def publishes(self) -> bool:
         return self.args.process_index == 0 or (self.separate and self.args.local_process_index == 0)
 
     def _get_output_dir(self, trial): # asked by transformers for every save
-        return str(self.run_dir / ".saving")
+        return str(self.aside or self.run_dir / ".saving")
 
     def _save_checkpoint(self, model, trial):
         "Save aside, publish, prune; `CheckpointError` on every rank when it could not be published."
         target = self.run_dir / f"checkpoint-{self.state.global_step}"
         if target in self.written: return # transformers asks twice where a step ends an epoch
+        self.finish_save()
         self._refuse(f"{target} is complete already, and not of this training." if is_complete(target) else "")
         if not self._has_room_for(target): return
         self._require_finite(f"{target.name} would hold")
-        self.accelerator.wait_for_everyone()
+        self._choose_aside(target)
         self._write_aside(target, lambda: super(CompleteCheckpoints, self)._save_checkpoint(model, trial))
         self._publish(target, "checkpoint")
         self.written = *self.written, target
@@ -106,9 +112,11 @@ class CompleteCheckpoints:
         super()._maybe_log_save_evaluate(*args, **kwargs)
         step, target = self.state.global_step, self.run_dir / f"weights-{self.state.global_step}"
         if not self.weights_every or step % self.weights_every: return
+        self.finish_save()
         if any_rank(is_complete(target) or is_complete(self.run_dir / f"checkpoint-{step}")): return
         self._require_finite(f"{target.name} would hold")
-        aside = str(self.run_dir / ".saving" / target.name)
+        self._choose_aside(target)
+        aside = str(Path(self._get_output_dir(None)) / target.name)
         self._write_aside(target, lambda: self.save_model(aside, _internal_call=True))
         self._publish(target, "weights")
 
@@ -168,14 +176,38 @@ class CompleteCheckpoints:
             log_line(f"Warning: no room for {target.name}, going on without it ({self.left_out} left out). {problem}",
                      sys.stdout)
 
+    def _choose_aside(self, target: Path) -> None:
+        "Through the machine's folder where it has room for this save; else straight to the run's folder, with a word."
+        lack = ""
+        if self.through is not None and self.publishes:
+            found, free = complete_checkpoints(self.run_dir), free_bytes(self.through)
+            size = folder_bytes(found[-1]) if found else self.expected
+            if free < size: lack = (f"{self.through} has room for {free / 1e9:,.2f} GB, {target.name} needs "
+                                    f"{size / 1e9:,.2f} GB")
+        lack = next((problem for problem in all_gather(lack) if problem), "")
+        if lack and self.args.process_index == 0:
+            log_line(f"Warning: {lack}; it is written straight to the run's folder, and training waits.", sys.stdout)
+        self.aside = None if lack else self.through
+
+    def finish_save(self) -> None: # on every rank at once
+        "Wait for the save that is not done yet; `CheckpointError` on every rank when it failed."
+        if self.through is None: return
+        problem, self.saving = self.saving.wait() if self.saving else "", None
+        self._refuse(problem, "The earlier checkpoints are untouched; free space and start the run again.")
+
+    def end_saves(self) -> None: # on each rank by itself: others may be gone
+        "However training ended: the last save is completed, and the machine's folder deleted."
+        if self.saving and (problem := self.saving.wait()): log_line(f"Warning: {problem}")
+        if self.through is not None and self.publishes: shutil.rmtree(self.through, ignore_errors=True)
+
     def _write_aside(self, target: Path, write: Callable[[], None]) -> None:
         "Write, and say in plain words what went wrong."
         working()
         try: write()
         except (OSError, RuntimeError, SafetensorError) as error:
-            room = lack_of_room(self.run_dir, 0, target.name) or (f"{shutil.disk_usage(self.run_dir).free / 1e9:,.2f} "
-                                                                  "GB were free.")
-            shutil.rmtree(self.run_dir / ".saving", ignore_errors=True)
+            place = self.aside or self.run_dir
+            room = lack_of_room(place, 0, target.name) or f"{shutil.disk_usage(place).free / 1e9:,.2f} GB were free."
+            shutil.rmtree(self._get_output_dir(None), ignore_errors=True)
             raise CheckpointError(
                 f"{target.name} could not be written: {error} ({room}) The earlier checkpoints are untouched; "
                 "free space and start the run again."
@@ -186,6 +218,9 @@ class CompleteCheckpoints:
         "Hash every part, then mark every part, then prune; all ranks learn what went wrong on one."
         due = {"evaluation_due": True} if self.stop is not None and self.stop.evaluation_due else {}
         facts = {**self.facts, **due, "step": self.state.global_step}
+        if self.aside is not None:
+            if self.publishes: self.saving = BackgroundSave(lambda: self._publish_copy(target, kind, facts))
+            return
         rename = lambda: publish(self._completed(self.run_dir / ".saving" / target.name, kind), target, facts,
                                  mark=False)
         for act in (rename, lambda: mark_complete(target)):
@@ -193,7 +228,22 @@ class CompleteCheckpoints:
             self._refuse(f"{target.name} could not be completed: {problem}." if problem else "",
                          "The earlier checkpoints are untouched; free space and start the run again.")
         working()
-        if not self.publishes: return
+        if self.publishes: self._tidy(kind)
+
+    def _publish_copy(self, target: Path, kind: str, facts: dict[str, Any]) -> None: # one process publishes
+        "Beside the training: copy from the machine's folder, hash, mark, prune."
+        written, aside = self.through / target.name, self.run_dir / ".saving" / target.name
+        try:
+            shutil.rmtree(aside.parent, ignore_errors=True)
+            copy_folder(self._completed(written, kind), aside)
+            shutil.rmtree(written)
+            publish(aside, target, facts)
+        except (OSError, AtomicFolderError) as error:
+            raise CheckpointError(f"{target.name} could not be completed: {error}.") from error
+        self._tidy(kind)
+
+    def _tidy(self, kind: str) -> None:
+        "What a complete save leaves behind, and what is older than the last `keep`."
         for name in (".saving", ".converted"): shutil.rmtree(self.run_dir / name, ignore_errors=True)
         prune(self.run_dir, self.keep, kind)
 

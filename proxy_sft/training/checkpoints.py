@@ -157,6 +157,7 @@ FREE_TO_CHANGE = {
     "parity",
     "save_weights_steps",
     "on_full_disk",
+    "save_through",
     "max_hours",
     "sample_steps",
     "sample_turns",

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'CARDS', 'DoctorError', 'model_config', 'zero_of', 'device_memory', 'device_name', 'needed', 'chosen_layers',
-           'check_gpu_memory', 'disk_needed', 'named_card', 'check_duration', 'findings', 'diagnose', 'require_health']
+           'check_gpu_memory', 'checkpoint_needs', 'disk_needed', 'named_card', 'check_duration', 'findings',
+           'diagnose', 'require_health']
 
 # %% ../../nbs/training/09_doctor.ipynb #imports
 import os
@@ -23,6 +24,7 @@ from proxy_sft.training.recomputation import (
 )
 from ..tokens.keys import key_parts, prepared_folders
 from ..tokens.preparation import Prepared
+from .background_saves import free_bytes
 from .checkpoints import checkpoints_to_come, expected_bytes
 from proxy_sft.training.cost import (
     DOLCI, flops_per_token, mean_context, memory_parts, peak_flops, published_config, saved_bytes, Shape,
@@ -31,7 +33,8 @@ from proxy_sft.training.cost import (
 from .evaluation_time import evaluation_time, questions_of
 from .findings import Finding, is_missing, Report
 from proxy_sft.training.machine_checks import (
-    check_cards, check_disk_space, check_process, check_run_folder, check_shared_memory, existing
+    check_cards, check_disk_space, check_process, check_run_folder, check_save_through,
+    check_shared_memory, existing
 )
 from .settings_checks import check_control_tokens, check_settings
 from .step_model import predicted, rates_of
@@ -178,19 +181,18 @@ def check_host_memory(
     )
 
 # %% ../../nbs/training/09_doctor.ipynb #disk
+def checkpoint_needs(config: PreTrainedConfig, settings: Settings, ranks: int) -> int: # bytes
+    "What one checkpoint takes."
+    divided = zero_of(settings, ranks) is not None
+    count = trained_parameters(Shape.of(config), settings)
+    return expected_bytes(settings.run_dir, count, settings.optimizer, divided, saved_bytes(settings, divided))
+
 def disk_needed(config: PreTrainedConfig, settings: Settings, ranks: int) -> int: # bytes
     "What the checkpoints take that are still to come; those of an earlier start lie there already."
-    divided = zero_of(settings, ranks) is not None
-    shape, each = Shape.of(config), weights_dtype(settings, divided).itemsize
-    size = expected_bytes(
-        settings.run_dir,
-        trained_parameters(shape, settings),
-        settings.optimizer,
-        divided,
-        saved_bytes(settings, divided),
-    )
     # the final model is written anew, with the adapter in it
-    merged = 0 if settings.lora_rank is None else shape.parameters * each
+    each = weights_dtype(settings, zero_of(settings, ranks) is not None).itemsize
+    merged = 0 if settings.lora_rank is None else Shape.of(config).parameters * each
+    size = checkpoint_needs(config, settings, ranks)
     return checkpoints_to_come(settings.run_dir, settings.save_total_limit) * size + merged
 
 # %% ../../nbs/training/09_doctor.ipynb #time
@@ -370,6 +372,10 @@ def findings(
     if config is None: return
     yield check_disk_space(settings, disk_needed(config, settings, ranks),
                            shutil.disk_usage(existing(settings.run_dir)).free)
+    if settings.save_through:
+        place = Path(settings.save_through).expanduser()
+        yield check_save_through(place, -(-ranks // local), checkpoint_needs(config, settings, ranks),
+                                 free_bytes(existing(place)))
     yield check_duration(settings, ranks, config, gpu or device_name(settings), prepared)
     if not rehearsal: return
     card = CARDS[gpu] if gpu else device_memory(settings)

@@ -29,6 +29,7 @@ from ..core.stop_requests import log_line, resume_advice, StopRequested, working
 from ..tokens.preparation import Prepared
 from .adapters import is_merged, merged_folder
 from .arguments import TrainError, training_arguments, uses_deepspeed
+from .background_saves import folder_on_machine, make_folder_on_machine
 from .checkpoint_writer import publish_final, StopEvaluation
 from proxy_sft.training.checkpoints import (
     agreed_checkpoint, checkpoint_facts, checkpoint_to_resume, CheckpointError, convert_world, delete_beyond,
@@ -72,6 +73,9 @@ def begin_run(settings: Settings, prepared: Prepared, lock: RunLock) -> Start: #
         raise TrainError(
             f"Rank {world.rank} prepared {prepared.key}, rank 0 prepared {key}: the machines hold different inputs."
         )
+    if settings.save_through and world.size != world.local_size:
+        raise TrainError(f"save_through works on one machine, and this run has {world.size} processes, "
+                         f"{world.local_size} of them here. Set save_through to null.")
     facts = checkpoint_facts(settings, prepared.key, world.size)
     try: settings.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError: pass # rank 0 raises it below, for all
@@ -104,6 +108,7 @@ def begin_writing(
     anew = start.resume == "never"
     require_room(settings.run_dir, needed, settings.save_total_limit, settings.on_full_disk, anew)
     if anew: set_aside(settings.run_dir)
+    if settings.save_through: make_folder_on_machine(folder_on_machine(Path(settings.save_through), settings.run_dir))
     save_settings(settings, settings.run_dir)
     if settings.data is not None: write_mix(settings.run_dir, prepared)
     return swept
@@ -209,7 +214,7 @@ def train_from(
     trainer = build_trainer(settings, prepared, facts, checkpoint is not None, start.separate, universal)
     trainer.evaluation_due = due
     check_batch(trainer)
-    needed = bytes_of_checkpoint(trainer, settings) if trainer.publishes else 0
+    needed = trainer.expected = bytes_of_checkpoint(trainer, settings) if trainer.publishes else 0
     swept = all_gather(agree((lambda: begin_writing(settings, start, prepared, needed)) if trainer.publishes else None))
     swept = {name: fate for one in swept if one for name, fate in one.items()}
     if World.from_environment().rank == 0 and swept:
@@ -218,8 +223,13 @@ def train_from(
     try:
         with weights_only() if checkpoint else nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except StopEvaluation: raise StopRequested(stop_words(trainer, settings)) from None
-    finally: working_ends()
+        trainer.finish_save()
+    except StopEvaluation:
+        trainer.finish_save()
+        raise StopRequested(stop_words(trainer, settings)) from None
+    finally:
+        working_ends()
+        trainer.end_saves()
     if trainer.stop.stopped: raise StopRequested(stop_words(trainer, settings))
     if trainer.publishes and not trainer.written:
         raise TrainError(f"The training ended at step {trainer.state.global_step} without a checkpoint; there is "

@@ -32,6 +32,7 @@ from ..evaluation.serving import serving_notes
 from ..tokens.preparation import Prepared
 from .adapters import adapter_config
 from .arguments import optimizer_class, speed_record, TrainError, training_arguments, uses_deepspeed
+from .background_saves import folder_on_machine
 from .checkpoint_writer import CompleteCheckpoints, StopOnRequest
 from .cost import mean_context, Shape, weights_dtype
 from .doctor import device_memory, device_name
@@ -248,6 +249,7 @@ def build_trainer(
         settings.on_full_disk,
         settings.save_weights_steps,
     )
+    if settings.save_through: trainer.through = folder_on_machine(Path(settings.save_through), settings.run_dir)
     trainer.lines = lambda blocks: lines_of(prepared, settings, blocks)
     return trainer
 
