@@ -29,7 +29,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "workspace" / "precautions"
-LONGEST = 2500  # characters of a row
+LONGEST = 1500  # characters of a row
 SHARES = {"first": "first token right", "call_begin": "`<tool_call>` likeliest", "stop": "stop token likeliest",
           "names": "right tools", "exact": "exact calls", "stops": "stops"}
 
@@ -155,7 +155,7 @@ def settings_of(name: str, given: argparse.Namespace, rows: list, seed: int, **m
     if not data.exists(): write_data(variant.data, rows, set(kept_apart), data)
     values = {"workspace": str(workspace), "dataset": str(data), "heldout_tools": kept_apart,
               "run_name": f"{name}-{seed}", "max_steps": given.steps, "save_steps": given.steps,
-              "eval_steps": given.steps, "max_length": 1024, "max_eval_samples": 4, "control_token_turns": 0,
+              "eval_steps": given.steps, "max_length": 640, "max_eval_samples": 4, "control_token_turns": 0,
               "gradient_accumulation": 1,
               "num_proc": 1, "seed": seed, "parity": "warn" if variant.change else "require",
               **dict(given.p), **variant.settings}
@@ -201,7 +201,7 @@ def measured_turns(settings: Any, folder: Path, given: argparse.Namespace) -> di
     model, generation = load_model(folder, settings.device, settings.attention, settings.bf16)
     tokenizer = AutoTokenizer.from_pretrained(settings.model_dir)
     chosen = choose_turns(settings.converted_dir / "heldout.jsonl", 2 * given.turns, 0)[0]
-    plain = settings.model_copy(update={"template": "nothink", "max_length": 900})  # the same turns for every template
+    plain = settings.model_copy(update={"template": "nothink", "max_length": 600})  # the same turns for every template
     turns = questions_that_fit(chosen, tokenizer, plain)[0][:given.turns]
     prompts = questions_that_fit(turns, tokenizer, settings)[1]
     read = [read_turn(model, tokenizer, settings, *pair) for pair in zip(turns, prompts, strict=True)]
@@ -276,7 +276,7 @@ def table(found: dict[str, list[dict]]) -> str: # Markdown
 def main() -> None:
     "Every variant in a process of its own; then the table."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of 1,024 tokens")
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of a block of 640 tokens")
     parser.add_argument("--seeds", type=int, default=1, help="trainings per variant")
     parser.add_argument("--turns", type=int, default=48, help="held-out turns to read")
     parser.add_argument("--asked", type=int, default=16, help="held-out turns to answer")

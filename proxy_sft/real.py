@@ -82,6 +82,8 @@ def write_smollm2(
     model = type(read)(config)
     model.load_state_dict(read.state_dict())
     added = add_control_tokens(model, tokenizer)
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    part = target.with_name(f"{target.name}.part")  # a killed start leaves no half model under the name
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.replace(target)
     return added

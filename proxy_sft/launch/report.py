@@ -45,6 +45,15 @@ def verdict(folder: Path, found: dict, records: list[dict]) -> str: # plain text
                            + f" of {next(iter(exact.values()))['of']:,} asked")
     return "; ".join(parts) + "."
 
+# %% ../../nbs/launch/08_report.ipynb #control-words
+CONTROL = {"call_begin": "<tool_call>", "call_end": "</tool_call>", "stop": "<|im_end|>"}  # in the log, in the text
+
+def control_words(records: list[dict]) -> str: # empty where none was measured
+    "How often each control token was the likeliest, at the last measurement."
+    found = {token: newest(records, name := f"control_{key}_likeliest").get(name) for key, token in CONTROL.items()}
+    return ", ".join(f"{token} {share:.0%}" for token, share in found.items() if isinstance(share, (int, float)))
+
+
 # %% ../../nbs/launch/08_report.ipynb #opening-rows
 def opening_rows(folder: Path, found: dict, records: list[dict]) -> list[tuple[str, Any]]:
     "Dates, duration, pace, memory and machine of a run."
@@ -58,6 +67,7 @@ def opening_rows(folder: Path, found: dict, records: list[dict]) -> list[tuple[s
     for name, title, form in (("tokens_per_second", "tokens per second", "{:,.0f}"),
                               ("peak_memory_gib", "peak memory", "{:.1f} GiB")):
         if name in found: rows.append((title, form.format(found[name])))
+    if likeliest := control_words(records): rows.append(("control tokens likeliest in their places", likeliest))
     ranks = facts.get("world_size")
     machine = ", ".join(filter(None, (facts.get("machine"), ranks and f"{ranks} process{'es' * (ranks > 1)}")))
     versions = ", ".join(f"{name} {v}" for name, v in sorted((facts.get("versions") or {}).items()))
@@ -66,8 +76,14 @@ def opening_rows(folder: Path, found: dict, records: list[dict]) -> list[tuple[s
     return [(name, value) for name, value in rows if value]
 
 # %% ../../nbs/launch/08_report.ipynb #curves
+def control_series(what: str) -> tuple[str, ...]: # names in the log
+    "A figure of each control token by itself, see `evaluation.control_tokens`."
+    return tuple(f"control_{name}_{what}" for name in CONTROL)
+
 CURVES = {
     "loss": ("loss", "eval_loss"),
+    "share of places where the control token is the likeliest": control_series("likeliest"),
+    "loss of the control tokens": control_series("loss"),
     "gradient norm": ("grad_norm",),
     "tokens per second": ("tokens_per_second", "supervised_tokens_per_second"),
     "memory, GiB": ("peak_memory_gib",),
@@ -76,7 +92,9 @@ CURVES = {
     "share of time waiting for data": ("data_wait",),
 }
 SERIES_NAMES = {"loss": "training", "eval_loss": "held-out", "tokens_per_second": "all", "peak_memory_gib": "peak",
-                "supervised_tokens_per_second": "trained"}
+                "supervised_tokens_per_second": "trained",
+                **{f"control_{name}_{what}": token
+                   for name, token in CONTROL.items() for what in ("likeliest", "loss")}}
 
 def points_of(records: list[dict], name: str) -> list[tuple[float, float]]: # step and value
     "One quantity over the steps, where it was logged."
