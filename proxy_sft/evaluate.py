@@ -37,7 +37,7 @@ def evaluate(
     join_ranks()
     # says what is missing before anything is loaded
     choose_turns(settings.converted_dir / "heldout.jsonl", 1, settings.seed)
-    folders, servers = model_folders(settings, tuned, base_only), servers or {}
+    folders, servers = model_folders(settings, tuned, base_only, adapters=not servers), servers or {}
     if "tuned" in folders: require_same_heldout(settings, folders["tuned"])
     for server in servers.values(): _ = server.name  # known before a model has worked for hours
     questions, found, too_long = prepare_questions(

@@ -10,10 +10,12 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 from proxy_sft.evaluation import generation
+import numpy as np
 import pytest
 import torch
+from peft import get_peft_model, LoraConfig
 from ports import free_port
-from transformers import AutoTokenizer, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 
 from proxy_sft.chat.masks import supervise
@@ -321,11 +323,11 @@ def world(tmp_path_factory):
     torch.set_num_threads(threads)
 
 
-def train(model, tokenizer, steps=30):
+def train(model, tokenizer, steps=30, rate=4e-3):
     "Learn the asked rows by heart."
     torch.manual_seed(0)
     optimizer, rows = (
-        torch.optim.AdamW(model.parameters(), lr=4e-3),
+        torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=rate),
         [supervise(**row, tokenizer=tokenizer) for row in ASKED],
     )
     width = max(len(row["input_ids"]) for row in rows)
@@ -359,6 +361,66 @@ def test_base_beside_tuned(world):
     )
     assert again == found == evaluate(settings, max_turns=7, batch_size=3)  # batches change nothing
     assert not list(settings.run_dir.glob("*.part"))
+
+
+@pytest.fixture(scope="module")
+def adapter(world, tmp_path_factory):
+    "An adapter that knows the asked rows by heart, alone, and the same merged into a whole model."
+    settings, tokenizer = world
+    alone, whole = (tmp_path_factory.mktemp("adapter") / name for name in ("alone", "whole"))
+    torch.manual_seed(0)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(Qwen3ForCausalLM.from_pretrained(settings.model_dir), config)
+    train(model, tokenizer, steps=40, rate=1e-2).save_pretrained(alone)
+    model.merge_and_unload().save_pretrained(whole)
+    for folder in (alone, whole): save_chat_files(folder, tokenizer, settings.template)
+    return alone, whole
+
+
+def test_base_and_an_adapter_from_one_load_answer_as_two_loads_do(world, adapter, tmp_path, monkeypatch):
+    settings, (alone, whole) = world[0], adapter
+    loads, usual = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained",
+                        lambda folder, **more: (loads.append(folder), usual(folder, **more))[1])
+    found = []
+    for tuned in (alone, whole):
+        other = settings.model_copy(update={"output_dir": str(tmp_path / tuned.name)})
+        found.append((evaluate(other, tuned=tuned, max_turns=4), len(loads)))
+    (one, loaded_once), (two, loaded) = found
+    assert loaded_once == 1 and loaded == 3
+    assert one.replies == two.replies and one.verdicts == two.verdicts
+    for name in ("base", "tuned"):
+        assert np.allclose([loss for loss, _ in one.losses[name]], [loss for loss, _ in two.losses[name]], rtol=1e-3)
+    assert one.replies["base"] != one.replies["tuned"]
+    assert all(verdict["exact"] for verdict in one.verdicts["tuned"] if "exact" in verdict)  # known by heart
+    base = evaluate(settings.model_copy(update={"output_dir": str(tmp_path / "base")}), base_only=True, max_turns=4)
+    assert base.replies["base"] == one.replies["base"]
+
+
+def test_killed_and_started_again_an_adapter_is_not_asked_what_was_kept(world, adapter, tmp_path, monkeypatch):
+    settings = world[0].model_copy(update={"output_dir": str(tmp_path / "run")})
+    usual, asked = generation.generate_batch, []
+    def until_the_second(*args, **more):
+        asked.append(len(args[2]))
+        if len(asked) == 2: raise KeyboardInterrupt
+        return usual(*args, **more)
+    monkeypatch.setattr(generation, "generate_batch", until_the_second)
+    with pytest.raises(KeyboardInterrupt): evaluate(settings, tuned=adapter[0], max_turns=4, batch_size=3)
+    found = evaluate(settings, tuned=adapter[0], max_turns=4, batch_size=3)
+    assert asked[0] + sum(asked[2:]) == 8 and len(found.replies["tuned"]) == len(found.replies["base"]) == 4
+
+
+def test_an_adapter_that_does_not_fit_is_refused_in_a_sentence(world, adapter, tmp_path):
+    settings, (alone, _) = world[0], adapter
+    with pytest.raises(EvaluateError, match="holds an adapter alone.*Name the run's folder"):
+        model_folders(settings, tuned=alone)
+    for name, change, says in (("kind", {"peft_type": "IA3"}, "expected 'LORA'"), ("size", {"r": 4}, "size mismatch")):
+        folder = shutil.copytree(alone, tmp_path / name)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        other = settings.model_copy(update={"output_dir": str(tmp_path / f"{name}-run")})
+        with pytest.raises(EvaluateError, match=f"The adapter in {name} cannot be loaded.*{says}"):
+            evaluate(other, tuned=folder, max_turns=2)
 
 
 def test_a_stop_keeps_the_answers_and_the_next_start_goes_on(world, monkeypatch):

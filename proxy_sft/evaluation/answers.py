@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BEFORE_JSON', 'THOUGHT', 'METRICS', 'EvaluateError', 'as_server_reads', 'as_it_was_meant', 'Answer', 'read_answer',
            'Reply', 'read_reply', 'unanswered', 'canonical', 'score_turn', 'wilson', 'HeldoutTurn', 'turns_of',
-           'read_rows', 'smallest', 'choose_turns', 'ChatRow', 'choose_chat_rows', 'expected_text', 'has_model']
+           'read_rows', 'smallest', 'choose_turns', 'ChatRow', 'choose_chat_rows', 'expected_text', 'has_model',
+           'has_adapter']
 
 # %% ../../nbs/evaluation/01_answers.ipynb #imports
 import hashlib
@@ -441,4 +442,12 @@ def has_model(
     "Whether a folder looks like a complete model."
     return (folder / "config.json").is_file() and any(
         (folder / f).is_file() for f in ("model.safetensors", "model.safetensors.index.json")
+    )
+
+def has_adapter(
+    folder: Path, # maybe an adapter's folder
+) -> bool: # its config and weights are there, and no model
+    "Whether a folder holds a LoRA adapter alone, as a checkpoint of one does and a run's folder `adapter`."
+    return not has_model(folder) and all(
+        (folder / f).is_file() for f in ("adapter_config.json", "adapter_model.safetensors")
     )

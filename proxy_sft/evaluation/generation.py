@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['questions_that_fit', 'token_batches', 'answer_limit', 'ready_to_answer', 'generate_batch', 'generate_replies',
            'place', 'join_ranks', 'stop_together', 'gathered', 'digest', 'AnswerStore', 'model_identity', 'load_model',
-           'losses_of', 'answer_rows', 'require_whole_weights', 'answer_in_time', 'ToolCallsWhileTraining']
+           'with_adapter', 'losses_of', 'answer_rows', 'require_whole_weights', 'answer_in_time',
+           'ToolCallsWhileTraining']
 
 # %% ../../nbs/evaluation/02_generation.ipynb #imports
 import hashlib
@@ -279,6 +280,21 @@ def load_model(
     place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
     half = bf16 and model.dtype == torch.float32
     return model.to(place, torch.bfloat16 if half else None).eval(), model.generation_config.to_dict()
+
+# %% ../../nbs/evaluation/02_generation.ipynb #with-adapter
+def with_adapter(
+    model: Any, # of the base model; its layers get the adapter
+    folder: Path, # with the adapter
+) -> Any: # a `peft.PeftModel`, whose `disable_adapter` gives the base model; EvaluateError
+    "Put a LoRA adapter beside a model's weights."
+    from peft import PeftModel
+    try:
+        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+        if kind != "LORA": raise ValueError(f"peft_type is {kind!r}; expected 'LORA'")
+        return PeftModel.from_pretrained(model, str(folder), local_files_only=True).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise EvaluateError(f"The adapter in {folder.name} cannot be loaded: {words}") from error
 
 # %% ../../nbs/evaluation/02_generation.ipynb #loss-export
 def token_losses(

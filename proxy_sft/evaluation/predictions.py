@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 from ..chat.encoder import supervise_batch
 from ..chat.saving import stop_token_ids
 from ..chat.templates import served_template
-from ..core.atomic_folders import is_complete, write_flushed
+from ..core.atomic_folders import is_complete, read_manifest, write_flushed
 from ..core.display import bar_pace
 from ..core.settings import Settings
 from ..core.stop_requests import listening, raise_if_stop_requested, stop_reason
 from proxy_sft.evaluation.answers import (
-    ChatRow, choose_chat_rows, choose_turns, EvaluateError, has_model, HeldoutTurn, METRICS, Reply
+    ChatRow, choose_chat_rows, choose_turns, EvaluateError, has_adapter, has_model, HeldoutTurn,
+    METRICS, Reply
 )
 from .bfcl import judge_questions, Leaderboard, leaderboard_dict, read_questions
 from .forgetting import forgetting_rows
@@ -97,11 +98,15 @@ def model_folders(
     settings: Settings, # where base model and run lie
     tuned: Optional[Path] = None, # a trained model elsewhere
     base_only: bool = False, # the base model alone
+    adapters: bool = False, # whether a folder with an adapter alone may be asked
 ) -> dict[str, Path]: # `base` and `tuned`; EvaluateError when one is missing or does not fit
     "The models to ask, checked before any is loaded."
     folders = {"base": settings.model_dir, **({} if base_only else {"tuned": Path(tuned or settings.run_dir)})}
     makers = {"base": "nbs/00_download.ipynb", "tuned": "nbs/02_train.ipynb"}
     for name, folder in folders.items():
+        if name == "tuned" and has_adapter(folder):
+            require_fitting_adapter(settings, folder, adapters)
+            continue
         if not has_model(folder):
             raise EvaluateError(
                 f"There is no {'base' if name == 'base' else 'trained'} model in {shown(folder, settings)}. "
@@ -109,13 +114,29 @@ def model_folders(
             )
     if base_only: return folders
     from transformers import AutoTokenizer
-    template = AutoTokenizer.from_pretrained(folders["tuned"], local_files_only=True).chat_template
+    template = AutoTokenizer.from_pretrained(chat_folder(folders["tuned"]), local_files_only=True).chat_template
     if template and template != served_template(settings.template):
         raise EvaluateError(
             f"The model in {shown(folders['tuned'], settings)} was saved with another chat template than "
             f"{settings.template!r}. Pass the template that it was trained on: -p template NAME."
         )
     return folders
+
+# %% ../../nbs/evaluation/09_predictions.ipynb #fitting-adapter
+def chat_folder(folder: Path) -> Path: # of a model or an adapter
+    "Where its tokenizer and generation config lie: those of a run's `adapter` lie in the run's folder."
+    return folder if (folder / "tokenizer_config.json").is_file() or not has_adapter(folder) else folder.parent
+
+def require_fitting_adapter(settings: Settings, folder: Path, adapters: bool) -> None: # raises EvaluateError
+    "Refuse an adapter where only whole models are asked, and one that was trained on another model."
+    if not adapters:
+        raise EvaluateError(f"{shown(folder, settings)} holds an adapter alone, which only the held-out turns and the "
+                            "leaderboard's single turns are asked of. Name the run's folder: its weights are merged.")
+    manifest = chat_folder(folder)
+    trained = read_manifest(manifest).get("settings", {}).get("model") if is_complete(manifest) else None
+    if trained not in (None, settings.model):
+        raise EvaluateError(f"The adapter in {shown(folder, settings)} was trained on {trained}, and the base model is "
+                            f"{settings.model}. Pass that model: -p model {trained}.")
 
 # %% ../../nbs/evaluation/09_predictions.ipynb #shown
 def shown(
@@ -135,9 +156,9 @@ def other_runs(settings: Settings) -> str: # a sentence, or nothing
 # %% ../../nbs/evaluation/09_predictions.ipynb #same-heldout
 def require_same_heldout(settings: Settings, tuned: Path) -> None: # raises EvaluateError
     "Refuse held-out rows that are not those of the training; say so where nothing tells."
-    if not made_from(tuned, settings.prepared_dir) and os.environ.get("RANK", "0") == "0":
+    if not made_from(chat_folder(tuned), settings.prepared_dir) and os.environ.get("RANK", "0") == "0":
         print(f"Not compared: nothing in {shown(tuned, settings)} says which rows were held out when it was trained.")
-    for difference in heldout_differences(settings, tuned):
+    for difference in heldout_differences(settings, chat_folder(tuned)):
         own = f"-p profile {shlex.quote(str(tuned / 'settings.yaml'))} -p output_dir {shlex.quote(str(tuned))}"
         raise EvaluateError(
             f"{difference} With the run's own settings: papermill nbs/03_evaluate.ipynb out.ipynb {own}\n"
@@ -189,9 +210,25 @@ def predict(
 ) -> tuple[list[Reply], list[tuple], list[tuple]]: # replies, losses per turn, losses per plain conversation
     "Load a model, ask it everything, and let go of it."
     import torch
-    from proxy_sft.evaluation.generation import answer_rows, generate_replies, load_model, losses_of, model_identity
+    from proxy_sft.evaluation.generation import load_model, model_identity
+    s = questions.settings
+    model, generation = load_model(folder, s.device, s.attention, s.bf16)
+    found = predict_loaded(model, generation, questions, name, model_identity(folder))
+    del model
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    return found
+
+# %% ../../nbs/evaluation/09_predictions.ipynb #ask-loaded-export
+def predict_loaded(
+    model: Any, # a causal language model of Transformers
+    generation: dict, # its generation config
+    questions: Questions, # what to ask
+    name: str, # shown beside the bar
+    *identity: str, # what the kept answers depend on
+) -> tuple[list[Reply], list[tuple], list[tuple]]: # as for `predict`
+    "Ask a loaded model everything."
+    from proxy_sft.evaluation.generation import answer_rows, generate_replies, losses_of
     q, tokenizer, template = questions, questions.tokenizer, questions.settings.template
-    model, generation = load_model(folder, q.settings.device, q.settings.attention, q.settings.bf16)
     with progress(name, len(q.prompts), " turns") as bar:
         replies = generate_replies(
             model,
@@ -200,7 +237,7 @@ def predict(
             stop_token_ids(tokenizer, generation),
             q.limit,
             done=bar.update,
-            store=q.store(model_identity(folder), str(model.dtype)),
+            store=q.store(*identity, str(model.dtype)),
             stop_reason=q.stop_reason,
             **q.batching,
         )
@@ -213,9 +250,27 @@ def predict(
     rows = answer_rows(q.turns, tokenizer, template) if q.weigh else []
     with progress(f"{name} losses", len(rows) + len(chats), " rows") as bar:
         losses = losses_of(model, rows + chats, bar.update, q.stop_reason)
-    del model
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
     return replies, losses[:len(rows)], losses[len(rows):]
+
+# %% ../../nbs/evaluation/09_predictions.ipynb #ask-pair-export
+def predict_pair(
+    folders: dict[str, Path], # `base`, and `tuned` with an adapter alone
+    questions: Questions, # what to ask
+) -> dict[str, tuple]: # as `predict` gives it, for each model
+    "Load the base model once; without the adapter it answers, and then with it."
+    import torch
+    from transformers import GenerationConfig
+    from proxy_sft.evaluation.generation import load_model, model_identity, with_adapter
+    s, names = questions.settings, [model_identity(folders[name]) for name in ("base", "tuned")]
+    loaded, generation = load_model(folders["base"], s.device, s.attention, s.bf16)
+    model = with_adapter(loaded, folders["tuned"])
+    with model.disable_adapter(): base = predict_loaded(loaded, generation, questions, "base", names[0])
+    try: generation = GenerationConfig.from_pretrained(chat_folder(folders["tuned"])).to_dict()
+    except OSError: pass  # an adapter from elsewhere: the base model's stop tokens
+    found = {"base": base, "tuned": predict_loaded(loaded, generation, questions, "tuned", *names)}
+    del model, loaded
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    return found
 
 # %% ../../nbs/evaluation/09_predictions.ipynb #questions-export
 def prepare_questions(
@@ -273,6 +328,7 @@ def predict_all(
     questions: Questions,
 ) -> dict[str, tuple]: # as `predict` gives it, for each model
     "Every model in turn."
+    if not servers and "tuned" in folders and has_adapter(folders["tuned"]): return predict_pair(folders, questions)
     return {name: predict_by_server(servers[name], questions, name) if name in servers
             else predict(folder, questions, name) for name, folder in folders.items()}
 
@@ -327,7 +383,7 @@ def evaluate_leaderboard(
     join_ranks()
     chosen, total = read_questions(folder, categories, most, settings.seed)
     folders, servers, late = (
-        model_folders(settings, tuned, base_only),
+        model_folders(settings, tuned, base_only, adapters=not servers),
         servers or {},
         Reply("", False, 0, problem="prompt too long"),
     )

@@ -324,7 +324,7 @@ def check_evaluation(settings: Settings, ranks: int, config: PreTrainedConfig, d
     "Minutes of page 03 (`training/27_evaluation_time`); nothing where a card's rates are not known."
     if (rates := rates_of(device_name)) is None: return
     asked = questions_of(settings)
-    found = evaluation_time(Shape.of(config), rates, asked, ranks, one_load=settings.lora_rank is not None)
+    found = evaluation_time(Shape.of(config), rates, asked, ranks)
     what = f"Base and tuned model on {asked.origin}, at most {asked.limit} tokens an answer"
     yield Finding("evaluation", "ok", f"{what}: about {found} on {ranks} x {device_name}, from assumed rates.")
 

@@ -94,7 +94,6 @@ def evaluation_time(
     rates: Rates,
     asked: Asked,
     ranks: int = 1, # that share the batches and the rows
-    one_load: bool = False, # adapters: both models from one load
     batch_size: int = 32, # as `evaluate`
     batch_tokens: int = 65536,
 ) -> EvaluationTime:
@@ -108,5 +107,4 @@ def evaluation_time(
                 for rank in range(ranks))
     weights = 2 * shape.parameters
     row = lambda n: max(loss_operations(shape, n) / rates.products, weights / rates.memory)
-    loads = 1 if one_load else 2
-    return EvaluationTime(2 * read / ranks, 2 * write, 2 * sum(map(row, asked.losses)) / ranks, loads * weights / DISK)
+    return EvaluationTime(2 * read / ranks, 2 * write, 2 * sum(map(row, asked.losses)) / ranks, 2 * weights / DISK)
