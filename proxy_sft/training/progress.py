@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from .cost import flops_per_token, peak_flops, Shape, utilisation
-from ..core.display import small_png
+from ..core.display import PapermillTerminal, small_png
 from ..core.stop_requests import append_log, log_line
 from ..evaluation.control_tokens import MEASURED
 
@@ -139,6 +139,7 @@ class Progress(TrainerCallback):
     ): # print every so many optimizer steps
         # more: what every record says
         self.file, self.every, self.meter, self.more = run_dir / "logs" / "progress.jsonl", every, meter, {}
+        self.terminal = PapermillTerminal()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.meter: self.meter.end()
@@ -150,6 +151,7 @@ class Progress(TrainerCallback):
         line = progress_line(record)
         if line and ("eval_loss" in logs or state.global_step % self.every == 0 or state.global_step == 1):
             print(line, flush=True)
+            self.terminal.write(line)
 
 # %% ../../nbs/training/08_progress.ipynb #loggers
 def guard_loggers(callbacks: list[TrainerCallback]) -> None: # changed in place
