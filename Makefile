@@ -5,11 +5,12 @@
 # make lab    JupyterLab on the notebooks, the tour first
 # make docs   HTML pages in _docs/: each notebook's prose and examples, then its functions with their parameters
 # make tables  settings, modules, public names, licences in docs/: written anew from the code
+# make picture  the README's picture of the inspector, taken anew in Chromium
 # make soak   the long fault tests, an hour or more
 # make notebooks  execute all notebooks in place with the demo
 # make lock   resolve requirements.in anew into requirements.lock
 # make clean  delete what was made, keep the environment
-.PHONY: demo real test check lab docs tables soak lock clean env notebooks
+.PHONY: demo real test check lab docs tables picture soak lock clean env notebooks
 BIN := sft-qwen3/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 DEMO := workspace
@@ -49,6 +50,9 @@ tables: env
 	$(BIN)/python tools/module_table.py
 	$(BIN)/python tools/public_names.py
 	$(BIN)/python tools/licences.py
+
+picture: env
+	$(BIN)/python tools/picture.py
 
 soak: env
 	PROXY_SFT_SOAK=1 $(BIN)/python tools/soak.py

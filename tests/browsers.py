@@ -32,11 +32,11 @@ def start_chromium(*arguments: str):
     return driver
 
 
-def show_as(driver, width: int, scheme: str = "light") -> None:
+def show_as(driver, width: int, scheme: str = "light", height: int = 900) -> None:
     "A window of so many pixels, and what its owner prefers."
     feature = {"name": "prefers-color-scheme", "value": scheme}
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
 

@@ -80,7 +80,13 @@ function drawTable(box, table, row, send) {
     return line; });
   return [make("caption"), make("thead", {}, head), make("tbody", {}, ...lines)]; };
   redraw(box, [table.head, table.rows, table.sort, table.down, row], parts);
-  box.caption.textContent = table.caption; }
+  box.caption.textContent = table.caption;
+  const now = box.querySelector("[aria-current]"), frame = box.parentElement;
+  if (!now || box.dataset.row === String(row)) return;
+  const {top, bottom} = now.getBoundingClientRect(), seen = frame.getBoundingClientRect();  // the page does not move
+  const head = box.tHead.getBoundingClientRect().height;
+  frame.scrollTop += Math.min(0, top - seen.top - head) + Math.max(0, bottom - seen.bottom);
+  box.dataset.row = row; }
 function drawFacets(box, table, send) {
   const open = new Set([...box.querySelectorAll("details[open]")].map(node => node.dataset.name));
   redraw(box, table.facets, () => table.facets.map(({name, label, values}) => {
@@ -230,13 +236,15 @@ APP_STYLE = STYLE.removeprefix("<style>").removesuffix("</style>") + """
  background:var(--jp-layout-color1,var(--vscode-editor-background,transparent))}
 .psft-app option{color:var(--jp-content-font-color1,var(--vscode-editor-foreground,CanvasText));
  background:var(--jp-layout-color1,var(--vscode-editor-background,Canvas))}
-.psft-app input[type=number]{width:9em}.psft-app input[type=search]{width:9em}.psft-app select{max-width:12em}
+.psft-app input[type=number]{width:7.6em}.psft-app input[type=search]{width:8em}.psft-app select{max-width:12em}
 .psft-app button{cursor:pointer}.psft-app :focus-visible{outline:2px solid #0072B2;outline-offset:1px}
 .psft-app{container-type:inline-size}
 .psft-app .halves{display:grid;grid-template-columns:minmax(16em,9fr) 11fr;gap:1em}.psft-app .halves>*{min-width:0}
 .psft-app .scroll{overflow:auto;max-height:28em}.psft-app .rows{width:100%;font-size:12px;line-height:1.35}
 .psft-app .rows caption{text-align:left;opacity:.85}.psft-app .rows tbody tr{cursor:pointer}
 .psft-app .rows :is(th,td){white-space:nowrap;max-width:9em;overflow:hidden;text-overflow:ellipsis;font-weight:400;padding:.1em .3em}
+.psft-app .rows thead th{position:sticky;top:0;
+ background:var(--jp-layout-color1,var(--vscode-editor-background,Canvas))}
 .psft-app .rows thead button{border:0;padding:0;font-weight:600;background:none}
 .psft-app .rows tr[aria-current]{background:rgba(0,114,178,.25)}
 .psft-app .facets{display:flex;flex-wrap:wrap;gap:.3em 1em;align-items:start;margin-bottom:.4em}
@@ -255,6 +263,6 @@ APP_STYLE = STYLE.removeprefix("<style>").removesuffix("</style>") + """
  .psft-app .rows tr{display:flex;flex-wrap:wrap;gap:0 .8em;border-top:1px solid rgba(128,128,128,.4);padding:.15em 0}
  .psft-app .rows :is(th,td){max-width:100%;white-space:normal;overflow-wrap:anywhere;padding:0}
  .psft-app .rows td[data-label]::before{content:attr(data-label) " ";opacity:.8}
- .psft-app .rows td:empty{display:none}.psft-app .rows thead th{display:block}}
+ .psft-app .rows td:empty{display:none}.psft-app .rows thead th{display:block;position:static}}
 ::highlight(psft-hit){background:#ffd54f;color:#000}::highlight(psft-now){background:#ff8f00;color:#000}
 """
