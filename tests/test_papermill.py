@@ -25,6 +25,7 @@ def papermill(folder, *words):
     ours, theirs = pty.openpty()
     command = [str(Path(sys.executable).parent / "papermill"), "in.ipynb", "out.ipynb", *words]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment.pop("PYTEST_CURRENT_TEST")  # a kernel that sees it leaves its descriptors alone
     with subprocess.Popen(command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
         os.close(theirs)
         shown = b""

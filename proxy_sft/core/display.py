@@ -95,7 +95,8 @@ def papermill_descriptor() -> Optional[int]: # None where no papermill executes 
     try: words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error: return None
     if "--log-output" in words or "papermill" not in [Path(word).stem for word in words[:3]]: return None
-    return sys.stderr.fileno()
+    try: return sys.stderr.fileno()
+    except OSError: return 2  # a kernel that took no descriptor over
 
 # %% ../../nbs/core/08_display.ipynb #papermill-lines
 class PapermillTerminal:
