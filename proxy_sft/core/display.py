@@ -88,7 +88,7 @@ def bar_pace() -> dict[str, float]: # arguments of tqdm, in seconds
     return {"mininterval": pause, "maxinterval": pause, "delay": 2.0}
 
 # %% ../../nbs/core/08_display.ipynb #papermill
-def papermill_descriptor() -> Optional[int]: # None where no papermill executes this notebook, or shows its output itself
+def papermill_descriptor() -> Optional[int]: # None under no papermill, and where it shows the output itself
     "Where the bar of a plain papermill stands."
     import psutil
     if type(sys.stderr).__module__ != "ipykernel.iostream": return None
