@@ -6,14 +6,20 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
+from proxy_sft.chat.masks import supervise
 from proxy_sft.chat.parity_turns import Inspection
 from proxy_sft.chat.templates import ChatError, TEMPLATES
 from proxy_sft.demo.rows import demo_rows
 from proxy_sft.demo.tokenizer import build_demo_tokenizer
-from proxy_sft.chat.inspector import add_inspect_arguments, inspect, inspect_command, InspectorState, SCRIPT
+from proxy_sft.chat.inspector import (
+    add_inspect_arguments, inspect, inspect_command, InspectorState, open_inspector, SCRIPT
+)
 from proxy_sft.chat.row_files import find_row, Query, raw_row, row_facts, RowFile
-from proxy_sft.chat.views import join_runs, read_row, row_text, RowView, safe, show_row, TABS, visible
+from proxy_sft.chat.views import join_runs, read_row, row_text, RowView, safe, show_row, TABS, tokens_html, visible
+from proxy_sft.core.settings import load_settings
+from proxy_sft.training.loss_weights import call_token_ids, token_weights
 
 NASTY = [
     "<script>alert(1)</script>",
@@ -197,6 +203,33 @@ def test_runs_are_the_text_and_the_labels(tokenizer, template):
     assert [i for run in reading.runs for i in run.ids] == reading.ids.tolist()
     spans = trained_spans(supervise(messages, [], tokenizer, template), tokenizer)
     assert "".join(run.text for run in join_runs(reading.runs) if run.trained) == "".join(spans)
+
+
+@pytest.mark.parametrize("call_weight", [1.0, 2.5])
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_shades_are_the_weights_of_the_loss(tokenizer, call_weight, weight):
+    "Token by token what the training counts, in the token view, with a number for who sees no colours."
+    call = {"type": "function", "function": {"name": "weather.now", "arguments": {"city": "Zürich"}}}
+    messages = [
+        {"role": "user", "content": "Weather in Zürich, as <tool_call>?"},
+        {"role": "assistant", "content": "I look.", "tool_calls": [call, call], "weight": weight},
+        {"role": "tool", "content": "rain"}, {"role": "tool", "content": "rain"},
+        {"role": "assistant", "content": "Rain in Zürich."}]
+    inspection = Inspection(tokenizer)
+    inspection.call_weight = call_weight
+    reading, out = read_row(messages, [], inspection), supervise(messages, [], tokenizer, "nothink")
+    batch = {name: torch.tensor([values]) for name, values in out.items()}
+    wanted = token_weights(batch, call_weight, call_token_ids(tokenizer))[0].tolist()
+    assert [run.weight * run.trained for run in reading.runs for _ in run.ids] == wanted
+    page, numbers = tokens_html(reading), {weight, weight * call_weight} - {1.0}
+    assert reading.weighted == bool(numbers) == ("counts more in the loss" in page)
+    assert {float(n) for n in re.findall("×([0-9.]+)</rt>", page)} == numbers
+    assert len(set(re.findall("<mark style=.(background:[^>]*)>", page))) == len(numbers)
+
+
+def test_a_file_of_settings_with_call_weight_is_shaded(tmp_path):
+    settings = load_settings("demo", workspace=str(tmp_path), demo_rows=200, call_weight=4.0)
+    assert open_inspector(settings).inspection.call_weight == 4.0
 
 
 def test_the_diff_shows_what_a_server_shows_otherwise(tokenizer):

@@ -161,6 +161,7 @@ def open_inspector(
         train_on or (settings.train_on if settings else "all"), RowFile(raw) if raw is not None else None, convert,
         found.files, PackedBlocks(found.blocks) if found.blocks else find_blocks(settings),
         settings.max_length if settings else None)
+    if settings: state.call_weight = settings.call_weight
     if found.blocks: state.tab = "block"
     return state
 

@@ -44,6 +44,7 @@ class InspectorState:
         self.query, self.flag, self.note, self._inspections, self._tables, self._views = Query(), "", "", {}, {}, {}
         self.row = self.first = self.piece = self.block = 0
         self.sort, self.down, self.append = "row", False, False
+        self.call_weight = 1.0  # of the settings, shown as shades of the tokens
         self.answered = {}  # page -> number of its last message
 
     @property
@@ -59,6 +60,7 @@ class InspectorState:
         key = template, self.train_on
         if self.tokenizer is not None and template and key not in self._inspections:
             self._inspections[key] = Inspection(self.tokenizer, *key)
+            self._inspections[key].call_weight = self.call_weight
         return self._inspections.get(key)
 
 # %% ../../nbs/chat/13_inspector_state.ipynb #state-row-export

@@ -30,6 +30,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 class Inspection:
     "What is needed to measure rows under a template; making it takes a second, so it is made once."
+    call_weight = 1.0 # how many times a token of a call counts in the loss, for views that show it
     def __init__(self, tokenizer: Any, template: str = "nothink", train_on: str = "all", fast: bool = True,
                  servers: tuple = tuple(SERVERS)): # whose prompts are compared, keys of `SERVERS`
         self.tokenizer, self.template, self.train_on = tokenizer, template, train_on

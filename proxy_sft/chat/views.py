@@ -36,6 +36,7 @@ class Run:
     role: str      # system, user, assistant, tool, or none
     trained: bool
     control: bool  # a control token (structure)
+    weight: float = 1.0 # how many times its labels count in the loss
 
 # %% ../../nbs/chat/10_views.ipynb #reading
 @dataclass(frozen=True)
@@ -59,20 +60,37 @@ class Reading:
         exact = sum(turn.exact for turn in self.turns if turn.supervised)
         return (f"template {self.template} · {len(self.ids):,} tokens, {self.trained:,} trained · {supervised} of "
                 f"{len(self.turns)} assistant turns supervised · server's prompt equal on {exact} of {supervised}"
+                + (" · weighted" if self.weighted else "")
                 + (" · holds control tokens as text" if self.literal else ""))
 
+    @cached_property
+    def weighted(self) -> bool: return any(run.weight != 1 for run in self.runs if run.trained)
+
 # %% ../../nbs/chat/10_views.ipynb #read-row-export
-def _smallest_runs(ids: list, trained: list, roles: list, control: set, decode: Callable) -> list[Run]:
+def _smallest_runs(
+    ids: list, trained: list, roles: list, control: set, decode: Callable, weights: list
+) -> list[Run]:
     "One run per token, or per character where a character spans tokens."
     runs, held = [], []
     for at, token in enumerate(ids):
         held.append(token)
         text = decode(held)
         whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or len(held) > 8 or token in control
-        if not whole and at + 1 < len(ids) and (trained[at + 1], roles[at + 1]) == (trained[at], roles[at]): continue
-        runs.append(Run(text, tuple(held), roles[at], trained[at], token in control))
+        kind = trained[at], roles[at], weights[at]
+        if not whole and at + 1 < len(ids) and (trained[at + 1], roles[at + 1], weights[at + 1]) == kind: continue
+        runs.append(Run(text, tuple(held), roles[at], trained[at], token in control, weights[at]))
         held = []
     return runs
+
+# %% ../../nbs/chat/10_views.ipynb #label-weights
+def _label_weights(out: dict, inspection: Inspection) -> list[float]: # out: of `supervise`
+    "How many times each label counts: the message's weight, in calls times `call_weight`."
+    weights, inside = list(out.get("weights", [1.0] * len(out["labels"]))), False
+    for at, (token, label) in enumerate(zip(out["input_ids"], out["labels"])):
+        inside = label != IGNORED and (inside or token == inspection.open)
+        if inside: weights[at] *= inspection.call_weight
+        if token == inspection.close: inside = False
+    return weights
 
 # %% ../../nbs/chat/10_views.ipynb #read-row
 def read_row(
@@ -86,7 +104,7 @@ def read_row(
     roles = ["none"] * len(ids)
     for role, a, b in inspection.segments(ids): roles[a:b] = [role] * (b - a)
     decode, control = inspection.tokenizer.decode, set(control_tokens(inspection.tokenizer).values())
-    runs = _smallest_runs(out["input_ids"], trained, roles, control, decode)
+    runs = _smallest_runs(out["input_ids"], trained, roles, control, decode, _label_weights(out, inspection))
     prompts = server_prompts(inspection, [(messages, tools)])[0]
     turns = turn_parity(inspection, messages, ids, np.array(trained, bool), prompts)
     literal = bool(inspection.server.pattern.search(json.dumps([messages, tools], ensure_ascii=False)))
@@ -98,8 +116,9 @@ def join_runs(runs: list[Run]) -> list[Run]:
     out = []
     for run in runs:
         last = out[-1] if out else None
-        if last and not last.control and not run.control and (last.role, last.trained) == (run.role, run.trained):
-            out[-1] = Run(last.text + run.text, last.ids + run.ids, run.role, run.trained, False)
+        alike = last and (last.role, last.trained, last.weight) == (run.role, run.trained, run.weight)
+        if alike and not last.control and not run.control:
+            out[-1] = Run(last.text + run.text, last.ids + run.ids, run.role, run.trained, False, run.weight)
         else: out.append(run)
     return out
 
@@ -156,7 +175,12 @@ def run_html(
 ) -> str: # HTML
     "A run: control tokens bold, trained ones marked."
     text = f"<b>{safe(run.text)}</b>" if run.control else safe(run.text)
-    return f"<mark>{text}</mark>" if run.trained else text
+    return f"<mark{_shade(run.weight)}>{text}</mark>" if run.trained else text
+
+
+def _shade(weight: float) -> str: # of a trained token; an attribute, or nothing
+    "A mark as strong as its tokens count."
+    return "" if weight == 1 else f' style="background:rgba(0,158,115,{min(0.8, max(0.04, 0.2 * weight)):.2f})"'
 
 # %% ../../nbs/chat/10_views.ipynb #text-view-export
 def turns_of(
@@ -244,6 +268,7 @@ def tokens_html(
         at, position = at + len(turn), position + sum(len(run.ids) for run in turn)
     key = ("<p>Above each token: its position and its id. Marked: trained, the label is the id; otherwise the label is "
            "−100.</p>")
+    if reading.weighted: key += "<p>A darker mark counts more in the loss; ×N: so many times.</p>"
     return (key if first == 0 else "") + "".join(parts)
 
 # %% ../../nbs/chat/10_views.ipynb #token-section
@@ -260,7 +285,8 @@ def _token_html(run: Run, position: int) -> str:
     ends = run.text.endswith("\n")
     text = run_html(_spelled(run)).replace("\n", "")
     long = " class='long'" if len(run.text) > LONG_TOKEN else ""
-    return f"<ruby{long}>{text}<rt>{position}·{' '.join(map(str, run.ids))}</rt></ruby><wbr>" + "\n" * ends
+    counts = f" ×{run.weight:g}" if run.trained and run.weight != 1 else ""
+    return f"<ruby{long}>{text}<rt>{position}·{' '.join(map(str, run.ids))}{counts}</rt></ruby><wbr>" + "\n" * ends
 
 # %% ../../nbs/chat/10_views.ipynb #piece-count
 def piece_count(
@@ -272,7 +298,7 @@ def piece_count(
 
 def _spelled(run: Run) -> Run:
     text = run.text.replace(" ", "·").replace("\t", "→\t").replace("\n", "↵\n")
-    return Run(text, run.ids, run.role, run.trained, run.control)
+    return Run(text, run.ids, run.role, run.trained, run.control, run.weight)
 
 # %% ../../nbs/chat/10_views.ipynb #parity-view-export
 AROUND, MOST_HUNKS = 6, 4
