@@ -34,7 +34,7 @@ def converted(settings):
     "The folder of a conversion that rejected one row."
     folder = settings.converted_dir
     folder.mkdir(parents=True)
-    report = {"rows": 3, "kept": 2, "rejected": {"count_mismatch": 1}, "by_source": {}}
+    report = {"rows": 3, "kept": 2, "rejected": {"count_mismatch": 1_234}, "by_source": {}}
     (folder / "report.json").write_text(json.dumps(report))
     entry = {"id": "r1", "line": 3, "reason": "count_mismatch", "message": f"2 calls, 1 results {UGLY}"}
     (folder / "rejected.jsonl").write_text(json.dumps(entry) + '\n{"id": "r2", "rea')
@@ -99,7 +99,9 @@ def test_axes_end_at_ticks_and_no_spike_is_lost():
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pages_fit_a_telephone(tmp_path, scheme):
     "420 pixels wide, nothing has to be scrolled sideways; text and page differ in brightness."
-    runs = [a_run(tmp_path / name, [8.0, 1.0, 0.1], dataset=f"./{'rows' * 30}.jsonl") for name in ("a" * 60, "b")]
+    given = {"workspace": str(tmp_path), "dataset": f"./{'rows' * 30}.jsonl"}
+    runs = [a_run(tmp_path / name, [8.0, 1.0, 0.1], **given) for name in ("a" * 60, "b")]
+    converted(load_settings("demo", **given))
     browser = start_chromium()
     try:
         show_as(browser, 420, scheme)
@@ -109,6 +111,10 @@ def test_pages_fit_a_telephone(tmp_path, scheme):
             assert browser.execute_script("return document.documentElement.scrollWidth") <= 420
             wider = "return [...document.querySelectorAll('section')].filter(s => s.scrollWidth > s.clientWidth + 1)"
             assert not browser.execute_script(f"{wider}.map(s => s.innerText.slice(0, 40))")
+            broken = """return [...document.querySelectorAll('td:not([style])')].filter(cell => {
+              const range = document.createRange(); range.selectNodeContents(cell);
+              return range.getClientRects().length > 1; }).map(cell => cell.innerText)"""
+            assert browser.execute_script(broken) == []  # no number goes over two lines
             page, ink = (browser.execute_script(f"return getComputedStyle(document.body).{what}")
                          for what in ("backgroundColor", "color"))
             brightness = lambda color: sum(map(int, re.findall(r"\d+", color)[:3]))

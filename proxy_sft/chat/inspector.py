@@ -294,7 +294,7 @@ def static_html(
     view: RowView, # a row
 ) -> str: # a whole document
     "One row with all its views, without scripts."
-    tabs = [tab for tab in ("text", "parity", "messages", "raw") if tab != "raw" or view.raw is not None]
+    tabs = [tab for tab in ("text", "tokens", "parity", "messages", "raw") if tab != "raw" or view.raw is not None]
     folds = "".join(
         f"<details{' open' if tab == 'text' else ''}><summary>{tab}</summary>{view.html(tab)}</details>" for tab in tabs
     )
@@ -303,7 +303,8 @@ def static_html(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width">'
         f"<title>one conversation</title>"
-        f"<style>:root{{color-scheme:light dark}}body{{margin:1em auto;max-width:60em;padding:0 1em}}"
+        f"<style>:root{{color-scheme:light dark}}body{{margin:1em auto;max-width:60em;padding:0 1em;"
+        "font:13px/1.5 system-ui,sans-serif}"
         f'</style>{head}</head><body class="psft"><p>{safe(view.summary)}</p>{folds}</body></html>\n'
     )
 

@@ -317,7 +317,8 @@ figcaption, summary { color: var(--soft); } section { overflow-x: auto; } .verdi
 table { border-collapse: collapse; margin: .6rem 0; max-width: 100%; }
 th, td { text-align: right; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; }
-td { font-variant-numeric: tabular-nums; } td:first-child { overflow-wrap: break-word; }
+td { font-variant-numeric: tabular-nums; }
+:is(td, th):not([style]) { white-space: nowrap; } /* numbers */ td:first-child { overflow-wrap: break-word; }
 pre { background: var(--box); padding: .8rem; white-space: pre-wrap; border-radius: 6px; }
 .b0 { fill: var(--s0); } .b1 { fill: var(--s1); } h3 { margin-bottom: 0; font-size: 1em; }
 @media (max-width: 30rem) { body { font-size: 14px; margin: 1rem auto; } th, td { padding-right: .4rem; } }
