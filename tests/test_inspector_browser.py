@@ -238,7 +238,7 @@ def test_a_static_copy_without_styles_and_scripts(browser, tokenizer, tmp_path):
     assert "<script" not in bare and "http" not in bare
     (tmp_path / "copy.html").write_text(bare, encoding="utf-8")
     browser.get((tmp_path / "copy.html").as_uri())
-    marks = browser.execute_script("""return Array.from(document.querySelectorAll('mark')).map(mark =>
+    marks = browser.execute_script("""return Array.from(document.querySelectorAll('details[open] mark')).map(mark =>
       [mark.innerText, getComputedStyle(mark).backgroundColor])""")
     answers = [text for text, _ in marks]
     assert len(marks) == 2 and all(text.endswith("<|im_end|>") for text in answers) and "umbrella" in answers[1]
