@@ -460,7 +460,8 @@ class RowView:
             if inspection is None: raise ChatError("no tokenizer was given")
             self.reading = read_row(self.messages, self.tools, inspection)
         except (ValueError, KeyError, TypeError, jinja2.TemplateError) as error:
-            self.problem = f"{getattr(error, 'reason', '')} {error}".strip()
+            reason, words = getattr(error, "reason", ""), str(error)
+            self.problem = words if reason in words else f"{reason} {words}"
 
     def _converted(self, convert: Optional[Callable]) -> dict:
         "The row itself, or what its conversion gives."
