@@ -149,8 +149,8 @@ STYLE = """<style>.psft{font-size:13px;line-height:1.5;color:inherit}.psft p{mar
 .psft .user{border-color:#0072B2}.psft .assistant{border-color:#009E73}.psft .tool{border-color:#E69F00}
 .psft mark{background:rgba(0,158,115,.2);color:inherit;border-bottom:2px solid #009E73}
 .psft .t b{font-weight:inherit;border:1px dotted;padding:0 .2em;opacity:.75}.psft mark b{opacity:1}
-.psft table{border-collapse:collapse}.psft td,.psft th{text-align:left;padding:.1em .4em;vertical-align:top;
- overflow-wrap:anywhere}
+.psft table{border-collapse:collapse}.psft td,.psft th{text-align:left;padding:.1em .4em;vertical-align:top}
+.psft td{overflow-wrap:anywhere}
 .psft ruby{ruby-align:start;border-right:1px solid rgba(128,128,128,.5);padding-right:1px}
 .psft ruby{white-space:nowrap}.psft .long{white-space:inherit}
 .psft rt{font-size:9px;opacity:.85;font-family:ui-monospace,monospace;user-select:none}.psft .k{line-height:2.4}
