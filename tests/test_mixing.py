@@ -202,7 +202,7 @@ def test_what_the_data_do_not_have_is_refused_before_anything_is_prepared_and_by
     assert re.search(f"(?s){expected}", found.text), found.text
 
 
-def test_amounts(world):
+def test_amounts():
     def count(*data, of=(400, 100)):
         return wanted_rows([{"dataset": str(i), **one} for i, one in enumerate(data)], [*of])
     assert count({"share": 0.9}, {"share": 0.1}) == [400, 44] and count({}, {}) == [400, 100]
