@@ -69,9 +69,11 @@ def seconds(act):
 def in_python(path, tokenizer, count):
     "Seconds of what a person does, until its view is made."
     found, states = {}, []
-    found["inspect(…) to the first row"] = seconds(lambda: states.append(open_inspector(path, tokenizer)) or
-                                                   states[0].view())
-    state = states[0]
+    def opened():
+        states.append(open_inspector(path, tokenizer))
+        states[-1].view()
+    found["inspect(…) to the first row, best of 3"] = min(seconds(opened) for _ in range(3))
+    state = states[-1]
     def answered(message): return seconds(lambda: state.handle(message) or state.view())
     found["a key to the next row, median of 30"] = statistics.median(answered({"do": "find"}) for _ in range(30))
     found["to the last row"] = answered({"do": "go", "value": count - 1})
@@ -119,7 +121,7 @@ def in_chromium(path, tokenizer):
 
 
 def table(found, reading, path, count):
-    lines = [f"{count:,} rows, {path.stat().st_size / 1e9:.2f} GB; reading the file: {reading:.2f} s", "",
+    lines = [f"{count:,} rows, {path.stat().st_size / 1e9:.2f} GB; reading the file: {reading:.2f} s, best of 3", "",
              f"{'':64} seconds  of reading"]
     for where, times in found.items():
         lines += [f"{where + ': ' + what:64} {value:7.3f}  {value / reading:10.4f}" for what, value in times.items()]
