@@ -6,6 +6,8 @@
 __all__ = ['convert', 'rejections']
 
 # %% ../nbs/01_convert.ipynb #convert-imports
+from dataclasses import asdict
+
 from .core.build_once import one_at_a_time
 from .core.settings import is_path, Settings
 from proxy_sft.data.conversion import (
@@ -40,12 +42,12 @@ def convert(
     choices = Choices(**{name: hashable(value) for name, value in named.items()})
     about = {"code": code_version()}
     with one_at_a_time(settings.converted_dir / ".claim-conversion"):
-        wanted = {"inputs": hashes(files), "choices": choices.__dict__, **about}
+        wanted = {"inputs": hashes(files), "choices": asdict(choices), **about}
         if not (why := what_changed(settings.converted_dir, target, wanted)):
             return report_from(read_report(target.parent), target.parent,
                                "nothing has changed since the last conversion")
         num_proc = process_count(settings.num_proc)
-        report = convert_file(files, target, **choices.__dict__, num_proc=num_proc, progress=progress, about=about,
+        report = convert_file(files, target, **asdict(choices), num_proc=num_proc, progress=progress, about=about,
                               may_repeat=is_path(settings.dataset))
     report.why = why
     return report

@@ -998,6 +998,8 @@ TWICE = [
     ('\\"name\\": \\"stock.quote\\"', '\\"name\\": \\"x\\", \\"name\\": \\"stock.quote\\"'),
     ('\\"symbol\\": {', '\\"symbol\\": {\\"type\\": \\"integer\\"}, \\"symbol\\": {'),
     ('"id": "t"', '"meta": {"a": 1, "a": 2}, "id": "t"'),
+    ('"id": "t"', '"id" : "s", "id": "t"'),
+    ('"id": "t"', '"id": "s", "id" \t: "t"'),
     ('"function_calls": null, "functions": null}', '"function_calls": null, "functions": null, "functions": null}'),
 ]
 
@@ -1016,6 +1018,13 @@ def test_keys_that_stand_twice_are_counted(tmp_path, old, new, spaced):
     with pytest.raises(ConvertError, match="duplicate_keys 1"):
         (tmp_path / "in.jsonl").write_text(bad + "\n")
         convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl", strictness="strict")
+
+
+def test_keys_that_stand_twice_are_counted_in_the_first_rows_too(tmp_path):
+    good, bad = json.dumps(simple()), json.dumps(simple()).replace('"id": "t"', '"id": "s", "id": "t"')
+    (tmp_path / "in.jsonl").write_text("\n\n".join([bad, good, good, bad]) + "\n{broken\n")
+    report = convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl", max_rows=3)
+    assert (report.kept, report.flags) == (3, {"duplicate_keys": 1})
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])

@@ -80,8 +80,9 @@ def read_arguments(
             key, pos = read_key(reader, start, function)
             value, pos = read_value(reader, pos)
             pos += 1
-        if key is None and named: raise reader.fail(start, "positional_after_keyword")
-        if key is None: positional.append((value, start))
+        if key is None:
+            if named: raise reader.fail(start, "positional_after_keyword")
+            positional.append((value, start))
         elif key not in named: named[key] = value
         else: raise reader.fail(skip_blank(text, start), "duplicate_argument", f"the argument {key[:60]!r} again")
         if text[pos - 1] == ")": return named, positional, pos
@@ -265,7 +266,7 @@ def parse_calls(
     if not isinstance(text, str): raise CallError("not_text", 0, repr(text)[:200], f"a {type(text).__name__}")
     names = declared_names(tools) if names is None else names
     reader, calls, state = Reader(text, tools, fold, repairs, names), [], "start"
-    pos, end = SPACE.match(text, 0).end(), len(text)
+    pos, end = 0 if text[:1].isalpha() else SPACE.match(text, 0).end(), len(text)
     while pos < end:
         if names and state in ("start", "free") and (head := read_head(reader, pos)):
             (name, pos, empty), state = head, "called"
@@ -278,7 +279,7 @@ def parse_calls(
         if not empty: named, positional, pos = read_arguments(reader, pos, name)
         if positional: named = name_positional(reader, name, named, positional)
         calls.append({"name": name, "arguments": named})
-        if state == "called" and (match := LINE_END.match(text, pos)): pos, state = match.end(), "free"
+        if state == "called" and pos < end and (match := LINE_END.match(text, pos)): pos, state = match.end(), "free"
     if state in ("list", "listed"): raise reader.fail(pos, "unclosed")
     return calls
 

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional, Union
@@ -289,7 +289,7 @@ def convert_file(
         if not choices.splits:
             for path in aside.glob("heldout.*"): path.unlink()
         facts |= {
-            "choices": choices.__dict__,
+            "choices": asdict(choices),
             "split": split_facts(choices),
             "inputs": hashes(files, hashers),
             "files": hashes(sorted(aside.iterdir()), {path: output.hasher for path, output in outputs.items()}),

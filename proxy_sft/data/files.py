@@ -17,6 +17,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import select
 import signal
 import time
@@ -64,20 +65,21 @@ def lines_of(part: Part) -> bytes:
     with open(part.place, "rb") as stream: return os.pread(stream.fileno(), part.size, part.start)
 
 # %% ../../nbs/data/11_files.ipynb #convert-part-keys
-SLICE = 1 << 16  # bytes looked at in one step: small enough for the processor's cache
+SLICE = 1 << 18  # bytes looked at in one step: few enough for the processor's cache
+SPACED_KEY = re.compile(rb'(?<!\\)"\s+:')
 
 def count_keys(
     lines: bytes, # JSON
-) -> int: # quotes before a colon, but for those behind a backslash
-    "How many keys some lines have."
+) -> int: # quotes before a colon or white space, but for those behind a backslash
+    "How many keys some lines have; a few more where white space stands behind a string."
     text, count = np.frombuffer(lines, np.uint8), 0
     for first in range(1, len(text) - 1, SLICE):
         before, here, after = (text[at:at + SLICE] for at in (first - 1, first, first + 1))
-        quotes = here[:len(after)] == ord('"')
-        quotes &= after == ord(":")
-        quotes &= before[:len(after)] != ord("\\")
+        quotes = (here[:len(after)] == ord('"')) > (before[:len(after)] == ord("\\"))
+        quotes &= (after == ord(":")) | (after <= ord(" "))
         count += np.count_nonzero(quotes)
     return int(count)
+
 
 # %% ../../nbs/data/11_files.ipynb #convert-part-rows
 class RepeatedKeysError(Exception):
@@ -85,8 +87,8 @@ class RepeatedKeysError(Exception):
 
 def rows_of(part: Part, closely: bool = False):
     "The rows of a part with their line numbers: typed where they have the usual shape. ConvertError(not_json)."
-    rows = parquet_rows_of(part) if part.lines is None and not part.place else line_rows_of(part, closely)
-    return rows if part.most is None else itertools.islice(rows, part.most)
+    if part.lines is None and not part.place: return itertools.islice(parquet_rows_of(part), part.most)
+    return line_rows_of(part if part.most is None else cut_part(part), closely)
 
 def parquet_rows_of(part: Part):
     "The rows of a row group."
@@ -94,6 +96,16 @@ def parquet_rows_of(part: Part):
     try: rows = pyarrow.parquet.ParquetFile(part.path).read_row_group(part.row_group).to_pylist()
     except (pyarrow.ArrowException, OSError) as error: raise unreadable(part.path, error) from error
     yield from enumerate(map(typed, rows), part.line)
+
+
+# %% ../../nbs/data/11_files.ipynb #cut-part
+def cut_part(part: Part) -> Part:
+    "The lines of a part up to its last row that is wanted."
+    each = lines_of(part).split(b"\n")
+    rows = (number for number, line in enumerate(each, 1) if line and not line.isspace())
+    last = next(itertools.islice(rows, part.most - 1, None), len(each))
+    return replace(part, lines=b"\n".join(each[:last]), ends=None, most=None)
+
 
 # %% ../../nbs/data/11_files.ipynb #typed
 def typed(row: dict):
@@ -104,28 +116,35 @@ def typed(row: dict):
 # %% ../../nbs/data/11_files.ipynb #line-rows-of
 def line_rows_of(part: Part, closely: bool = False): # closely: look at the keys of each line
     "The rows of lines of JSON; RepeatedKeysError behind the last one where keys were counted that no row has."
-    lines, start, extra = lines_of(part), 0, 0
+    lines, start, keys, counts = lines_of(part), 0, 0, part.may_repeat and not closely
     view, ends = memoryview(lines), line_ends(lines) if part.ends is None else part.ends
     for number, end in enumerate((*ends.tolist(), len(lines)), part.line):
         try:
             if end > start:
                 row = usual_row(view[start:end])
-                if part.may_repeat: extra -= keys_in(row)
-                yield number, look_for_repeated(lines[start:end], row) if closely else row
+                if counts: keys += keys_in(row)
+                yield number, look_closely(lines[start:end], row) if closely else row
         except (ValueError, RecursionError):
             if not (line := lines[start:end]).isspace():
-                extra -= count_keys(line)
+                if counts: keys += count_keys(line)
                 yield number, read_odd_line(part, number, line)
         start = end + 1
-    if part.may_repeat and not closely and extra + count_keys(lines): raise RepeatedKeysError
+    if counts and count_keys(lines) != keys: raise RepeatedKeysError
+
 
 # %% ../../nbs/data/11_files.ipynb #look-for-repeated
+def look_closely(line: bytes, row): # the same row, or one that knows its keys
+    "Look whether a line has the keys of its row, and those once."
+    keys = len(re.findall(rb'(?<!\\)":', line)) + len(SPACED_KEY.findall(line))
+    return row if keys == keys_in(row) else look_for_repeated(line, row)
+
 def look_for_repeated(line: bytes, row): # the same row; a `RepeatedKeys` when keys stand twice
     "Look closely at a row whose JSON has another number of keys than the row."
     if not (names := repeated_keys(line)): return row
     found = RepeatedKeys(row if isinstance(row, dict) else msgspec.to_builtins(row))
     found.names = tuple(names)
     return found
+
 
 # %% ../../nbs/data/11_files.ipynb #convert-part
 def read_odd_line(part: Part, number: int, line: bytes): # a dict, or the defect of the row
@@ -173,6 +192,7 @@ def convert_part(part: Part, choices: Choices) -> Piece: # bytes, ready to write
             with contextlib.suppress(RepeatedKeysError):
                 for line, row in rows_of(part, closely): convert_into(piece, row, line, choices)
                 return finished(piece)
+
 
 # %% ../../nbs/data/11_files.ipynb #convert-part-apart
 def keep_memory() -> None:

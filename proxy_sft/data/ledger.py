@@ -45,17 +45,22 @@ class Choices:
     seed: int = 42
     max_rows: Optional[int] = None  # of the input, from its start
 
-    @property
+    @functools.cached_property
     def splits(self) -> bool: # there is a held-out part
         return bool(self.heldout_fraction or self.heldout_tools)
 
-    @property
+    @functools.cached_property
     def leaves_out(self) -> bool: # some rows are not asked for
         return self.tool_rows_only or self.include_sources is not None or bool(self.exclude_sources)
 
-    @property
+    @functools.cached_property
     def selects(self) -> bool: # some of the kept rows go again, once all are known
         return self.drop_duplicates or self.tool_chat_ratio is not None
+
+    @functools.cached_property
+    def needs_hash(self) -> bool: # something depends on who a row is
+        return self.selects or bool(self.heldout_fraction)
+
 
 # %% ../../nbs/data/09_ledger.ipynb #convert-choices-left
 def as_text(value) -> Optional[str]: # None stays None
@@ -141,18 +146,17 @@ class Piece:
     def keep(self, row_id, source: str, line: int, read: tuple, choices: Choices) -> None:
         "Enter a converted row, who it was, and what was repaired in it."
         talk, messages, tools = read
-        selects = choices.selects
-        identity, roll, mix = (
-            content_hash(messages, tools, choices.seed) if selects or choices.heldout_fraction else NO_HASH
-        )
+        identity, roll, mix = content_hash(messages, tools, choices.seed) if choices.needs_hash else NO_HASH
         unseen = heldout_tools_of(talk, choices) if choices.heldout_tools else ()
         side = "heldout" if unseen or is_heldout(roll, choices.heldout_fraction) else "train"
-        if selects: self.marks[side].append(MARK.pack(identity, mix, line, bool(talk.tools)))
+        if choices.selects: self.marks[side].append(MARK.pack(identity, mix, line, bool(talk.tools)))
         self.files[side] += row_line(messages, tools)
-        codes = tuple(sorted({code for code, *_ in talk.repairs})) if talk.repairs else ()
+        if not (talk.repairs or talk.flags or unseen):
+            self.facts[side].append((row_id, source, line, talk.calls, ()))
+            return
+        codes = tuple(sorted({code for code, *_ in talk.repairs}))
         self.facts[side].append((row_id, source, line, talk.calls, codes))
-        if talk.flags:
-            for code in {code for code, *_ in talk.flags}: self.counts["flag", code, source] += 1
+        for code in {code for code, *_ in talk.flags}: self.counts["flag", code, source] += 1
         for code in codes: self.counts["repaired", code, source] += 1
         for name in unseen: self.counts["unseen_tool", name, source] += 1
         if not codes: return
@@ -199,16 +203,6 @@ def excerpt(row: dict, index: int) -> str: # at most 200 characters
     if not isinstance(message, dict): return ""
     return str(message.get("function_calls") or message.get("tool_calls") or message.get("content") or "")[:200]
 
-# %% ../../nbs/data/09_ledger.ipynb #convert-piece-rows
-def keep_usual(piece: Piece, row: Row, line: int, choices: Choices) -> bool: # False: nothing is done, look closely
-    "Keep a row that is wanted and has no defect."
-    if choices.leaves_out and left_out(msgspec.to_builtins(row), choices): return False
-    read = read_usual(row, choices.strictness)
-    if read:
-        row_id = None if row.id is msgspec.UNSET else row.id
-        piece.keep(row_id, row.source_dataset or row.dataset_source or row.source or "unknown", line, read, choices)
-    return read is not None
-
 # %% ../../nbs/data/09_ledger.ipynb #convert-closely
 def convert_closely(piece: Piece, row, line: int, choices: Choices) -> None: # row: any value
     "Convert one row that has to be looked at, or say why not."
@@ -225,11 +219,16 @@ def convert_into(
 ) -> None: # row: a `Row` where it has that shape, a `DefectError` where it cannot be read, else any value
     "Convert one row, or say why not."
     if type(row) is Row:
-        if keep_usual(piece, row, line, choices): return
+        wanted = not (choices.leaves_out and left_out(msgspec.to_builtins(row), choices))
+        if wanted and (read := read_usual(row, choices.strictness)):
+            row_id = None if row.id is msgspec.UNSET else row.id
+            source = row.source_dataset or row.dataset_source or row.source or "unknown"
+            return piece.keep(row_id, source, line, read, choices)
         row = msgspec.to_builtins(row)
     if isinstance(row, DefectError): return piece.reject({}, line, row.reason, row.found)
     try: convert_closely(piece, row, line, choices)
     except RecursionError: piece.reject({}, line, "unreadable_row", "JSON nested too deep")
+
 
 # %% ../../nbs/data/09_ledger.ipynb #convert-facts
 GROUP_ROWS = 1 << 15  # rows of a row group, and what is held in memory of them

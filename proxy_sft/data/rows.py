@@ -21,7 +21,7 @@ from .policy import action, DefectError, meaning, STRICTNESSES
 from .schema import check_call, pair_results, plainly_fits
 from .texts import bare_call, split_reasoning, tagged_call, without_tag_sentences
 from proxy_sft.data.tools import (
-    dump_json, functions_by_name, is_plain_tool, list_tools, may_repeat, parse_tools, repeated_keys, without_copies,
+    dump_json, functions_by_name, list_tools, may_repeat, parse_tools, repeated_keys, without_copies,
     wrap_tool
 )
 from .values import CallError
@@ -53,13 +53,16 @@ def role_of(message) -> Optional[str]: # None where it has none that is known
     return ROLES.get(role) if type(role) is str else None
 
 # %% ../../nbs/data/08_rows.ipynb #talk
-class Talk:
+class Talk(msgspec.Struct, eq=False, gc=False):
     "A row on its way from Dolci to Qwen3."
-    __slots__ = ("source", "strictness", "messages", "tools", "functions", "calls", "repairs", "flags")
-
-    def __init__(self, source: list[dict], strictness: str):
-        self.source, self.strictness, self.calls = source, strictness, 0
-        self.messages, self.tools, self.functions, self.repairs, self.flags = [], [], {}, [], []
+    source: list[dict]
+    strictness: str
+    messages: list[dict] = []
+    tools: list[dict] = []
+    functions: dict[str, list[dict]] = {}  # the tools' bodies by name
+    calls: int = 0
+    repairs: list[tuple] = []  # `(code, index, found)`
+    flags: list[tuple] = []
 
     def apply_policy(self,
         reason: str, # a code of the policy table
@@ -572,15 +575,32 @@ def read_usual_tools(talk: Talk, first: Message) -> Optional[bytes]: # as JSON; 
     _, talk.tools, talk.functions, written = kept
     return written
 
+# %% ../../nbs/data/08_rows.ipynb #plain-functions
+def plain_functions(tools: list) -> Optional[dict[str, list[dict]]]: # None: some need a closer look
+    "Tools by name where each has its shape already, with a name of its own and an object of parameters."
+    found = {}
+    try:
+        for tool in tools:
+            function = tool["function"]
+            name = function["name"]
+            if tool["type"] != "function" or type(name) is not str: return None
+            if type(function["parameters"]) is not dict: return None
+            found[name] = [function]
+    except (KeyError, TypeError): return None
+    return found if len(found) == len(tools) and "" not in found else None
+
+
 # %% ../../nbs/data/08_rows.ipynb #usual-tools
 def usual_tools(text: str) -> Optional[tuple]: # an entry of `TOOLS_READ`; None: look closely
     "Read a text of tools that has nothing to note."
-    listed, notes = list_tools(text), []
-    tools = [tool if is_plain_tool(tool) else wrap_tool(tool, notes) for tool in listed]
-    functions, written = functions_by_name(tools), dump_json(tools)
+    listed, notes, added = list_tools(text), [], 0
+    tools, functions = listed, plain_functions(listed)
+    if functions is None:
+        tools = [wrap_tool(tool, notes) for tool in listed]
+        functions = functions_by_name(tools)
+        added = 2 * sum(tool is not wrapped for tool, wrapped in zip(listed, tools))  # keys around a bare tool
     if not tools or notes or len(functions) < len(tools): return None
+    written = dump_json(tools)
     if b"\\" in written and any(map(ODD_NAME.search, functions)): return None
-    bare = sum(tool is not wrapped for tool, wrapped in zip(listed, tools)) if tools != listed else 0
-    if may_repeat(text, written, 2 * bare): return None  # each of these got two keys more
-    return text, tools, functions, written
+    return None if may_repeat(text, written, added) else (text, tools, functions, written)
 

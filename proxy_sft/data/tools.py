@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['decode_json', 'skip_json', 'NO_TOOLS', 'SUBSCHEMAS', 'read_json', 'dump_json', 'write_json', 'may_repeat',
-           'repeated_keys', 'is_plain_tool', 'wrap_tool', 'list_tools', 'parse_tools', 'without_copies',
-           'functions_by_name', 'parameters_of', 'required_of']
+           'repeated_keys', 'wrap_tool', 'list_tools', 'parse_tools', 'without_copies', 'functions_by_name',
+           'parameters_of', 'required_of']
 
 # %% ../../nbs/data/03_tools.ipynb #imports
 import json
@@ -94,14 +94,6 @@ def with_parameters(
     body = {"parameters" if key == given[0] else key: value for key, value in function.items()
             if key not in given[1:] and key != "parameters"}
     return body
-
-# %% ../../nbs/data/03_tools.ipynb #plain-tool
-def is_plain_tool(tool) -> bool: # tool: any value; True for nearly all
-    "Whether a tool has its shape already, with a name and an object of parameters."
-    if type(tool) is not dict or tool.get("type") != "function" or type(tool.get("function")) is not dict: return False
-    function = tool["function"]
-    return type(function.get("parameters")) is dict and type(function.get("name")) is str and bool(function["name"])
-
 
 # %% ../../nbs/data/03_tools.ipynb #wrap
 def wrap_tool(

@@ -15,6 +15,9 @@ import math
 import re
 import unicodedata
 
+import msgspec
+
+
 # %% ../../nbs/data/01_values.ipynb #calls-reasons
 REASONS = { # code: (what was expected, what to do)
     "not_text": ("text or None", "pass the `function_calls` column as it is"),
@@ -252,13 +255,16 @@ class Frame:
         self.key, self.keyed, self.comma, self.operands, self.operators = None, False, False, [], []
 
 # %% ../../nbs/data/01_values.ipynb #reader
-class Reader:
+class Reader(msgspec.Struct, eq=False, gc=False):
     "One text, what it is read with, and what was noticed."
-    __slots__ = "text", "tools", "fold", "repairs", "names", "keys", "folds", "json_reads"
-    def __init__(self, text:str, tools:list|None=None, fold:bool=True, repairs:list|None=None, names:list=()):
-        self.text, self.tools, self.fold, self.repairs = text, tools, fold, repairs # as in `parse_calls`
-        self.names, self.keys, self.folds = names, {}, 0 # keys: of a function, those that the grammar does not read
-        self.json_reads = None # not known yet
+    text:str # the first five as in `parse_calls`
+    tools:list|None = None
+    fold:bool = True
+    repairs:list|None = None
+    names:list|tuple = ()
+    keys:dict = {} # of a function: those that the grammar does not read
+    folds:int = 0
+    json_reads:bool|None = None # not known yet
 
     def may_read_json(self) -> bool: # JSON means something else by `\/`, and recurses
         if self.json_reads is None:
