@@ -276,9 +276,9 @@ def table(found: dict[str, list[dict]]) -> str: # Markdown
 def main() -> None:
     "Every variant in a process of its own; then the table."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of a block of 640 tokens")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a block of 640 tokens")
     parser.add_argument("--seeds", type=int, default=1, help="trainings per variant")
-    parser.add_argument("--turns", type=int, default=48, help="held-out turns to read")
+    parser.add_argument("--turns", type=int, default=40, help="held-out turns to read")
     parser.add_argument("--asked", type=int, default=16, help="held-out turns to answer")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="these variants")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a setting of all")
