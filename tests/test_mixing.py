@@ -122,8 +122,12 @@ def test_held_out_rows_are_of_each_data_set_and_never_trained(world, tmp_path):
     parts = mix_of(settings.converted_dir)
     assert all(part["heldout"] for part in parts)
     assert prepared.splits["heldout"]["rows"] == sum(part["heldout"] for part in parts)
-    few = sources_of(mixed(folder, settings.data, max_eval_samples=6))["heldout"]
-    assert {name: own.sum() for name, own in dataset_of_rows(few.path, few.chosen)} == {"demo": 3, "own": 3}
+    for most in (4, 8, 12, 20, 32):  # in equal numbers, not by chance
+        few = sources_of(mixed(folder, settings.data, max_eval_samples=most))["heldout"]
+        assert {own.sum() for _, own in dataset_of_rows(few.path, few.chosen)} == {most // 2}
+    most = parts[1]["heldout"] * 2 + 2  # more than the smaller one has
+    few = sources_of(mixed(folder, settings.data, max_eval_samples=most))["heldout"]
+    assert sorted(own.sum() for _, own in dataset_of_rows(few.path, few.chosen)) == [most // 2 - 1, most // 2 + 1]
     # the same conversations under another name: what is held out of one is trained by none
     shutil.copytree(folder / "own", tmp_path / "copy")
     twins = mixed(folder, [{"dataset": str(folder / "own")}, {"dataset": str(tmp_path / "copy")}], heldout_fraction=0.3,
