@@ -18,6 +18,8 @@ from proxy_sft.data.mixing import dataset_of_rows, ensure_mix, mix_of, wanted_ro
 from proxy_sft.data.rows import ConvertError
 from proxy_sft.demo.rows import write_demo_data
 from proxy_sft.download import download
+from proxy_sft.evaluation.answers import HeldoutTurn, Reply
+from proxy_sft.evaluation.scores import judge, loss_rows
 from proxy_sft.launch.parameters import split_parameters
 from proxy_sft.launch.report import report_html
 from proxy_sft.launch.status import run_snapshot, snapshot_text
@@ -281,3 +283,16 @@ def test_the_download_brings_every_data_set_and_names_each(world):
     folder, settings, _ = world
     report = download(settings)
     assert list(report) == ["model", "dataset demo", "dataset own"] and report["dataset demo"]["train"]["rows"] == 200
+
+
+def test_losses_of_answers_are_told_by_data_set():
+    "Planted losses: each data set's mean over its tokens, and none of the other's."
+    ask = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    turns = [HeldoutTurn(i, 1, ask, [], source=source) for i, source in enumerate(["demo: x", "own", "own"])]
+    losses = {"base": [(8.0, 4), (3.0, 1), (3.0, 2)], "tuned": [(4.0, 4), (1.0, 1), (5.0, 2)]}
+    replies = {name: [Reply("Hello", True, 2)] * 3 for name in losses}
+    found = {row[0]: row[2:] for row in loss_rows(judge(turns, replies, losses=losses))}
+    assert [cell.split()[0] for cell in found["answer loss: own"]] == ["2.000", "2.000", "+0.000"]
+    assert [cell.split()[0] for cell in found["answer loss: demo: x"]] == ["2.000", "1.000", "-1.000"]
+    alone = judge(turns[1:], {n: r[1:] for n, r in replies.items()}, losses={n: v[1:] for n, v in losses.items()})
+    assert not [row for row in loss_rows(alone) if row[0].startswith("answer loss")]

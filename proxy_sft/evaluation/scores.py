@@ -181,7 +181,7 @@ def rate_cells(
 
 # %% ../../nbs/evaluation/07_scores.ipynb #rows-export
 def loss_rows(evaluation: Evaluation) -> list[list[str]]: # cells; empty without losses
-    "Losses per token: of the data's text answers and calls, and of plain conversations by source."
+    "Losses per token: of the data's text answers and calls (all of them by source too), and of plain conversations."
     measured = (
         [
             ("text loss", "loss of the data's text answers", values_of(evaluation, "text loss")),
@@ -190,6 +190,7 @@ def loss_rows(evaluation: Evaluation) -> list[list[str]]: # cells; empty without
         if evaluation.losses
         else []
     )
+    measured += answer_losses_by_source(evaluation)
     by_source = defaultdict(list)
     for i, chat in enumerate(evaluation.chats):
         for name in ("", chat.source or "unknown source"): by_source[name].append(i)
@@ -209,6 +210,18 @@ def loss_rows(evaluation: Evaluation) -> list[list[str]]: # cells; empty without
         if found:
             rows.append([name, meaning, *cells, *(f"{p:+.3f} [{low:+.3f}, {high:+.3f}]" for p, low, high in found[2:])])
     return rows
+
+# %% ../../nbs/evaluation/07_scores.ipynb #answer-losses
+def answer_losses_by_source(evaluation: Evaluation) -> list[tuple]: # as `loss_rows` begins; empty for one source
+    "Losses of the data's answers in turns with tools, where these come from several sources, as those of a mix do."
+    by_source = defaultdict(list)
+    for i, turn in enumerate(evaluation.turns): by_source[turn.source or "unknown source"].append(i)
+    if len(by_source) < 2 or not evaluation.losses: return []
+    def of(places):
+        values = [[x for found in evaluation.losses.values() for x in found[i]] for i in places]
+        return np.array([evaluation.turns[i].row for i in places]), np.array(values, float)
+    return [(f"answer loss: {source}", f"loss of the data's answers ({len(places)} turns)", of(places))
+            for source, places in sorted(by_source.items())]
 
 # %% ../../nbs/evaluation/07_scores.ipynb #table-rows
 def table_rows(evaluation: Evaluation) -> list[list[str]]: # cells; the first row is the head
