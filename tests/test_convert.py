@@ -899,7 +899,9 @@ BLOCK = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     "<function_calls>f(x=1)</function_calls>", "Sure.\n<function_call>\nf(x=1)\n</function_call>",
     '<functioncall> {"name": "f"}',
     "<tool_calls>[f(x=1)]</tool_calls>", '<invoke name="f">', "<function=f><parameter=x>1</parameter></function>",
-    '[TOOL_CALLS] [{"name": "f"}]', "<|python_tag|>f.call(x=1)", "<tool_code>print(f(x=1))</tool_code>"])
+    '[TOOL_CALLS] [{"name": "f"}]', "<|python_tag|>f.call(x=1)", "<tool_code>print(f(x=1))</tool_code>",
+    "<call>f(x=1)</call>", "<api_call>f(x=1)</api_call>", "<action>f(x=1)</action>", "<functions>f(x=1)</functions>",
+    "< function_calls >f(x=1)</ function_calls >", "<｜tool▁calls▁begin｜>function f"])
 @pytest.mark.parametrize("strictness", ["strict", "default"])
 def test_a_call_in_an_answers_text_is_no_answer(answer, strictness):
     row = talk(("user", "q"), ("assistant", answer), tools=[FREE])

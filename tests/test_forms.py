@@ -143,9 +143,15 @@ def test_reasoning_is_kept():
 def test_a_field_that_is_not_known_and_holds_something_is_named(field, value):
     assert repr(field)[1:-1] in found_of(row(user(), answer(**{field: value})))
     assert reason_of(row(user(), answer(**{field: value}))) == "unknown_field"
-    for empty in (None, "", [], {}, False): assert reason_of(row(user(), answer(**{field: empty}))) is None
+    for empty in (None, "", [], {}): assert reason_of(row(user(), answer(**{field: empty}))) is None
     lenient = messages_of(row(user(), answer(), user(), answer(**{field: value})), strictness="lenient")
     assert [m["role"] for m in lenient] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("field", ["is_trainable", "do_train", "loss_mask", "weights", "trainable_mask", "masked"])
+def test_a_switch_of_another_name_is_no_empty_field(field):
+    assert reason_of(row(user(), answer(**{field: False}))) == "unknown_field"
+    assert reason_of(row(user(), answer(prefix=False))) is None
 
 
 def test_what_only_says_who_and_when_is_no_hindrance():

@@ -326,7 +326,7 @@ def test_a_bundle_of_megabytes_takes_as_long_as_its_parts():
     ("string[]", [["a"], []], ["a", [1]]), ("int[]", [[1]], [1, ["a"]]), ("integer []", [[1]], [1]),
     ("number[]", [[1.5]], [1.5]),
     ("boolean[]", [[True]], [True]), ("object[]", [[{}]], [{}]), ("dict[]", [[{}]], [{}]),
-    ("string[][]", [[["a"]]], ["a"]),
+    ("string[][]", [[["a"]]], ["a", ["a"]]), ("map<string, int>", [{"a": 1}], [1, "a"]), ("list<int>", [[1]], [1]),
     ("(string | number)[]", [["a", 1]], ["a", 1]), ("[string]", [["a"]], ["a"]), ("string array", [["a"]], ["a"]),
     ("int[3]", [[1, 2, 3]], [1]), ("Array<string>", [["a"]], ["a"]), ("List[str]", [["a"]], ["a"]),
     ("string[] | null", [["a"], None], ["a"]),

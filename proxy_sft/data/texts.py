@@ -57,7 +57,8 @@ def split_reasoning(
     return after.lstrip(), "", "stray_think_dropped"
 
 # %% ../../nbs/data/07_texts.ipynb #calls
-CALL_TAG = re.compile(r"""(?: <\|?(?:\w+:)?(?:start_)?(?:function|tool)[ _-]?(?:calls?|use|code)\b[^<>]{0,80}>
+CALL_TAG = re.compile(r"""(?: <\s*\|?(?:\w+:)?(?:start_)?(?:function|tool|api)[ _-]?(?:calls?|use|code)\b[^<>]{0,80}>
+    | <(?:calls?|action|functions)>(?=\s*[\w.]+\() | <[｜|]tool▁calls?▁begin[｜|]>
     | <(?:\w+:)?invoke\s+name= | <function=[^<>]{1,80}> | <\|python_tag\|> | \[TOOL_CALLS\] )
     (?P<body> [^<]{0,400} )""", re.X | re.I)
 CALL_BODY = re.compile(r"[{(]|<\w*(?:parameter|arg)|\bname\b", re.I)
@@ -67,7 +68,7 @@ JSON_CALL = re.compile(r"""["'](?:name|function|function_name|tool|tool_name|act
 def tagged_call(text: str) -> str: # "" when there is none
     "A call in tags, as models write it."
     for match in CALL_TAG.finditer(text):
-        is_named = match[0].lower().startswith(("<invoke", "<function="))
+        is_named = match[0].lower().startswith(("<invoke", "<function=")) or "▁" in match[0]
         if is_named or CALL_BODY.search(match["body"]): return match[0][:120]
     return ""
 

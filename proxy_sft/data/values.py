@@ -321,19 +321,21 @@ def push_operator(
 
 # %% ../../nbs/data/01_values.ipynb #calls-dates
 DATE_LIKE = re.compile(r"""(?<![\w.]) (?: \d{1,4}([-/])\d{1,4}(?:\1\d{1,4})+ | \d{4}-\d{1,2} | \d{1,2}/\d{4}
-    | \d{3,4}-\d{4} ) (?![\w.])""", re.X)
+    | \d{3,4}-\d{4} | (?:19|20)\d\d\s*([-/])\s*\d{1,2}\s*\2\s*\d{1,2} ) (?![\w.])""", re.X)
 
 def refuse_date(
     reader:Reader, # the text
     pos:int,       # a `-` or `/` between two values
 ) -> None: # CallError when it stands in a date
     "Refuse to compute what looks like a date or a number with dashes."
-    start = pos
-    while start > max(0, pos - 10) and reader.text[start - 1] in "0123456789-/": start -= 1
-    match = DATE_LIKE.match(reader.text, start)
-    if match and re.search(r"[-/]0[0-9]", match[0]): return  # the leading zero is refused where it stands
-    if match and match.end() > pos: 
-        raise reader.fail(start, "expression", f"a date or a number with dashes, {match[0]!r}")
+    for between in ("0123456789-/", "0123456789-/ "):  # with blanks between its numbers, only a whole date is one
+        start = max(pos - 16, 0) + len(reader.text[max(pos - 16, 0):pos].rstrip(between))
+        while reader.text[start] == " ": start += 1
+        match = DATE_LIKE.match(reader.text, start)
+        if match and re.search(r"[-/]0[0-9]", match[0]): return  # the leading zero is refused where it stands
+        if match and match.end() > pos:
+            raise reader.fail(start, "expression", f"a date or a number with dashes, {match[0]!r}")
+
 
 # %% ../../nbs/data/01_values.ipynb #calls-element
 def finish_element(
