@@ -102,7 +102,7 @@ def test_many_rows(browser, command):
     page.press("button[title='next page']")
     assert column(0) == [f"{row}" for row in range(25, 50)]
     page.press(".rows thead th:nth-child(5) button")
-    page.wait("document.querySelector('.psft-app .rows caption').textContent.endsWith(' rows')", "all rows are read")
+    page.wait("!document.querySelector('.psft-app .rows caption').textContent.includes('·')", "all rows are read")
     assert column(4) == ["0"] * 25
     page.press(".rows thead th:nth-child(5) button")
     assert column(4) == ["1"] * 25 and column(0)[0] == f"{MANY - 1:,}"
