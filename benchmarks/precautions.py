@@ -130,7 +130,7 @@ def drop_stop_labels() -> None:
         stop = AutoTokenizer.from_pretrained(settings.model_dir).convert_tokens_to_ids("<|im_end|>")
         def masked(batch):
             return {"labels": [np.where(np.asarray(labels) == stop, -100, labels) for labels in batch["labels"]]}
-        return columns(data.map(masked, batched=True, load_from_cache_file=False), settings)
+        return columns(data.map(masked, batched=True, keep_in_memory=True), settings)
     trainer.trainer_columns = without_stops
 
 
