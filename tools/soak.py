@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -745,18 +746,18 @@ def at_step(run_dir, step, act):
 def hold_inside_save(mark, left):
     """The first rank does so much more with files inside a save, says so by a mark, and holds still for whoever kills
     it."""
+    done = itertools.count() # one step even where several threads count
     def hook(rank):
         def look(event, given):
-            nonlocal left
             if (
                 rank
                 or event not in ("open", "os.rename", "os.remove", "os.link", "os.mkdir")
                 or ".saving" not in str(given[0])
             ):
                 return
-            left -= 1
-            if left == 0: mark.touch()
-            while left <= 0: time.sleep(60)
+            place = next(done)
+            if place == left: mark.touch()
+            while place >= left: time.sleep(60)
         sys.addaudithook(look)
     return hook
 
