@@ -46,8 +46,19 @@ def test_what_the_training_would_refuse_is_said_beforehand(given, demo_model, tm
     code, shown = commands.main(words), capsys.readouterr().out
     text = " ".join(shown.split())
     assert WRONG[given] in text and "Cannot start" in text, text
-    assert code == 1 or name == "dataset"
+    assert code == 1
     assert not list(tmp_path.iterdir()), "the doctor writes nothing"
+
+
+@pytest.mark.parametrize("name, value, said", [
+    ("lora_targets", "q_porj", "lora_rank is null"), ("model", "/nowhere/model", "holds no model"),
+    ("data", "[{dataset: demo, share: 0.5}, {dataset: /nowhere/other.jsonl, share: 0.5}]", "/nowhere/other.jsonl")])
+def test_what_no_command_would_mend_is_no_warning(name, value, said, tmp_path, capsys):
+    "A path that leads nowhere, and a setting that would do nothing."
+    words = ["-p", "profile", "demo", "-p", "workspace", str(tmp_path), "-y", f"{name}: {value}"]
+    code = commands.main(["doctor", *words])
+    text = " ".join(capsys.readouterr().out.split())
+    assert code == 1 and said in text and "Cannot start" in text, text
 
 
 def commands_know(package: str) -> bool:

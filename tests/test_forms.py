@@ -154,6 +154,21 @@ def test_a_switch_of_another_name_is_no_empty_field(field):
     assert reason_of(row(user(), answer(prefix=False))) is None
 
 
+@pytest.mark.parametrize("field, value", [
+    ("available_tools", TOOLS), ("tool_definitions", json.dumps(TOOLS)), ("api_list", {"clock": TOOLS[1]}),
+    ("loss_mask", [0, 1]), ("do_train", False), ("sample_weight", 0.5)])
+def test_a_column_that_belongs_to_the_conversation_is_named(field, value):
+    assert field in found_of(row(user(), answer(), **{field: value}))
+    assert reason_of(row(user(), answer(), **{field: value})) == "unknown_field"
+
+
+@pytest.mark.parametrize("field, value", [
+    ("tool_names", ["clock"]), ("num_tools", 2), ("train_split", "train"), ("functions_used", "clock"),
+    ("tool_choice", {"type": "function", "function": {"name": "clock"}}), ("available_tools", []), ("weight", 1)])
+def test_a_column_about_the_row_is_no_hindrance(field, value):
+    assert reason_of(row(user(), answer(), **{field: value})) is None
+
+
 def test_what_only_says_who_and_when_is_no_hindrance():
     about = {"id": "m1", "timestamp": "2026-01-01", "model": "x", "finish_reason": "stop", "usage": {"total": 3}}
     assert reason_of(row({**user(), **about}, answer(**about))) is None

@@ -48,12 +48,28 @@ def check_fields(
                                            f"{str(value)[:100]}", index)
 
 # %% ../../nbs/data/06_forms.ipynb #check-row-fields
+TOOLS_LIKE = re.compile(r"(?:^|_)(?:tools?|functions?|apis?)(?:$|_)", re.IGNORECASE)
+
 def check_row_fields(row: dict) -> None:
     "Refuse a row with a column beside its messages that belongs to the conversation."
-    for field in ROW_FIELDS:
-        value = row.get(field)
-        if value is None or (value == 1 if field in SWITCHES else is_empty(value)): continue
-        raise DefectError("unknown_field", f"{field!r} on the row, not on a message: {str(value)[:100]}")
+    for field, value in row.items():
+        if field == "messages" or field in ROW_TOOLS or not belongs_to_conversation(field, value): continue
+        advice = "; a column with tools is called tools or functions" if TOOLS_LIKE.search(field) else ""
+        raise DefectError("unknown_field", f"{field!r} on the row, not on a message: {str(value)[:100]}{advice}")
+
+def belongs_to_conversation(field: str, value) -> bool: # of a row's column
+    "Whether a column holds what would be lost: a part of the prompt, tools, or a switch of the loss."
+    if value is None: return False
+    if field in ROW_FIELDS: return not (value == 1 if field in SWITCHES else is_empty(value))
+    if TOOLS_LIKE.search(field): return field != "tool_choice" and holds_objects(value)
+    switch = type(value) in (bool, int, float) and value != 1 or type(value) is list and bool(value)
+    return switch and bool(SWITCH_LIKE.search(field))
+
+def holds_objects(value) -> bool: # names or numbers of tools are no tools
+    "Whether a value is a list or map of objects, or the JSON of one."
+    if type(value) is str: return value.lstrip().startswith(("[{", "{"))
+    if type(value) is dict: return any(type(one) is dict for one in value.values())
+    return type(value) is list and any(type(one) is dict for one in value)
 
 # %% ../../nbs/data/06_forms.ipynb #text
 TEXT_PARTS = (None, "text", "input_text", "output_text")

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..core.atomic_folders import read_manifest
-from ..core.settings import offloads, Settings, zero_settings
+from ..core.settings import in_folder, is_path, offloads, Settings, zero_settings
 from ..tokens.inputs import differences_of
 from proxy_sft.training.recomputation import (
     device_bytes, layers_to_recompute, recomputation_line, resolved, SPARE
@@ -219,8 +219,11 @@ def matching(
 def check_data(settings: Settings, prepared: Optional[Prepared], why: str) -> Finding:
     "Whether the data is there, made from these settings, and prepared."
     if different := differences_of(settings):
+        lines = " ".join(line for one in different for line in one.lines)
+        if any(is_path(one.dataset) and not in_folder(one.root, one.dataset).exists() for one in settings.parts):
+            return Finding("data", "fail", lines, "Name a file or folder that is there, or a dataset of the hub.")
         missing = all(line.endswith("does not exist.") for one in different for line in one.lines)
-        return Finding("data", "warn" if missing else "fail", " ".join(line for one in different for line in one.lines),
+        return Finding("data", "warn" if missing else "fail", lines,
                        " ".join(f"Run {one.page}: `{one.command}`." for one in different if one.page))
     if prepared:
         return Finding(
@@ -336,6 +339,9 @@ def check_model(settings: Settings) -> Finding:
         return Finding(
             "model", "ok", "The demo makes its model when the run starts; memory, disk and time are counted then."
         )
+    if is_path(settings.model):
+        return Finding("model", "fail", f"{settings.model_dir} holds no model: there is no config.json in it.",
+                       "Set model to a folder that holds one, or to a name of the hub.")
     known = (
         "Its published shape is taken for what follows."
         if published_config(settings.model)

@@ -75,8 +75,12 @@ def check_resume(settings: Settings) -> Finding:
 
 # %% ../../nbs/training/21_settings_checks.ipynb #adapters
 def check_adapters(settings: Settings, config: Optional[PreTrainedConfig]) -> Iterator[Finding]:
-    "Whether the layers that lora_targets names are there; nothing is said without adapters."
-    if settings.lora_rank is None: return
+    "Whether the layers that lora_targets names are there, and adapters are trained at all."
+    if settings.lora_rank is None:
+        if settings.lora_targets != Settings.model_fields["lora_targets"].default:
+            text = f"lora_targets is {settings.lora_targets!r}, and lora_rank is null: every weight would be trained."
+            yield Finding("adapters", "fail", text, "Set lora_rank, or leave lora_targets out.")
+        return
     if config is None:
         yield Finding("adapters", "not checked", "The model's shape is not known yet.")
         return
