@@ -1,5 +1,6 @@
 """Ways of training that must give the same losses, attention that must not leak, and what must be refused."""
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -397,7 +398,9 @@ def saved(checkpoint):
             if name.endswith((".safetensors", ".pt", ".pth", ".jinja")) or name.startswith("tokenizer")}
 
 
-@pytest.mark.parametrize("ranks, given", [(1, STRAIGHT), (2, dict(deepspeed="ds_config_zero2.json"))])
+@pytest.mark.parametrize("ranks, given", [(1, STRAIGHT), pytest.param(
+    2, dict(deepspeed="ds_config_zero2.json"),
+    marks=pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1"))])
 def test_saves_beside_the_training_are_the_same(folder, tmp_path, ranks, given):
     "Files, what is kept, and weights alone in between; a stop and a second start change nothing."
     given = {**given, "save_steps": 1, "save_weights_steps": 2, "save_total_limit": 2}
