@@ -223,10 +223,11 @@ for f in ("tokenizer_config.json", "generation_config.json"): shutil.copyfile(so
             **{
                 **SMALL,
                 "run_name": "real",
-                "max_length": 1536,
+                "max_length": 768,
                 "max_steps": 2,
-                "max_train_samples": 24,
+                "max_train_samples": 12,
                 "max_eval_samples": 1,
+                "control_token_turns": 1,
             }
         ),
     )

@@ -26,8 +26,7 @@ HEAVY = ("torch", "transformers", "tokenizers", "trl", "datasets", "pandas", "py
          "nbformat", "IPython")
 soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
 # modules whose notebooks execute in some seconds; numbers of notebooks change, names of modules do not
-QUICK = ("core.atomic_folders", "core.build_once", "core.stop_requests", "core.display", "data.schema",
-         "evaluation.serving", "launch.status", "launch.report", "tour")
+QUICK = ("core.atomic_folders", "core.display", "data.schema", "evaluation.serving", "tour")
 EXECUTED = {notebook.module or notebook.name: notebook.path for notebook in notebooks()}
 
 

@@ -87,7 +87,11 @@ def folder(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("name", SAME)
+LONG = ("workers", "samples", "full", "eager", "adamw_torch", "adamw_8bit")  # a training each
+soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=soak) if name in LONG else name for name in SAME])
 def test_ways_of_training_give_the_same_losses(folder, name):
     given, tolerance = SAME[name]
     said = run(folder, name, **{**STRAIGHT, **given})
@@ -398,9 +402,8 @@ def saved(checkpoint):
             if name.endswith((".safetensors", ".pt", ".pth", ".jinja")) or name.startswith("tokenizer")}
 
 
-@pytest.mark.parametrize("ranks, given", [(1, STRAIGHT), pytest.param(
-    2, dict(deepspeed="ds_config_zero2.json"),
-    marks=pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1"))])
+@pytest.mark.parametrize("ranks, given", [
+    (1, STRAIGHT), pytest.param(2, dict(deepspeed="ds_config_zero2.json"), marks=soak)])
 def test_saves_beside_the_training_are_the_same(folder, tmp_path, ranks, given):
     "Files, what is kept, and weights alone in between; a stop and a second start change nothing."
     given = {**given, "save_steps": 1, "save_weights_steps": 2, "save_total_limit": 2}

@@ -11,9 +11,15 @@ import time
 from pathlib import Path
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
-PYTEST = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rsfE")
+PYTEST = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rsfE", "--durations=25")
 BESIDE_THE_DEMO = ("tests", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder",
                    "--ignore=tests/test_after_demo.py")
+# at its end IPython collects garbage once for each notebook; what is frozen is not looked at again
+NBDEV_TEST = """import atexit, gc
+from nbdev.test import nbdev_test
+try: nbdev_test(n_workers=0)
+finally: atexit.register(gc.freeze)
+"""
 LIGHT = {**os.environ, "OMP_NUM_THREADS": "1"}  # three processes share the cores
 
 
@@ -82,7 +88,7 @@ def main() -> None:
         demo = "the demo through papermill, then two ranks with ZeRO-2"
         part(demo, "python", "tools/demo.py", "workspace", beside=(tests,))
         part("what the demo left behind", *PYTEST, "tests/test_after_demo.py", beside=(tests,))
-        part("nbdev_test", "nbdev_test", "--n_workers", "0", beside=(tests,))
+        part("nbdev_test", "python", "-c", NBDEV_TEST, beside=(tests,))
         print("\n== pytest", flush=True)
         try: follow(log, tests)
         finally: end(tests)

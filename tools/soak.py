@@ -837,6 +837,7 @@ def main() -> int:
                 "tests/test_launch.py",
                 "tests/test_faults.py",
                 "tests/test_repository.py",
+                "tests/test_train.py",
             ],
             cwd=ROOT,
             env={**os.environ, "PROXY_SFT_SOAK": "1"},
