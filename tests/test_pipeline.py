@@ -13,6 +13,7 @@ from trainings import run_training, stopped_after_a_step
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 SHARED = ROOT.parent / "shared"
 PAPERMILL = [sys.executable, str(ROOT / "tools" / "patient_papermill.py")]
+soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
 SMALL = dict(
     demo_rows=400,
     max_train_samples=200,
@@ -173,7 +174,8 @@ def test_papermill_from_nbs_as_from_the_root(workspace, tmp_path):  # the demo r
 # the launcher and the settings have more of them; here papermill itself is asked
 @pytest.mark.parametrize("given, words", [
     (dict(profile="demo", max_train_smaples=10), "Did you mean 'max_train_samples'?"),
-    (dict(profile="qwen3_8b", workspace="/nonexistent-workspace-of-a-test"), "nbs/00_download.ipynb"),
+    pytest.param(dict(profile="qwen3_8b", workspace="/nonexistent-workspace-of-a-test"), "nbs/00_download.ipynb",
+                 marks=soak),
 ])
 def test_bad_parameters_end_with_one_clear_error(tmp_path, given, words):
     done = run(
@@ -188,6 +190,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(workspace, tmp_path):
     assert done.returncode != 0 and "Not a directory" in done.stderr and str(tmp_path / "file" / "run") in done.stderr
 
 
+@soak
 def test_real_tokenizer_config_and_rows_end_to_end(tmp_path):
     if not (SHARED / "qwen3-8b" / "tokenizer.json").is_file():
         pytest.skip("the real tokenizer is not here: ../shared/qwen3-8b")

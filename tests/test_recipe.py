@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from proxy_sft import commands
-from proxy_sft.core.settings import load_settings, profile_names, yaml_scalar
+from proxy_sft.core.settings import is_path, load_settings, profile_names, yaml_scalar
 from proxy_sft.training.cost import optimizer_bytes
 from trainings import logged, run_training
 
@@ -78,6 +78,7 @@ def test_every_profile_is_told_by_a_dry_run(profile, outside, capsys, monkeypatc
     assert last.startswith(("Can start", "Cannot start"))
     if settings.is_demo: assert text_of("model").startswith("ok") and "when the run starts" in text_of("model")
     elif (settings.model_dir / "config.json").is_file(): pass  # `make real` was here
+    elif is_path(settings.model): assert text_of("model").startswith("fail") and "holds no model" in text_of("model")
     else:
         assert (
             text_of("model").startswith("warn")
@@ -87,9 +88,10 @@ def test_every_profile_is_told_by_a_dry_run(profile, outside, capsys, monkeypatc
         assert "does not exist" in text_of("data") and "Cannot start" in last
     if settings.model.startswith("Qwen/"):  # its shape is known before it is downloaded
         assert "GiB on each device: weights" in text_of("memory")
-        assert "takes" in text_of("disk") and "tokens to train" in text_of("time")
+        known = "tokens to train" if settings.data is None else "is not known before the data is prepared"
+        assert "takes" in text_of("disk") and known in text_of("time")
     elif not settings.is_demo and not (settings.model_dir / "config.json").is_file():
-        assert "cannot be estimated" in text_of("model") and not text_of("memory")
+        assert (is_path(settings.model) or "cannot be estimated" in text_of("model")) and not text_of("memory")
     assert text_of("versions") and text_of("devices") and text_of("open files") and text_of("terminal")
 
 

@@ -62,6 +62,7 @@ def test_a_command_of_the_readme_names_what_exists(line):
     else: assert first in ("tmux", "source")
 
 
+@soak
 def test_a_dry_run_of_the_readme_s_longest_command():  # those that need a finished demo are in test_after_demo.py
     done = subprocess.run(
         [str(BIN / "proxy-sft"), *shlex.split("run nbs/02_train.ipynb --nproc 8 -p profile qwen3_8b_8gpu --dry-run")],

@@ -838,6 +838,7 @@ def main() -> int:
                 "tests/test_faults.py",
                 "tests/test_repository.py",
                 "tests/test_train.py",
+                "tests/test_pipeline.py",
             ],
             cwd=ROOT,
             env={**os.environ, "PROXY_SFT_SOAK": "1"},
