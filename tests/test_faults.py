@@ -11,11 +11,11 @@ import uuid
 from pathlib import Path
 
 import pytest
+from long_form import soak
 
 from proxy_sft.launch.files import read_json
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
-soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
 TINY = dict(
     profile="demo",
     demo_rows=200,

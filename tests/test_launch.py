@@ -17,11 +17,11 @@ from pathlib import Path
 from proxy_sft.core import build_once, stop_requests
 from proxy_sft.launch import files, launcher, parameters, processes, ranks
 import pytest
+from long_form import soak
 from ports import free_port
 
 from proxy_sft import commands
 
-soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
 
 LAUNCH = [sys.executable, "-c", "import sys; from proxy_sft.commands import main; sys.exit(main())", "run"]
 BY_HAND = [

@@ -1,11 +1,10 @@
 """A model of another family than Qwen3 through the whole chain: parity, doctor, training, resume, adapter, merge,
 reload."""
-import os
 
 import pytest
+from long_form import soak
 from model_families import FAMILIES, STEPS, try_family
 
-soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
 SHORT = ("Llama, tied embeddings",)
 
 

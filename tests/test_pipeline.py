@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from long_form import soak
 
 from trainings import run_training, stopped_after_a_step
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 SHARED = ROOT.parent / "shared"
 PAPERMILL = [sys.executable, str(ROOT / "tools" / "patient_papermill.py")]
-soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
 SMALL = dict(
     demo_rows=400,
     max_train_samples=200,

@@ -3,19 +3,20 @@ allocates."""
 
 import json
 import re
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from long_form import soak
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from proxy_sft import commands
-from proxy_sft.core.settings import is_path, load_settings, profile_names, yaml_scalar
+from proxy_sft.core.paths import is_path
+from proxy_sft.core.settings import load_settings, profile_names, yaml_scalar
 from proxy_sft.training.cost import optimizer_bytes
 from trainings import logged, run_training
 
@@ -34,7 +35,6 @@ SMALL = dict(
     num_proc=1,
     report_to=[],
 )
-soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
 
 
 @pytest.fixture(scope="module")

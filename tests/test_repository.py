@@ -2,7 +2,6 @@
 to what is committed, a wheel that is whole."""
 import ast
 import json
-import os
 import re
 import shlex
 import shutil
@@ -12,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from long_form import soak
 from api_pages import contents, prose
 from execute_notebooks import execute
 from module_table import notebooks, PAGE, with_modules
@@ -24,7 +24,6 @@ ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 READMES = ("README.md", "README.zh.md")
 HEAVY = ("torch", "transformers", "tokenizers", "trl", "datasets", "pandas", "pyarrow", "deepspeed", "papermill",
          "nbformat", "IPython")
-soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
 # modules whose notebooks execute in some seconds; numbers of notebooks change, names of modules do not
 QUICK = ("core.atomic_folders", "core.display", "data.schema", "evaluation.serving", "tour")
 EXECUTED = {notebook.module or notebook.name: notebook.path for notebook in notebooks()}

@@ -1,6 +1,5 @@
 """Ways of training that must give the same losses, attention that must not leak, and what must be refused."""
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -8,6 +7,7 @@ import time
 
 from proxy_sft.training import attention
 import pytest
+from long_form import soak
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
@@ -88,7 +88,6 @@ def folder(tmp_path_factory):
 
 
 LONG = ("workers", "samples", "full", "eager", "adamw_torch", "adamw_8bit")  # a training each
-soak = pytest.mark.skipif(not os.environ.get("PROXY_SFT_SOAK"), reason="the long form: set PROXY_SFT_SOAK=1")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=soak) if name in LONG else name for name in SAME])
