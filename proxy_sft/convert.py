@@ -9,7 +9,8 @@ __all__ = ['convert', 'rejections']
 from dataclasses import asdict
 
 from .core.build_once import one_at_a_time
-from .core.settings import is_path, Settings
+from .core.paths import is_path
+from .core.settings import Settings
 from proxy_sft.data.conversion import (
     code_version,
     convert_file,

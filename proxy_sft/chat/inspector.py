@@ -54,7 +54,7 @@ def find_sources(
     if path.is_dir(): path = path / "train.jsonl"
     if not path.is_file(): raise FileNotFoundError(_nothing_in(path.parent))
     settings = next((one for one in _profiles() if path.resolve().parent == one.converted_dir.resolve()), None)
-    raw = {"raw": settings.train_file} if settings and settings.train_file.is_file() else {}
+    raw = _raw_of(settings) if settings else {}
     beside = {
         other.name: other for other in sorted(path.parent.glob("*.jsonl")) if other.name in LEDGERS and other != path
     }
@@ -86,14 +86,19 @@ def _existing(path: Path) -> Optional[Path]:
     return next((found for found in (path, repository_root() / path) if found.exists()), None)
 
 # %% ../../nbs/chat/15_inspector.ipynb #of-settings
+def _raw_of(settings: Settings) -> dict[str, Path]: # by name; a mix has no raw file of its own
+    if settings.data is not None or not settings.train_file.is_file(): return {}
+    return {"raw": settings.train_file}
+
+
 def _of_settings(settings: Settings) -> Sources:
     files = {name: settings.converted_dir / name for name in LEDGERS if (settings.converted_dir / name).is_file()}
-    raw = None if settings.data is not None else settings.train_file # a mix has no raw file of its own
-    if raw and raw.is_file(): files["raw"] = raw
+    files |= _raw_of(settings)
     if "train.jsonl" in files: return Sources(RowFile(files.pop("train.jsonl")), files, settings)
     if "raw" in files: return Sources(RowFile(files["raw"]), files, settings)
+    raw = "a raw file" if settings.data is not None else settings.train_file
     if not settings.is_demo: raise FileNotFoundError(
-        f"There is neither {settings.converted_dir / 'train.jsonl'} nor {raw or 'a raw file'}. Run "
+        f"There is neither {settings.converted_dir / 'train.jsonl'} nor {raw}. Run "
         "nbs/00_download.ipynb and "
         f"nbs/01_convert.ipynb with profile {settings.profile}.")
     return Sources(RowFile(demo_rows(settings.demo_rows, settings.seed)), {}, settings)
@@ -104,9 +109,14 @@ def _profiles() -> list[Settings]:
     return [load_settings(name) for name in dict.fromkeys(["", *profile_names()])]
 
 
+def _key_parts(folder: Path) -> dict[str, Any]:
+    "What a prepared folder was made from."
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("key_parts", {})
+
+
 def _of_prepared(folder: Path) -> Sources:
     "A prepared folder, and the conversations that it was made from: those whose checksum stands in its manifest."
-    parts = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("key_parts", {})
+    parts = _key_parts(folder)
     chosen = {name: parts[f"settings/{name}"] for name in PREPARED_BY if f"settings/{name}" in parts}
     for settings in _profiles():
         report = settings.converted_dir / "report.json"
@@ -136,7 +146,7 @@ def find_blocks(
     "The newest prepared folder of these choices."
     if settings is None: return None
     def fits(folder):
-        parts = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("key_parts", {})
+        parts = _key_parts(folder)
         return all(parts.get(f"settings/{name}") == getattr(settings, name) for name in PREPARED_BY)
     folders = [folder for folder in settings.prepared_dir.glob("[0-9a-f]*") if folder.is_dir() and is_complete(folder)]
     found = sorted((folder for folder in folders if fits(folder)), key=lambda folder: folder.stat().st_mtime)

@@ -13,6 +13,9 @@ from typing import Any, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+# %% ../../nbs/core/09_data_list.ipynb #imports-own
+from .paths import in_folder, is_path
+
 # %% ../../nbs/core/09_data_list.ipynb #entry
 class DataSet(BaseModel):
     "One data set of several."
@@ -85,7 +88,7 @@ def check_shares(entries: list[dict[str, Any]]) -> None: # raises ValueError
 def identity_of(entry: dict[str, Any], root: Path) -> tuple: # root: where relative paths begin
     "What tells two data sets apart; one path may be spelled in several ways."
     name = entry["dataset"]
-    if name.startswith((".", "/", "~")): name = str(Path(root, Path(name).expanduser()).resolve())
+    if is_path(name): name = str(in_folder(root, name).resolve())
     return name, entry.get("config"), entry.get("split") # two revisions would lie in one folder
 
 def check_repeats(entries: list[dict[str, Any]], root: Path) -> None: # raises ValueError
@@ -126,7 +129,7 @@ def labels_of(entries: list[dict[str, Any]]) -> list[str]: # in the order of the
     names = []
     for entry in entries:
         name = entry["dataset"]
-        if name.startswith((".", "/", "~")): name = Path(name).name.split(".")[0] or Path(name).resolve().name
+        if is_path(name): name = Path(name).name.split(".")[0] or Path(name).resolve().name
         names.append(":".join([name, *(entry[field] for field in ("config", "split", "revision") if field in entry)]))
     for i, name in enumerate(names):
         if (before := names[:i].count(name)): names[i] = f"{name}#{before + 1}"

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'DATA_ENDINGS', 'RENAMED', 'SettingsError', 'Group', 'Places', 'Conversion', 'Rendering', 'Training',
-           'Hardware', 'Record', 'Settings', 'is_repository', 'repository_root', 'in_folder', 'is_path', 'place',
-           'train_file', 'conversion_choices', 'chosen_part', 'short_hash', 'configs_dir', 'profile_names',
-           'did_you_mean', 'nearest_path', 'read_profile', 'load_settings', 'yaml_scalar', 'plain_words', 'spelling',
+           'Hardware', 'Record', 'Settings', 'is_repository', 'repository_root', 'place', 'train_file',
+           'conversion_choices', 'chosen_part', 'short_hash', 'configs_dir', 'profile_names', 'did_you_mean',
+           'nearest_path', 'read_profile', 'load_settings', 'yaml_scalar', 'plain_words', 'spelling',
            'notebook_parameters', 'command_line', 'parameter_words', 'settings_table', 'save_settings',
            'deepspeed_file', 'zero_settings', 'offloads']
 
@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 # %% ../../nbs/core/01_settings.ipynb #imports-own
 from .data_list import AMOUNTS, labels_of, read_data, single
+from .paths import in_folder, is_path
 
 # %% ../../nbs/core/01_settings.ipynb #error
 class SettingsError(ValueError):
@@ -386,15 +387,6 @@ def repository_root(start: Optional[Path] = None) -> Path: # folder to start fro
     return next((f for f in [start, *start.parents, PACKAGE.parent] if is_repository(f)), start)
 
 # %% ../../nbs/core/01_settings.ipynb #in-folder
-def in_folder(base: Path, name: str) -> Path: # an absolute path
-    "`name` as it is when absolute (or from `~`), else below `base`."
-    path = Path(name).expanduser()
-    return path if path.is_absolute() else base / path
-
-def is_path(name: str) -> bool:
-    "Whether a model or dataset is named by its path, not by its name on the hub."
-    return name.startswith((".", "/", "~"))
-
 def place(name: str, root: Path, hub_folder: Path) -> Path: # where a hub name or a local path lies on disk
     "A path when `name` looks like one, else the hub name's folder in the workspace."
     return in_folder(root, name) if is_path(name) else hub_folder / name

@@ -29,7 +29,8 @@ from blake3 import blake3
 from ..core.atomic_folders import file_hash, flush, read_with_checksum, with_checksum, write_flushed
 from ..core.build_once import one_at_a_time
 from ..core.display import html_table, text_table
-from ..core.settings import chosen_part, in_folder, is_path, Settings
+from ..core.paths import in_folder, is_path
+from ..core.settings import chosen_part, Settings
 from .files import converted_parts, enough_work, input_files, keep_memory, parts_of, Progress
 from proxy_sft.data.ledger import (
     Choices, drop_rows, facts_file, FactsWriter, line_count, newlines, Piece, REMEMBERED, rows_to_drop

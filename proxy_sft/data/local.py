@@ -16,7 +16,8 @@ from typing import Callable, Optional
 import pyarrow.parquet as pq
 
 # %% ../../nbs/data/18_local.ipynb #imports-own
-from ..core.settings import in_folder, is_path, Settings
+from ..core.paths import in_folder, is_path
+from ..core.settings import Settings
 from .dataset_files import check_columns, dataset_needs, finish_dataset, parquet_rows, readable
 from .files import input_files, opened
 from .hub import DownloadError, plain_words

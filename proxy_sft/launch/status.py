@@ -20,7 +20,8 @@ import yaml
 from .parameters import LaunchError, RunFolder
 from .ranks import FINAL, is_alive
 from ..core.atomic_folders import complete_checkpoints, is_complete, MANIFEST
-from ..core.settings import did_you_mean, is_path, load_settings, nearest_path
+from ..core.paths import is_path
+from ..core.settings import did_you_mean, load_settings, nearest_path
 from ..core.stop_requests import printable
 from ..core.display import text_table
 

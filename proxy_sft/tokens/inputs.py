@@ -14,7 +14,8 @@ from typing import Any, Callable, NamedTuple
 
 from ..core.atomic_folders import file_hash, is_complete, read_manifest, read_with_checksum
 from ..core.data_list import entry_name
-from ..core.settings import command_line, Conversion, is_path, Settings
+from ..core.paths import is_path
+from ..core.settings import command_line, Conversion, Settings
 from ..data.conversion import code_version, input_of, read_report
 from ..data.ledger import Choices
 from ..data.mixing import mix_changes, mixed_parts
@@ -53,9 +54,7 @@ def differences_of(
     unmade = not made and settings.model == "demo" and any(one.dataset == "demo" for one in settings.parts)
     if download := differences_of_download(settings, model=not unmade, skip="demo" * unmade): return download
     if unmade: return [] if settings.data is None else mix_differences(settings, made)
-    if lines := by_dataset(settings, conversion_differences):
-        names = ("workspace", "dataset", "data", *PARTS, *Conversion.model_fields, "seed")
-        return [Difference("nbs/01_convert.ipynb", lines, command_line(settings, "01_convert", names))]
+    if lines := by_dataset(settings, conversion_differences): return [to_convert(settings, lines)]
     return [] if settings.data is None else mix_differences(settings, made)
 
 # %% ../../nbs/tokens/07_inputs.ipynb #by-dataset
@@ -70,15 +69,19 @@ def by_dataset(
             for number, (entry, one) in enumerate(zip(settings.data, settings.parts), 1) if one.dataset != skip
             for line in find(one)]
 
+def to_convert(settings: Settings, lines: list[str]) -> Difference:
+    "What page 01 mends."
+    names = ("workspace", "dataset", "data", *PARTS, *Conversion.model_fields, "seed")
+    return Difference("nbs/01_convert.ipynb", lines, command_line(settings, "01_convert", names))
+
 def mix_differences(settings: Settings, made: bool) -> list[Difference]: # one, or none
     "Amounts that cannot be met, and with `made` a mix that is missing or was made from something else."
     try: parts = mixed_parts(settings)
     except ConvertError as error:
         if error.reason == "missing_file": return [] # of the demo, which has yet to be made
         return [Difference("", [error.found.replace("entry", "Entry", 1)], "")]
-    if not made or not (lines := mix_changes(settings, parts)): return []
-    names = ("workspace", "dataset", "data", *PARTS, *Conversion.model_fields, "seed")
-    return [Difference("nbs/01_convert.ipynb", lines, command_line(settings, "01_convert", names))]
+    lines = mix_changes(settings, parts) if made else []
+    return [to_convert(settings, lines)] if lines else []
 
 # %% ../../nbs/tokens/07_inputs.ipynb #differences-of-download
 def differences_of_download(

@@ -17,7 +17,8 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..core.atomic_folders import read_manifest
-from ..core.settings import in_folder, is_path, offloads, Settings, zero_settings
+from ..core.paths import in_folder, is_path
+from ..core.settings import offloads, Settings, zero_settings
 from ..tokens.inputs import differences_of
 from proxy_sft.training.recomputation import (
     device_bytes, layers_to_recompute, recomputation_line, resolved, SPARE

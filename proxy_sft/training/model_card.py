@@ -9,7 +9,8 @@ __all__ = ['DOLCI', 'hub_name', 'origin', 'data_licence', 'model_card']
 from huggingface_hub import ModelCardData
 
 from ..core.data_list import labels_of
-from ..core.settings import is_path, Settings
+from ..core.paths import is_path
+from ..core.settings import Settings
 from ..tokens.inputs import record_of
 from ..tokens.preparation import dataset_lines, Prepared
 
