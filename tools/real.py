@@ -65,9 +65,8 @@ def execute(page: str, parameters: dict[str, Any]) -> None:
     executed = ROOT / "workspace" / "notebooks" / "real" / f"{page}.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
     words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    paths = os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))
     run("papermill", f"nbs/{page}.ipynb", str(executed), *words, "--no-progress-bar", "--log-output",
-        environment={**os.environ, "PYTHONPATH": paths})
+        environment=os.environ)  # with all of its processors
 
 
 def main(words: list[str]) -> None:
