@@ -85,16 +85,28 @@ def share(found: dict[str, Any]) -> str: # `right`, `of`, `interval` of evaluati
     return f"{found['right']}/{found['of']} [{low:.0f}, {high:.0f}] %"
 
 
+def by_category(slices: dict[str, dict]) -> None: # of evaluation.json
+    "The tuned model in each category of the leaderboard, and how many turns were right before."
+    metrics = {"decision": "calls when the data does", "names": "right tools", "exact": "exact calls", "stops": "stops"}
+    print(f"  {'':30}" + "".join(f"{words:>26}" for words in metrics.values()))
+    for name in filter(lambda group: group.startswith("source: "), slices):
+        found = [slices[name][metric] for metric in metrics]
+        cells = [f"{one['base']['right']} -> {share(one['tuned'])}" if one["tuned"]["of"] else "–" for one in found]
+        print(f"  {name.removeprefix('source: BFCL '):30}" + "".join(f"{cell:>26}" for cell in cells))
+
+
 def summary(parameters: dict[str, Any], seconds: float) -> None:
     "What was measured, and where everything lies."
     from proxy_sft.core.settings import load_settings
     from proxy_sft.evaluation.answers import METRICS
     run_dir = load_settings(**parameters).run_dir
-    metrics = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))["metrics"]
+    found = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
     say("Held-out turns, right of all, before and after training (95 % intervals):")
     for name, meaning in METRICS.items():
-        base, tuned = (share(metrics[model][name]) for model in ("base", "tuned"))
+        base, tuned = (share(found["metrics"][model][name]) for model in ("base", "tuned"))
         print(f"  {meaning:46} {base:>18} -> {tuned:>18}")
+    say("By category of the leaderboard:")
+    by_category(found["slices"])
     print("It was trained on a leaderboard's questions: these are no leaderboard figures.")
     say(f"Done in {seconds / 60:.0f} minutes. The executed pages lie in workspace/notebooks/real, the model in "
         f"{os.path.relpath(run_dir, ROOT)}.")
