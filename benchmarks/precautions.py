@@ -173,7 +173,7 @@ def prepared_data(settings: Any) -> Any:
 def rows_per_block(settings: Any) -> int:
     "So many conversations one by one are as many tokens as a packed block, on average."
     train = prepared_data(settings).splits["train"]
-    return round((train["rows"] - train["dropped"]) / train["blocks"])
+    return round((train["whole"] + train["cut"]) / train["blocks"])
 
 
 def measure(name: str, given: argparse.Namespace, rows: list, seed: int) -> dict:
