@@ -1003,6 +1003,9 @@ TWICE = [
     ('"id": "t"', '"id" : "s", "id": "t"'),
     ('"id": "t"', '"id": "s", "id" \t: "t"'),
     ('"function_calls": null, "functions": null}', '"function_calls": null, "functions": null, "functions": null}'),
+    ('"id": "t"', r'"id": "s", "\u0069\u0064": "t"'),
+    ('"id": "t"', r'"meta": {"a": 2, "a": "b\u003a"}, "id": "t"'),
+    ('\\"symbol\\": {', r'\"symbol\": {\"title\": \"a\", \"title\": \"b\\u003A\", '),
 ]
 
 
@@ -1020,6 +1023,23 @@ def test_keys_that_stand_twice_are_counted(tmp_path, old, new, spaced):
     with pytest.raises(ConvertError, match="duplicate_keys 1"):
         (tmp_path / "in.jsonl").write_text(bad + "\n")
         convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl", strictness="strict")
+
+
+def test_keys_that_stand_twice_are_counted_beside_texts_that_look_like_keys(tmp_path):
+    good = [json.dumps(chat(text, f'"{text}" : b')) for text in (" a", ": a", "a", "\\", '"', "a :") for _ in range(9)]
+    bad = json.dumps(chat("a", "b")).replace('"role": "user"', '"role": "system", "role": "user"')
+    (tmp_path / "in.jsonl").write_text("\n".join([*good, bad, *good]) + "\n")
+    report = convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl")
+    assert (report.kept, report.flags) == (109, {"duplicate_keys": 1})
+
+
+def test_a_line_holds_one_object(tmp_path):
+    row = json.dumps(chat("q", "a"))
+    split = row.replace('"messages": [', '"messages":\n[')
+    for line, text in ((1, f"{row} {row}\n{split}\n"), (2, f"{row}\n{row}{row}\n{split}\n"), (2, f"{row}\n{split}")):
+        (tmp_path / "in.jsonl").write_text(text)
+        with pytest.raises(ConvertError, match=f"line {line}: found no JSON"):
+            convert_file(tmp_path / "in.jsonl", tmp_path / "out" / "train.jsonl")
 
 
 def test_keys_that_stand_twice_are_counted_in_the_first_rows_too(tmp_path):
