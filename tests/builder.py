@@ -1,6 +1,7 @@
 """A process that prepares, as a rank of so many: `python tests/builder.py '{"workspace": …}'`, or `started`, which does
 not import everything again."""
 import datetime
+import gc
 import json
 import os
 import sys
@@ -12,9 +13,11 @@ import torch.distributed as dist
 from proxy_sft.tokens import encoding, preparation
 from proxy_sft.core.settings import load_settings
 
+from trainings import IMPORTED
+
 FORKS = get_context("forkserver")
 # the same as in trainings.py: a process has one server; a module of this folder would not be found by it (Python 3.11)
-FORKS.set_forkserver_preload(["proxy_sft.train"])
+FORKS.set_forkserver_preload(IMPORTED)
 
 
 def build(workspace, seconds=0.0, run="run", shared="true", processes=1, answer=None, meet=None, hold=0):
@@ -61,6 +64,7 @@ def meet_others(workspace):
 
 def run(env, out, err, given):
     "In the new process."
+    gc.freeze()
     os.environ.update(env)
     for number, path in ((1, out), (2, err)): os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
     build(**given)

@@ -27,6 +27,7 @@ TINY = dict(
     eval_steps="null",
     max_steps=8,
     num_proc=1,
+    control_token_turns=2,
 )
 
 

@@ -27,7 +27,8 @@ from soak import digest  # noqa: E402
 
 FACTS = checkpoints.checkpoint_facts(load_settings("demo"), "key", 1)
 TINY = dict(profile="demo", demo_rows=200, max_train_samples=64, max_eval_samples=4, max_length=512, logging_steps=1,
-            save_steps=2, eval_steps=3, max_steps=4, num_proc=1, report_to=[], preflight="warn")
+            save_steps=2, eval_steps=3, max_steps=4, num_proc=1, report_to=[], preflight="warn",
+            control_token_turns=2)
 
 
 def torch_file(path: Path, pickled: bytes) -> None:
@@ -488,7 +489,7 @@ def test_a_lock_on_a_full_disk_is_held_without_words_and_without_a_lease(tmp_pat
 def test_of_two_that_built_the_same_the_second_takes_what_the_first_published(tmp_path):
     "A machine whose lease ended while it stood still finds the folder complete when it comes to publish its own."
     done = run_training(act=publish_after_another, profile="demo", workspace=str(tmp_path), demo_rows=200, num_proc=1,
-                        max_train_samples=64, max_eval_samples=4, max_length=512)
+                        max_train_samples=64, max_eval_samples=4, max_length=512, control_token_turns=2)
     assert done.returncode == 0, done.stderr
     assert len([*(tmp_path / "prepared").rglob("COMPLETE")]) == 1 and not [*(tmp_path / "prepared").glob(".*")]
 

@@ -24,6 +24,7 @@ SMALL = dict(
     eval_steps=4,
     max_steps=4,
     num_proc=1,
+    control_token_turns=2,
 )
 
 

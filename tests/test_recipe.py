@@ -34,6 +34,7 @@ SMALL = dict(
     gradient_accumulation=2,
     num_proc=1,
     report_to=[],
+    control_token_turns=2,
 )
 
 

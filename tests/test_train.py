@@ -50,6 +50,7 @@ SMALL = dict(
     max_steps=3,
     num_proc=1,
     eval_tool_calls_seconds=3600.0,
+    control_token_turns=2,
 )
 STRAIGHT = dict(gradient_accumulation=2)
 SAME = {  # name: settings, how far the three losses may be from the straight run's (relative)

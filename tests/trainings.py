@@ -3,6 +3,7 @@ because a fresh start takes seven seconds of processor time.
 
 What a fresh start does is seen by the demo, the launcher's tests and the notebooks; here the trainings are what is
 looked at."""
+import gc
 import json
 import multiprocessing
 import os
@@ -19,9 +20,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the server is started
 TINY = dict( # a training of seconds
     profile="demo", demo_rows=200, max_train_samples=60, max_eval_samples=2, max_length=320, num_proc=1,
     max_steps=3, logging_steps=1, save_steps=2, eval_steps=3, report_to=[],
+    control_token_turns=2,
 )
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["proxy_sft.train"])
+IMPORTED = ["proxy_sft.train", "trl.trainer.sft_trainer", "deepspeed", "awkward"]  # what each training would import
+SERVER.set_forkserver_preload(IMPORTED)
 
 
 def logged(run: Path, field: str = "loss") -> list: # run: a folder with a trainer_state.json
@@ -32,6 +35,7 @@ def logged(run: Path, field: str = "loss") -> list: # run: a folder with a train
 
 def be_a_rank(given: dict, environment: dict, said: str, act: Optional[Callable]) -> None:
     "One rank of a training; what it says goes into files, and its exception ends the process as in a script."
+    gc.freeze()  # trainings collect garbage; what was imported is not looked at
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)

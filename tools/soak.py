@@ -7,7 +7,9 @@ system. The launcher, kernels and torchrun are killed in tests/test_launch.py an
 soak` runs in their long form afterwards. """
 import argparse
 import contextlib
+import gc
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -40,6 +42,7 @@ TINY = dict(
     report_to=[],
     num_proc=1,
     save_total_limit=2,
+    control_token_turns=2,
 )
 
 
@@ -812,7 +815,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--count", type=int, help="faults of a part, instead of 50, 20, 30, 100 and 200")
     args = parser.parse_args()
-    import proxy_sft.train  # noqa: F401  once, for all lives
+    for name in ("proxy_sft.train", "trl.trainer.sft_trainer", "deepspeed", "awkward"):  # once, for all lives
+        importlib.import_module(name)
+    gc.freeze()  # lives collect garbage; what was imported is not looked at
     bad = 0
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         soak = Soak(Path(folder), args.seed)

@@ -490,6 +490,7 @@ def demo():
         report_to=[],
         preflight="warn",
         gpu_hour_price=1.0,
+        control_token_turns=2,
     )
     if GPU: small |= dict(device="auto", bf16=True, attention="auto", dataloader_workers=2)
     recipes = {"32-bit weights": dict(activation_checkpointing="selective", optimizer="adamw_torch_fused")}
