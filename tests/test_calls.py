@@ -741,14 +741,15 @@ def test_signs_of_signs_are_one_expression_wherever_they_stand(sign, around):
 
 @pytest.mark.parametrize("text", [
     "2024-10-15", "15-10-2024", "10/15/2024", "2024/10/15", "2020-2024", "555-1234", "1-800-555-1234", "2024-10",
-    "10/2024", "2024 - 10 - 15", "2024 / 10 / 15"])
+    "10/2024", "2024 - 10 - 15", "2024 / 10 / 15", "10/15", "31/12", "1/2", "10-15", "1-3"])
 def test_a_date_is_not_computed(text):
     for around in ("f(x={})", "f(x=[{}])", "f(x={{'a': {}}})"):
         with pytest.raises(CallError) as caught: parse_calls(around.format(text))
         assert caught.value.reason == "expression" and "date" in str(caught.value)
     with pytest.raises(CallError, match="date"): parse_calls("f(x=1 - 2024-10-15)")
     for sum_, value in (("500-20", 480), ("7-2", 5), ("4/2", 2.0), ("100/4", 25.0),
-                        ("2 * 3 - 1", 5), ("2000 - 1", 1999), ("5 - 2 - 1", 2)): assert value_of(sum_) == value
+                        ("2 * 3 - 1", 5), ("2000 - 1", 1999), ("5 - 2 - 1", 2),
+                        ("1000/3", 1000 / 3), ("10 / 15", 10 / 15), ("10 - 15", -5)): assert value_of(sum_) == value
 
 
 def test_positional_arguments_know_the_bare_map():

@@ -901,7 +901,8 @@ BLOCK = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     "<tool_calls>[f(x=1)]</tool_calls>", '<invoke name="f">', "<function=f><parameter=x>1</parameter></function>",
     '[TOOL_CALLS] [{"name": "f"}]', "<|python_tag|>f.call(x=1)", "<tool_code>print(f(x=1))</tool_code>",
     "<call>f(x=1)</call>", "<api_call>f(x=1)</api_call>", "<action>f(x=1)</action>", "<functions>f(x=1)</functions>",
-    "< function_calls >f(x=1)</ function_calls >", "<｜tool▁calls▁begin｜>function f"])
+    "< function_calls >f(x=1)</ function_calls >", "<｜tool▁calls▁begin｜>function f",
+    "✿FUNCTION✿: f\n✿ARGS✿: {}", "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}"])
 @pytest.mark.parametrize("strictness", ["strict", "default"])
 def test_a_call_in_an_answers_text_is_no_answer(answer, strictness):
     row = talk(("user", "q"), ("assistant", answer), tools=[FREE])
@@ -913,7 +914,10 @@ def test_a_call_in_an_answers_text_is_no_answer(answer, strictness):
 @pytest.mark.parametrize("answer", [
     '```json\n{"name": "f", "arguments": {"x": 1}}\n```', '{"name": "f", "arguments": {}}',
     "{'name': 'f', 'parameters': {}}",
-    '[{"function": "f", "args": {}}]', "f(x=1)", "[f(x=1)]", "```python\nf(x=1)\n```", "Here:\nf(x=1)\nDone."])
+    '[{"function": "f", "args": {}}]', "f(x=1)", "[f(x=1)]", "```python\nf(x=1)\n```", "Here:\nf(x=1)\nDone.",
+    "f (x=1)", "f(\n  x=1,\n)", "print(f(x=1))", "r = f(x=1)", "r = await f(x=1)",
+    "1. f(x=1)", "> f()", "functions.f({})", "Thought: so\nAction: f\nAction Input: 1", "**Action:** `f`",
+    "<f><x>1</x></f>"])
 def test_a_bare_call_in_an_answers_text_is_counted(answer, tmp_path):
     row = talk(("user", "q"), ("assistant", answer), tools=[FREE])
     assert reason_of(row, strictness="strict") == "call_in_text"
@@ -921,6 +925,12 @@ def test_a_bare_call_in_an_answers_text_is_counted(answer, tmp_path):
     assert report.flags == {"call_in_text": 1}
     for plain in (talk(("user", "q"), ("assistant", answer)), chat("q", answer)): assert reason_of(plain,
             strictness="strict") is None
+
+
+@pytest.mark.parametrize("answer", ["I used f(x=1).", "See f (the first) there.", "The function f(x) = 2x grows.", "f",
+                                    "of (x=1)", "Action: find it", "a < f > b", "So f (x) is it, (y)"])
+def test_a_name_in_a_sentence_is_no_call(answer):
+    assert reason_of(talk(("user", "q"), ("assistant", answer), tools=[FREE]), strictness="strict") is None
 
 
 @pytest.mark.parametrize("row", [

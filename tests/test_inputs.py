@@ -21,6 +21,7 @@ from proxy_sft.tokens import inputs
 from proxy_sft.tokens.inputs import differences_of, heldout_differences
 from proxy_sft.tokens.keys import PrepareError
 from proxy_sft.tokens.preparation import check_folder, prepare, require_inputs
+from proxy_sft.training.doctor import matching
 from proxy_sft.training.model_card import model_card
 
 SETTINGS = {  # every choice of conversion and download, another value than the default
@@ -274,6 +275,10 @@ def test_two_files_of_one_name_are_two_datasets(world, tmp_path):
         record = json.loads((settings.converted_dir / "report.json").read_text())
         assert [one["blake3"] for one in record["files"] if one["name"] == "train.jsonl"] == [trained[name]]
     assert len({*trained.values()}) == 3
+    found = {name: matching(hub_settings(world, **given, dataset=str(tmp_path / name)))[0]
+             for name in [*trained, "tools.v2.jsonl"]}
+    assert found.pop("tools.v2.jsonl") is None  # the doctor does not take another's data for them
+    assert {name: one.manifest["key_parts"]["data/train.jsonl"] for name, one in found.items()} == trained
     with pytest.raises(PrepareError, match="other.jsonl.* does not exist"):
         prepare(hub_settings(world, **given, dataset="/nowhere/other.jsonl"))
 

@@ -75,7 +75,7 @@ TOOL_POLICIES = PolicyTable((
     Policy("unwritable_name", "a call of a tool whose name holds a quote, a backslash or a control character",
            "rejected", "rejected", "cut",
            "Qwen3's template writes names as they are: no server would read the call back."),
-    Policy("call_in_text", "an answer in which a call of an offered tool stands in JSON or Python, without a tag",
+    Policy("call_in_text", "an answer with a call of an offered tool in JSON, Python or ReAct, without a tag",
            "rejected", "kept", "kept", "It may be an example; only a person can tell."),
     Policy("cut_before_defect", "lenient only: a later exchange has a defect",
            "rejected", "rejected", "repaired", "The exchanges before it are whole."),

@@ -193,7 +193,7 @@ def read_turn(talk: Talk, start: int, end: int) -> tuple[str, str, list[dict]]: 
 # %% ../../nbs/data/08_rows.ipynb #convert-text
 def check_text(talk: Talk, index: int, text: str) -> None:
     "Look for calls in the text of an answer."
-    if ("<" in text or "[" in text) and (found := tagged_call(text)):
+    if found := tagged_call(text):
         talk.apply_policy("tool_call_in_text", index, f"a call in the text: {found}")
     if found := bare_call(text, talk.functions): talk.apply_policy("call_in_text", index, found)
 
@@ -523,8 +523,7 @@ def is_odd_start(role: str, text: str) -> bool: # text: begins with white space
 
 def call_in(talk: Talk, text: str) -> bool: # as `check_text` looks for them
     "Whether the text of an answer may hold a call."
-    if ("<" in text or "[" in text) and tagged_call(text): return True
-    return ("(" in text or "{" in text) and bool(bare_call(text, talk.functions))
+    return bool(tagged_call(text) or bare_call(text, talk.functions))
 
 
 # %% ../../nbs/data/08_rows.ipynb #convert-usual-calls

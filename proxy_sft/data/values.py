@@ -323,6 +323,16 @@ def push_operator(
 DATE_LIKE = re.compile(r"""(?<![\w.]) (?: \d{1,4}([-/])\d{1,4}(?:\1\d{1,4})+ | \d{4}-\d{1,2} | \d{1,2}/\d{4}
     | \d{3,4}-\d{4} | (?:19|20)\d\d\s*([-/])\s*\d{1,2}\s*\2\s*\d{1,2} ) (?![\w.])""", re.X)
 
+PAIR = re.compile(r"(?<![\w.*+%/-])(\d{1,4})([-/])(\d{1,4})(?![\w.]|\s*[-+*/%])")  # and no other operator beside it
+
+def is_no_sum(
+    first:int, sign:str, second:int, # `10/15`, `10-15`
+) -> bool: # a day and a month, a fraction, a range
+    "Whether two numbers with nothing between them but a sign mean something else than what they compute to."
+    if sign == "-": return first < second
+    days = 0 < first <= 31 and 0 < second <= 31 and min(first, second) <= 12
+    return days and first % second > 0
+
 def refuse_date(
     reader:Reader, # the text
     pos:int,       # a `-` or `/` between two values
@@ -333,8 +343,10 @@ def refuse_date(
         while reader.text[start] == " ": start += 1
         match = DATE_LIKE.match(reader.text, start)
         if match and re.search(r"[-/]0[0-9]", match[0]): return  # the leading zero is refused where it stands
+        pair = PAIR.match(reader.text, start)
+        if not match and pair and is_no_sum(int(pair[1]), pair[2], int(pair[3])): match = pair
         if match and match.end() > pos:
-            raise reader.fail(start, "expression", f"a date or a number with dashes, {match[0]!r}")
+            raise reader.fail(start, "expression", f"a date, a range or a number with dashes, {match[0]!r}")
 
 
 # %% ../../nbs/data/01_values.ipynb #calls-element

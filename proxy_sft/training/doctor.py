@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..core.atomic_folders import read_manifest
 from ..core.paths import in_folder, is_path
 from ..core.settings import offloads, Settings, zero_settings
+from ..data.conversion import read_report
 from ..tokens.inputs import differences_of
 from proxy_sft.training.recomputation import (
     device_bytes, layers_to_recompute, recomputation_line, resolved, SPARE
@@ -196,16 +197,24 @@ def disk_needed(config: PreTrainedConfig, settings: Settings, ranks: int) -> int
     size = checkpoint_needs(config, settings, ranks)
     return checkpoints_to_come(settings.run_dir, settings.save_total_limit) * size + merged
 
+# %% ../../nbs/training/09_doctor.ipynb #reported-data
+def reported_data(settings: Settings) -> dict[str, str]: # as in `key_parts`; {} where nothing is converted
+    "The hashes of the converted files, without reading them."
+    report = read_report(settings.converted_dir) or {"files": []}
+    names = {name for split in ("train", "heldout") for name in (f"{split}.jsonl", f"{split}.rows.parquet")}
+    return {f"data/{one['name']}": one["blake3"] for one in report["files"] if one["name"] in names}
+
 # %% ../../nbs/training/09_doctor.ipynb #time
 def matching(
     settings: Settings,
 ) -> tuple[Optional[Prepared], str]: # the newest prepared data of these settings; what differs in the nearest otherwise
-    "Everything in the key is compared except the data's bytes."
+    "Everything in the key is compared; of the data's bytes, what the conversion's report says of them."
     folders = sorted(prepared_folders(settings.prepared_dir), key=lambda f: f.stat().st_mtime, reverse=True)
     if not folders: return None, "nothing is prepared yet"
-    mine = key_parts(settings, data=False)
+    data = reported_data(settings)
+    mine = key_parts(settings, data=False) | data
     differing = {
-        f: sorted(n for n in {*mine, *then} if not n.startswith("data/") and mine.get(n) != then.get(n))
+        f: sorted(n for n in {*mine, *then} if (data or not n.startswith("data/")) and mine.get(n) != then.get(n))
         for f in folders
         if (then := read_manifest(f)["key_parts"])
     }
@@ -376,13 +385,13 @@ def findings(
     yield from check_process()
     yield from check_shared_memory(local)
     yield from check_cards(settings, local)
+    if settings.save_through:
+        place = Path(settings.save_through).expanduser()
+        needed = checkpoint_needs(config, settings, ranks) if config else None
+        yield check_save_through(place, -(-ranks // local), needed, free_bytes(existing(place)))
     if config is None: return
     yield check_disk_space(settings, disk_needed(config, settings, ranks),
                            shutil.disk_usage(existing(settings.run_dir)).free)
-    if settings.save_through:
-        place = Path(settings.save_through).expanduser()
-        yield check_save_through(place, -(-ranks // local), checkpoint_needs(config, settings, ranks),
-                                 free_bytes(existing(place)))
     yield check_duration(settings, ranks, config, gpu or device_name(settings), prepared)
     if not rehearsal: return
     card = CARDS[gpu] if gpu else device_memory(settings)

@@ -47,14 +47,21 @@ def check_run_folder(folder: Path, setting: str = "workspace or output_dir") -> 
                                             f"Set {setting} to another folder.")
 
 # %% ../../nbs/training/19_machine_checks.ipynb #check-save-through
-def check_save_through(folder: Path, machines: int, needed: int, free: int) -> Finding: # bytes of a checkpoint; or free
+def check_save_through(
+    folder: Path, # of this machine
+    machines: int, # of the run
+    needed: Optional[int], # bytes of a checkpoint; None before the model is known
+    free: int, # bytes
+) -> Finding:
     "Whether saves can go through a folder of this machine."
     advice = "Set save_through to another folder of this machine, or to null."
     if machines > 1: return Finding("saves", "fail", f"save_through works on one machine, not on {machines}.",
                                     "Set save_through to null.")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return Finding("saves", "fail", f"save_through: {folder} is no folder that can be written.", advice)
-    text = f"A checkpoint takes {needed / 1e9:,.1f} GB; {folder} has room for {free / 1e9:,.1f} GB."
+    room = f"{folder} has room for {free / 1e9:,.1f} GB."
+    if needed is None: return Finding("saves", "ok", f"What a checkpoint takes is not known yet; {room}")
+    text = f"A checkpoint takes {needed / 1e9:,.1f} GB; {room}"
     return Finding("saves", "ok" if needed <= free else "warn", text,
                    "" if needed <= free else f"Training would wait for each save. {advice}")
 
