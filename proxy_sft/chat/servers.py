@@ -210,10 +210,18 @@ def _sglang_schema(schema: Any) -> Any:
         if key in out: out[key] = _sglang_schema(out[key])
     return out
 
+# %% ../../nbs/chat/16_servers.ipynb #is-schema
+@lru_cache(maxsize=1024)
+def _is_schema(schema: str) -> bool: # JSON; each turn of a row asks about the same ones
+    "Whether a schema keeps JSON Schema's own rules."
+    import jsonschema
+    try: jsonschema.Draft202012Validator.check_schema(json.loads(schema))
+    except jsonschema.SchemaError: return False
+    return True
+
 # %% ../../nbs/chat/16_servers.ipynb #sglang-tool-export
 def _sglang_tool(tool: Any) -> dict:
     "A tool as SGLang writes it."
-    import jsonschema
     _check(isinstance(tool, dict) and isinstance(tool.get("function"), dict), "a tool without `function`")
     function = tool["function"]
     _check(isinstance(tool.get("type", "function"), str), "a type of a tool that is no text")
@@ -225,9 +233,7 @@ def _sglang_tool(tool: Any) -> dict:
            "strict": _optional(function.get("strict"), bool, "`strict`"),
            "defer_loading": later if own is None else own}
     if out["parameters"] is not None:
-        try: jsonschema.Draft202012Validator.check_schema(out["parameters"])
-        except jsonschema.SchemaError as error:
-            raise RefusedRequest("a schema that breaks JSON Schema's own rules") from error
+        _check(_is_schema(json.dumps(out["parameters"])), "a schema that breaks JSON Schema's own rules")
     out = {key: value for key, value in out.items() if value is not None or key not in ("strict", "defer_loading")}
     order = [key for key in function if key in out]
     return {"type": tool.get("type", "function"), "defer_loading": later,

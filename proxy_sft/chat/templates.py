@@ -251,8 +251,8 @@ def missing_control_tokens(
     tokens: tuple[str, ...] = TOOL_TOKENS, # to look for
 ) -> tuple[str, ...]: # in their order
     "Which of the tokens the tokenizer would split."
-    known = {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()}
-    return tuple(token for token in tokens if token not in known)
+    id_of = tokenizer.backend_tokenizer.token_to_id  # added tokens as well
+    return tuple(token for token in tokens if id_of(token) is None)
 
 # %% ../../nbs/chat/01_templates.ipynb #mark-controls
 def _mark_controls(messages: list, tools: Optional[list], pattern: re.Pattern, left: str) -> tuple[list, list, str]:
