@@ -25,6 +25,8 @@ from proxy_sft.data.plans import read_manifest
 from proxy_sft.data.transfer import check_disk
 from proxy_sft.convert import convert
 from proxy_sft.download import download
+from proxy_sft.data.files import input_files
+from proxy_sft.data.rows import ConvertError
 from proxy_sft.core.settings import load_settings
 
 TOKEN = "hf_ThisTokenMustNotBeSeen1234567890"
@@ -590,6 +592,19 @@ def test_the_training_split_is_taken(paths, wanted): assert chosen(paths) == [pa
     (["eval/0.parquet"], "splits are test"), (["a.parquet", "test.parquet"], "say none")])
 def test_a_choice_among_several_is_a_persons(paths, words):
     with pytest.raises(DownloadError, match=f"(?s){words}"): chosen(paths)
+
+
+@pytest.mark.parametrize("names, missing", [
+    (["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"], "train-00001-of-00003"),
+    (["train_1_of_2.jsonl"], "train_2_of_2"), (["data/train-00001-of-00002.parquet"], "00000-of-00002"),
+    (["train-00000-of-00001.jsonl", "test-00000-of-00002.jsonl"], ""), (["a-1-of-2.jsonl", "a-2-of-2.jsonl"], "")])
+def test_a_folder_that_lacks_a_file_of_a_series_is_not_taken_for_whole(tmp_path, names, missing):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    if not missing: assert len(input_files(tmp_path)) == len([name for name in names if "test" not in name])
+    else:
+        with pytest.raises(ConvertError, match=f"series are missing: .*{missing}"): input_files(tmp_path)
 
 
 def test_the_settings_choose():

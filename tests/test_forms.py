@@ -148,7 +148,8 @@ def test_a_field_that_is_not_known_and_holds_something_is_named(field, value):
     assert [m["role"] for m in lenient] == ["user", "assistant"]
 
 
-@pytest.mark.parametrize("field", ["is_trainable", "do_train", "loss_mask", "weights", "trainable_mask", "masked"])
+@pytest.mark.parametrize("field", ["is_trainable", "do_train", "loss_mask", "weights", "is_trained",
+                                   "supervise", "end_turn"])
 def test_a_switch_of_another_name_is_no_empty_field(field):
     assert reason_of(row(user(), answer(**{field: False}))) == "unknown_field"
     assert reason_of(row(user(), answer(prefix=False))) is None
@@ -156,6 +157,7 @@ def test_a_switch_of_another_name_is_no_empty_field(field):
 
 @pytest.mark.parametrize("field, value", [
     ("available_tools", TOOLS), ("tool_definitions", json.dumps(TOOLS)), ("api_list", {"clock": TOOLS[1]}),
+    ("toolset", TOOLS), ("train_on", "last"),
     ("loss_mask", [0, 1]), ("do_train", False), ("sample_weight", 0.5)])
 def test_a_column_that_belongs_to_the_conversation_is_named(field, value):
     assert field in found_of(row(user(), answer(), **{field: value}))

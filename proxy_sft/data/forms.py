@@ -27,8 +27,10 @@ BOOKKEEPING = frozenset((
     "language", "lang", "country", "state", "hashed_ip", "header", "toxic", "redacted", "openai_id", "temperature",
     "top_p", "finish_reason", "stop_reason", "usage", "token_count", "num_tokens", "length"))
 ROW_TOOLS = ("tools", "functions")  # columns of a row
-ROW_FIELDS = ("system", "system_prompt", "documents", "images", "audios", "videos", "chat_template_kwargs", *SWITCHES)
-SWITCH_LIKE = re.compile(r"(?:^|_)(?:loss|train|trainable|training|learn|weights?|masks?|masked)(?:$|_)", re.IGNORECASE)
+ROW_FIELDS = ("system", "system_prompt", "documents", "images", "audios", "videos", "chat_template_kwargs",
+              "train_on", "loss_on", *SWITCHES)
+SWITCH_LIKE = re.compile(r"""(?:^|_)(?:loss|train|trained|trainable|training|learn|supervised?|weights?|masks?|masked
+    |end_turn|eos|eot)(?:$|_)""", re.IGNORECASE | re.VERBOSE)
 
 def is_empty(value) -> bool: # nothing is lost without it
     "Whether a field holds nothing."
@@ -48,7 +50,7 @@ def check_fields(
                                            f"{str(value)[:100]}", index)
 
 # %% ../../nbs/data/06_forms.ipynb #check-row-fields
-TOOLS_LIKE = re.compile(r"(?:^|_)(?:tools?|functions?|apis?)(?:$|_)", re.IGNORECASE)
+TOOLS_LIKE = re.compile(r"(?:^|_)(?:tools?|toolsets?|functions?|apis?)(?:$|_)", re.IGNORECASE)
 
 def check_row_fields(row: dict) -> None:
     "Refuse a row with a column beside its messages that belongs to the conversation."

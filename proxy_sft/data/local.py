@@ -85,7 +85,8 @@ def local_words(error: ConvertError) -> tuple[str, str]: # what came back, what 
         return "there is no such file, and no folder with rows", "check the path, or name a hub dataset as owner/name"
     if error.reason == "empty_file": 
         return "the file is empty", "name a file with one JSON object with `messages` per line"
-    return error.found, "name one of them, or set dataset_config and dataset_split"
+    found, _, advice = error.found.removesuffix(".").rpartition("; ")
+    return found or advice, advice if found else "name one of them, or set dataset_config and dataset_split"
 
 # %% ../../nbs/data/18_local.ipynb #demo-record
 def bring_demo(

@@ -147,6 +147,25 @@ def two_forms(paths: list[str]) -> bool:
              for parquet in (False, True)]
     return bool(forms[0] & forms[1])
 
+# %% ../../nbs/data/10_splits.ipynb #missing-shards
+NUMBERED = re.compile(r"(.*?)(\d{1,6})([-_]of[-_])(\d{1,6})(?=\D|$)")
+
+def missing_shards(
+    paths: list[str], # that were chosen
+) -> list[str]: # without their endings; [] when every series is whole
+    "Files that `train-00001-of-00003` and the like speak of and that are not there."
+    series = {}
+    for path in paths:
+        if match := NUMBERED.match(path):
+            series.setdefault((match[1], match[3], match[4]), set()).add(match[2])
+    found = []
+    for (before, between, count), numbers in series.items():
+        digits = len(next(iter(numbers)))
+        first = 0 if digits == 5 or int(min(numbers, key=int)) == 0 else 1  # `00000-of-00003`, but `1_of_3`
+        wanted = [f"{number:0{digits}}" for number in range(first, first + min(int(count), 10_000))]
+        found += [f"{before}{number}{between}{count}" for number in wanted if number not in numbers]
+    return found
+
 # %% ../../nbs/data/10_splits.ipynb #files-of-folder
 def files_of_folder(
     folder: Path,
@@ -161,4 +180,7 @@ def files_of_folder(
     if two_forms(chosen):
         raise ChoiceError(f"lines and parquet files of one split: {', '.join(chosen[:4])}",
                           "name the file that is meant")
+    if missing := missing_shards(chosen):
+        raise ChoiceError(f"files of a numbered series are missing: {', '.join(missing[:4])}",
+                          "complete the folder, or name the files that are meant one by one")
     return [folder / path for path in chosen]
