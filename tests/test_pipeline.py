@@ -113,9 +113,15 @@ def test_a_stopped_run_goes_on_with_bitwise_the_same_training(workspace):
 
 def test_two_ranks_with_zero2_give_the_same_losses_with_and_without_notebooks(workspace):
     train(ranks=2, workspace=str(workspace), run_name="library")
-    run("proxy-sft", "run", "nbs/02_train.ipynb", "--nproc", 2,
-        *parameters(profile="demo", workspace=workspace, run_name="notebooks", **SMALL), OMP_NUM_THREADS="1")
+    secrets = dict(HF_TOKEN="hf_canary0123456789", WANDB_API_KEY="canary0123456789abcdef")
+    done = run("proxy-sft", "run", "nbs/02_train.ipynb", "--nproc", 2,
+               *parameters(profile="demo", workspace=workspace, run_name="notebooks", **SMALL), OMP_NUM_THREADS="1",
+               **secrets)
     library, notebooks = workspace / "runs" / "library", workspace / "runs" / "notebooks"
+    written = {p: p.read_bytes() for p in notebooks.rglob("*") if p.is_file()}  # a token is written nowhere
+    assert {"rank-0.ipynb", "rank-0.log", "manifest.json", "README.md"} <= {p.name for p in written}
+    assert not [p for p, held in written.items() if b"canary0123456789" in held]
+    assert "canary0123456789" not in done.stdout + done.stderr
     assert losses(library) == losses(notebooks) and len(losses(library)) == 4
     assert weights(library) == weights(notebooks)
     assert {p.name for p in (notebooks / "notebooks").glob("*.ipynb")} == {"rank-0.ipynb", "rank-1.ipynb"}
@@ -160,16 +166,20 @@ def test_a_flipped_bit_in_prepared_tokens_is_found_before_step_one(workspace):
     )
 
 
-def test_papermill_from_nbs_as_from_the_root(workspace, tmp_path):  # the demo runs it from the root
-    # finished: nothing is trained again
+# the demo runs all pages from the root; a finished run is not trained again
+@pytest.mark.parametrize("page, there", [("00_download", "elsewhere"), pytest.param("02_train", "nbs", marks=soak)])
+def test_papermill_from_anywhere_as_from_the_root(workspace, tmp_path, page, there):
     given = parameters(profile="demo", workspace=workspace, run_name="straight", **SMALL)
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
     done = subprocess.run(
-        [*PAPERMILL, "02_train.ipynb", str(tmp_path / "nbs.ipynb"), "--no-progress-bar", *given],
-        cwd=ROOT / "nbs",
+        [*PAPERMILL, str(ROOT / "nbs" / f"{page}.ipynb"), str(tmp_path / "out.ipynb"), "--no-progress-bar", *given],
+        cwd=ROOT / "nbs" if there == "nbs" else folder,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert not [*folder.iterdir()]
 
 
 # the launcher and the settings have more of them; here papermill itself is asked

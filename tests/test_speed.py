@@ -10,7 +10,7 @@ from proxy_sft.core.settings import load_settings
 from proxy_sft.training.checkpoints import checkpoint_facts  # noqa: F401 (loaded once, before the forks)
 from trainings import logged, run_training, TINY
 
-SMALL = dict(**TINY, bf16=True, gradient_accumulation=2, control_token_turns=0)
+SMALL = dict(TINY, bf16=True, gradient_accumulation=2, control_token_turns=0)
 
 
 @pytest.fixture(scope="module")
