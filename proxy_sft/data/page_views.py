@@ -19,7 +19,7 @@ from .rows import Row
 def raw_rows(settings: Settings) -> Iterator[tuple[int, dict]]: # line, from 1, and row; ConvertError for no such file
     "The rows that conversion will read (of several data sets the first), in its order, as far as they are asked for."
     for part in parts_of(input_of(settings.parts[0])):
-        for line, row in rows_of(part, closely=True):
+        for line, row in rows_of(part):
             if isinstance(row, Row): yield line, msgspec.to_builtins(row)
             elif isinstance(row, dict): yield line, row  # what cannot be read is the ledger's to show
 
