@@ -12,3 +12,6 @@ import logging
 # bitsandbytes says at its import, on processors with AVX512-BF16, that an optional 4-bit kernel is missing; nothing
 # here uses it
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# torchao names libraries for other GPUs that did not load; its 8-bit training uses PyTorch's own products
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

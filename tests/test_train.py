@@ -17,7 +17,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 from proxy_sft.training.attention import AttentionError, block, log_probabilities, choose_attention, VARLEN
-from proxy_sft.training.cost import keep_attention
+from proxy_sft.training.compiled_layers import compile_layers
+from proxy_sft.training.cost import keep_attention, set_checkpointing, tiled_loss
 from proxy_sft.training.progress import FIELDS
 from proxy_sft.core.atomic_folders import file_hash, read_manifest
 from proxy_sft.convert import convert
@@ -676,6 +677,31 @@ def test_selective_checkpointing_keeps_what_pytorchs_kernel_gave(kernel, keep, t
         **{n: batch[n] for n in ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q")}, use_cache=False
     ).logits.sum().backward()
     assert len(kernel) == times, kernel
+
+
+@pytest.mark.parametrize("recomputed", [pytest.param("none", marks=soak), "full"])
+def test_layers_are_compiled_once_whatever_the_lengths_and_give_the_same(kernel, recomputed):
+    """Packed attention stays an operator that the compiler does not look into. Recorded is once, for all layers, blocks
+    and longest rows; losses and gradients are those without, to the bit, since nothing is joined here: with joined
+    kernels see the long form of tests/test_speed.py."""
+    counters, plain, compiled = torch._dynamo.utils.counters, fresh_model().train(), fresh_model().train()
+    torch._dynamo.reset()
+    counters.clear()
+    compile_layers(compiled, backend="eager")
+    for made in (plain, compiled):
+        made.set_attn_implementation(VARLEN)
+        set_checkpointing(made, recomputed)
+    kernel.clear()
+    for rows in (ROWS, ROWS[:2], [list(range(n)) for n in (9, 1, 50, 3, 12)], [list(range(2))] * 20):
+        batch, found = block(rows, COLLATE), []
+        for made in (plain, compiled):
+            loss = tiled_loss(made, batch)
+            found.append([loss, *torch.autograd.grad(loss, list(made.parameters()))])
+        assert all(torch.equal(a, b) for a, b in zip(*found))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], counters
+    assert len(kernel) == 4 * 2 * 2 * (1 if recomputed == "none" else 2)
+    with torch.no_grad(): compiled.eval().generate(torch.tensor([ROWS[0]]), max_new_tokens=2, do_sample=False)
+    assert counters["stats"]["unique_graphs"] == 1  # answers are computed by the layers as they are
 
 
 def test_pytorchs_kernel_for_packed_rows_leaves_the_rest_to_sdpa(model, kernel):

@@ -27,6 +27,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ import torch.nn.functional as F
 warnings.filterwarnings("ignore")
 GPU = torch.cuda.is_available()
 DEVICE, GIB = torch.device("cuda" if GPU else "cpu"), 2**30
-TOKENS, FEW, MORE, ALL = (32_768, 2, 6, 36) if GPU else (512, 1, 2, 4)
+TOKENS, FEW, MORE, ALL = (32_768, 2, 6, 36) if GPU else (512, 2, 3, 4)
 LOSS_SHARE = 0.6
 
 
@@ -286,6 +287,7 @@ def model_of(layers, dtype, checkpointing, attention="auto"):
     from proxy_sft.training.attention import VARLEN
     from proxy_sft.training.cost import build_model
     every = int(checkpointing.split()[1]) if checkpointing.startswith("every") else 0
+    if checkpointing == "half": checkpointing = layers // 2  # the first ones
     torch.manual_seed(0)
     with DEVICE: model = build_model(config(layers), layers, dtype, "none" if every else checkpointing)
     if every: model.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
@@ -319,6 +321,18 @@ def round_once(model):
             )
 
 
+def change_layers(model, layers, words):
+    "32-bit gradients as beside a master copy; 8-bit products where a layer is neither first nor last; compiled layers."
+    from proxy_sft.training.compiled_layers import compile_layers
+    from proxy_sft.training.fp8 import compute_in_fp8, RECIPES
+    if "master" in words:
+        for weights in model.parameters(): weights.grad_dtype = torch.float32
+    for matmul in {*words} & {*RECIPES}:
+        if layers > 2: compute_in_fp8(model, matmul)
+    # without a GPU the recorded layer is played back: a C++ compiler takes minutes
+    if "compiled" in words: compile_layers(model, "inductor" if GPU else "eager")
+
+
 def cost_of(layers, dtype, tokens, checkpointing, liger, attention, change):
     "Seconds and peak bytes of a micro-batch after the first, and how much of it is forwards."
     from transformers.integrations.liger import apply_liger_kernel
@@ -327,6 +341,7 @@ def cost_of(layers, dtype, tokens, checkpointing, liger, attention, change):
     model = model_of(layers, dtype, checkpointing, attention)
     if liger: apply_liger_kernel(model, LIGER)
     if change == "round once": round_once(model)
+    change_layers(model, layers, change.split())
     batch, mixed = (
         block(tokens),
         (lambda: torch.autocast(DEVICE.type, torch.bfloat16, cache_enabled=change == "cache")),
@@ -353,6 +368,12 @@ VARIANTS = [  # weights, tokens per block, recomputed, Liger, attention, change
     (torch.bfloat16, TOKENS, "every 2", True, "auto", ""),
     (torch.float32, TOKENS // 4, "none", True, "auto", ""),
     (torch.bfloat16, TOKENS, "full", True, "flex_attention", ""),
+    (torch.bfloat16, TOKENS, "full", False, "auto", "master compiled"),
+    (torch.bfloat16, TOKENS, "full", False, "auto", "master compiled fp8"),
+    (torch.bfloat16, TOKENS, "full", False, "auto", "master compiled fp8_tensorwise"),
+    (torch.bfloat16, TOKENS, "half", True, "auto", "master"),
+    (torch.bfloat16, TOKENS // 4, "none", False, "auto", "master compiled fp8"),
+    (torch.bfloat16, TOKENS, "full", True, "auto", "master fp8"),
 ]
 
 
@@ -361,15 +382,18 @@ def layers_table(limit):
     peak, began, rows = (peak_flops(torch.cuda.get_device_name()) if GPU else None), time.monotonic(), []
     show(
         f"{'weights':9}{'block':>7} "
-        f"{'recomputed':11}{'kernels':8}{'attention':15}{'':11}{'ms/layer':>9}{'rest, ms':>9}{'forward':>8}"
+        f"{'recomputed':11}{'kernels':8}{'attention':15}{'':31}{'ms/layer':>9}{'rest, ms':>9}{'forward':>8}"
         f"{'tokens/s at ' + str(ALL):>15}{'MFU':>7}{'GiB at ' + str(ALL):>11}"
     )
     for dtype, tokens, checkpointing, liger, attention, change in VARIANTS:
         name = (f"{str(dtype)[6:]:9}{tokens:7,} "
                 f"{checkpointing:11}{'liger' if liger else 'none':8}"
-                f"{attention if attention != 'auto' else 'torch_varlen' if GPU else 'sdpa':15}{change:11}")
+                f"{attention if attention != 'auto' else 'torch_varlen' if GPU else 'sdpa':15}{change:31}")
         if time.monotonic() - began > limit:
             show(f"{name} not begun: {limit:.0f} seconds are over")
+            continue
+        if "fp8" in change and not find_spec("torchao"):
+            show(f"{name} left out: torchao is not installed")
             continue
         if not GPU and (liger or attention == "flex_attention"): liger, attention = False, "auto"
         try:
@@ -498,6 +522,8 @@ def demo():
         recipes |= {
             "the profile's": dict(activation_checkpointing="full", optimizer="adamw_8bit"),
             "16-bit weights": dict(weights="bfloat16", optimizer="adamw_8bit", activation_checkpointing="full"),
+            "a copy, compiled": dict(weights="bfloat16_master", optimizer="adamw_8bit", compile="layers",
+                                     activation_checkpointing=1),
             "adapters": dict(lora_rank=8, optimizer="adamw_torch_fused"),
             "adapters on 4 bits": dict(lora_rank=8, quantize="nf4", optimizer="adamw_torch_fused"),
         }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One call on a borrowed GPU machine, from the repository's root:  bash benchmarks/gpu/run.sh first | speed | half | adapters
+# One call on a borrowed GPU machine, from the repository's root:  bash benchmarks/gpu/run.sh first | speed | half | eight | adapters
 # Each step has a limit, writes to a file in $OUT as it goes, and cannot take the others with it; a table of the steps ends the call.
 # LIMIT: seconds of the whole call. WHEELS: what fetch_wheels.sh made. SITE: where the wheels are installed. Nothing is fetched, and no setting of the card is touched.
 set -uo pipefail
@@ -94,8 +94,11 @@ half)   # 16-bit weights, shorter blocks, nothing computed anew
     bench blocks8k 330 4 --steps 2 --accumulation 16 -p weights bfloat16 -p max_length 8192 -p activation_checkpointing none --upstream max_length 4096 --upstream activation_checkpointing selective \
         $([ "$(gib)" -ge 130 ] || echo --layers 16)
     bench selective 240 3 --steps 2 --accumulation 2 -p weights bfloat16 -p activation_checkpointing selective ;;
+eight)  # 8-bit products and compiled layers, and compiled layers alone: the first step compiles
+    bench fp8 330 4 --steps 2 --accumulation 4 --alone -p weights bfloat16_master -p matmul fp8 -p compile layers $([ "$(gib)" -ge 130 ] || echo --layers 16)
+    bench compiled 240 3 --steps 2 --accumulation 2 --alone -p weights bfloat16_master -p compile layers $([ "$(gib)" -ge 130 ] || echo --layers 16) ;;
 adapters)
     bench lora 300 4 --steps 2 --accumulation 4 -p lora_rank 64 -p optimizer adamw_torch_fused
     bench qlora 260 3 --steps 2 --accumulation 2 -p lora_rank 64 -p quantize nf4 -p optimizer adamw_torch_fused ;;
-*)  echo "Unknown call: $call. There are first, speed, half and adapters." >&2; exit 2 ;;
+*)  echo "Unknown call: $call. There are first, speed, half, eight and adapters." >&2; exit 2 ;;
 esac

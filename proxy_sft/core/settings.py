@@ -195,6 +195,16 @@ class Hardware(Group):
         "auto",
         description="kernels of normalisation, feed-forward and positions; auto: liger where installed, on a GPU",
     )
+    matmul: Literal["bf16", "fp8", "fp8_tensorwise"] = Field(
+        "bf16",
+        description="products of all decoder layers but the first and the last: as bf16 says, or in 8 bits, with a "
+        "scale for each row or one for a tensor (torchao, a GPU of capability 9.0 or 8.9)",
+    )
+    compile: Literal["false", "layers"] = Field(
+        "false",
+        description="layers: torch.compile makes the kernels of the decoder layers while they train, in place of "
+        "kernels",
+    )
     activation_checkpointing: Union[Literal["auto", "none", "selective", "full"], NonNegativeInt] = Field(
         "selective",
         description="activations that the backward pass computes anew: none, all but attention, all, those of the "

@@ -416,7 +416,9 @@ def rehearsed(config: str, kind: type, tokens: int, dtype: torch.dtype, checkpoi
 
 # %% ../../nbs/training/01_cost.ipynb #kernels-that-run
 def kernels_that_run(settings: Settings) -> str: # none or liger
-    "The kernels of the layers, as they will be on this machine; what the settings name is counted wherever it is."
+    """The kernels of the layers, as they will be on this machine; what the settings name is counted wherever it is.
+    Compiled layers keep what fused kernels keep (`training/29_compiled_layers`)."""
+    if settings.compile == "layers": return "liger"
     if settings.kernels != "auto": return settings.kernels
     here = settings.device == "auto" and torch.cuda.is_available() and find_spec("liger_kernel")
     return "liger" if here else "none"
@@ -507,6 +509,13 @@ def bucket_bytes(
     if stage < 3: return bucket * size * (2 if zero.get("overlap_comm", False) else 1)
     return (bucket + min(count, int(zero.get("stage3_max_live_parameters", 1_000_000_000)))) * size
 
+# %% ../../nbs/training/01_cost.ipynb #rounding-parts
+def rounding_parts(shape: Shape, settings: Settings) -> dict[str, int]: # part -> bytes; empty without 8 bits
+    "What rounding for an 8-bit product takes: both sides in 8 bits, and, not compiled, the larger in 32 bits twice."
+    if settings.matmul == "bf16": return {}
+    side, weight = settings.batch_size * settings.max_length * shape.inner, shape.hidden * shape.inner
+    return {"8-bit rounding": side + weight + (0 if settings.compile == "layers" else 8 * max(side, weight))}
+
 # %% ../../nbs/training/01_cost.ipynb #memory-parts-2
 def memory_parts(
     config: PreTrainedConfig,
@@ -543,6 +552,7 @@ def memory_parts(
         **(dict.fromkeys(states, 0) if away("optimizer") else states),
         "activations": max(0, activations - logits),
         "logits": logits,
+        **rounding_parts(shape, settings),
         "communication buffers": bucket_bytes(zero or {}, count, shape.hidden, size),
     }
     host = {

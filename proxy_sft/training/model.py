@@ -106,7 +106,7 @@ LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False,
 
 def kernels_for(settings: Settings, device: torch.device) -> str: # none or liger; raises ModelError
     "Which kernels the layers run with."
-    if settings.kernels == "none": return "none"
+    if settings.kernels == "none" or (settings.kernels == "auto" and settings.compile == "layers"): return "none"
     missing = (
         "there is no GPU"
         if device.type != "cuda"

@@ -21,6 +21,7 @@ from ..core.settings import did_you_mean, Settings
 from .adapters import linear_layers, refuse_targets
 from .attention import is_installed, ORDER
 from .checkpoints import REQUIRED_FACTS
+from .compiled_layers import layer_problems
 from .findings import Finding
 from .model import ModelError
 from .new_tokens import untrained_control_tokens
@@ -73,6 +74,18 @@ def check_resume(settings: Settings) -> Finding:
     advice = f"Complete in this run's folder: {', '.join(there)}." if there else "This run has no complete checkpoint."
     return Finding("resume", "fail", found, f"{advice} auto takes the newest.")
 
+# %% ../../nbs/training/21_settings_checks.ipynb #layers
+def check_layers(settings: Settings) -> Iterator[Finding]:
+    "Whether products in 8 bits and compiled layers can run, and whether the former gain anything."
+    problems = layer_problems(settings)
+    for name, usual in (("matmul", "bf16"), ("compile", "false")):
+        if (value := getattr(settings, name)) == usual: continue
+        if name in problems: yield Finding(name, "fail", problems[name])
+        elif name == "matmul" and settings.compile == "false":
+            yield Finding(name, "warn", f"{value}: without a compiler, rounding takes longer than 8 bits save.",
+                          "Set compile to layers.")
+        else: yield Finding(name, "ok", f"{value}.")
+
 # %% ../../nbs/training/21_settings_checks.ipynb #adapters
 def check_adapters(settings: Settings, config: Optional[PreTrainedConfig]) -> Iterator[Finding]:
     "Whether the layers that lora_targets names are there, and adapters are trained at all."
@@ -110,4 +123,5 @@ def check_control_tokens(settings: Settings) -> Iterator[Finding]:
 def check_settings(settings: Settings, config: Optional[PreTrainedConfig]) -> Iterator[Finding]:
     "Everything about the settings that needs neither data nor a card."
     for check in (check_template, check_loggers, check_attention_name, check_resume): yield check(settings)
+    yield from check_layers(settings)
     yield from check_adapters(settings, config)

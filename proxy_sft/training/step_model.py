@@ -20,11 +20,12 @@ class Rates:
     attention: float # of packed attention forwards
     backward: float  # of packed attention backwards
     memory: float    # bytes per second, read and written
+    fp8: float = 0.0 # operations per second of large 8-bit products, without the rounding
 
     @classmethod
     def assumed(cls, peak: float, bandwidth: float) -> "Rates": # of the data sheet
         "What is taken where nothing was measured."
-        return cls(0.70 * peak, 0.40 * peak, 0.33 * peak, 0.85 * bandwidth)
+        return cls(0.70 * peak, 0.40 * peak, 0.33 * peak, 0.85 * bandwidth, 1.10 * peak)
 
 BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12, "B200": 8e12, "A100": 2.0e12} # bytes per second, of the data sheets
 RATES = {name: Rates.assumed(peak_flops(name), bandwidth) for name, bandwidth in BANDWIDTHS.items()}
@@ -36,10 +37,13 @@ def rates_of(device_name: str) -> Optional[Rates]: # None: no claim is made
     return next((rates for name, rates in RATES.items() if name in words), None)
 
 # %% ../../nbs/training/26_step_model.ipynb #products
-def product_operations(shape: Shape, again: float, frozen: bool) -> float: # again: share of layers computed anew
+def product_operations(
+    shape: Shape, again: float, frozen: bool, fp8: bool = False # again: share of layers computed anew
+) -> tuple[float, float]: # in 16 bits, in 8
     "Of one token, as they are really computed."
-    passes = (4 if frozen else 6) + 2 * again
-    return shape.layers * shape.layer_matrices * passes + (6 if frozen else 8) * shape.hidden * shape.vocabulary
+    passes, low = (4 if frozen else 6) + 2 * again, shape.layers - 2 if fp8 else 0
+    each, head = shape.layer_matrices * passes, (6 if frozen else 8) * shape.hidden * shape.vocabulary
+    return (shape.layers - low) * each + head, low * each
 
 # %% ../../nbs/training/26_step_model.ipynb #moved
 def bytes_between(shape: Shape, again: float, casts: bool) -> float: # casts: weights have 32 bits under autocast
@@ -60,6 +64,16 @@ def weight_bytes(
     gradient, kept = (4 if master else size), (4 if master or divided else size)
     states = 2 * optimizer_bytes(settings.optimizer, weights, kept)
     return casts + slopes, weights * (4 * gradient + 2 * kept + (2 if master or divided else 0)) + states
+
+# %% ../../nbs/training/26_step_model.ipynb #rounding
+def rounding_bytes(shape: Shape, settings: Settings, again: float) -> tuple[float, float]:
+    "Bytes moved to round the sides of 8-bit products: for a token, and for the weights in a micro-batch."
+    if settings.matmul == "bf16": return 0.0, 0.0
+    compiled, layers = settings.compile == "layers", shape.layers - 2
+    keys, each = shape.key_heads * shape.head_dim, 5 if compiled else 33
+    inputs = (2 if compiled else 5) * shape.hidden + shape.attention_width + shape.inner
+    slopes = shape.attention_width + 2 * keys + 2 * shape.hidden + 2 * shape.inner
+    return (layers * each * (inputs * (2 + again) + 2 * slopes), layers * each * shape.layer_matrices * (2 + again))
 
 # %% ../../nbs/training/26_step_model.ipynb #predict
 @dataclass(frozen=True)
@@ -99,12 +113,13 @@ def predicted(
     moved, once = (0.0, 0.0) if frozen else weight_bytes(settings, shape.parameters, again, divided)
     scores = shape.layers * 2 * shape.attention_width * context
     ahead = scores * (1 + (0 if kind == "selective" else again))
-    all_tokens = micro * tokens
+    all_tokens, (usual, low) = micro * tokens, product_operations(shape, again, frozen, settings.matmul != "bf16")
+    sides, rounded = rounding_bytes(shape, settings, again)
     return StepTime(
-        all_tokens * product_operations(shape, again, frozen) / rates.products,
+        all_tokens * (usual / rates.products + (low / rates.fp8 if low else 0)),
         all_tokens * (ahead / rates.attention + 2.5 * scores / rates.backward),
-        all_tokens * bytes_between(shape, again, casts) / rates.memory,
-        micro * moved / rates.memory,
+        all_tokens * (bytes_between(shape, again, casts) + sides) / rates.memory,
+        micro * (moved + rounded) / rates.memory,
         once / rates.memory / (ranks if divided else 1),
         all_tokens,
     )

@@ -34,6 +34,7 @@ from .adapters import adapter_config
 from .arguments import optimizer_class, speed_record, TrainError, training_arguments, uses_deepspeed
 from .background_saves import folder_on_machine
 from .checkpoint_writer import CompleteCheckpoints, StopOnRequest
+from .compiled_layers import change_layers, require_layers
 from .cost import mean_context, Shape, weights_dtype
 from .doctor import device_memory, device_name
 from .loss_weights import call_token_ids, CollateWeights, token_weights, weight_sum, weighted_model
@@ -199,6 +200,7 @@ def build_trainer(
     universal: bool = False,
 ) -> ToolTrainer:
     "Model, data and arguments joined."
+    require_layers(settings)
     asked, settings = settings, with_recomputation(settings, prepared)
     tokenizer = AutoTokenizer.from_pretrained(settings.model_dir)
     tokenizer.chat_template = served_template(settings.template)
@@ -224,6 +226,8 @@ def build_trainer(
     try: trainer.weigh_tokens(settings)
     except ValueError as error: raise TrainError(f"{settings.model_dir}: {error}") from error
     speed = speed_record(trainer, settings)
+    for line in change_layers(trainer.accelerator.unwrap_model(trainer.model), settings):
+        if trainer.is_world_process_zero(): print(line, flush=True)
     progress.more = {name: speed[name] for name in ("attention", "kernels")}
     if settings.eval_tool_calls_every:
         trainer.add_callback(ToolCallsWhileTraining(settings, tokenizer, super(SFTTrainer, trainer).log))
