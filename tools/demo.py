@@ -13,7 +13,8 @@ ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 NOTEBOOKS = ("00_download", "01_convert", "02_train", "03_evaluate")
 NOISE = re.compile(
     r"(Executing|Ending) Cell |(In|Out)put Notebook: |Executing notebook with|.*Kernel is running over TCP"
-    r"|<(IPython[.]core[.]display[.]|Figure size )|.*KeyboardInterrupt caught in kernel[.]$|\s*$"
+    r"|<(IPython[.]core[.]display[.]|Figure size )|.*KeyboardInterrupt caught in kernel[.]$"
+    r"|Passed unknown parameter: |\s*$"  # the pages themselves refuse what is no setting
 )  # papermill's own words, and those of a kernel that it ends
 # threads of a model this small wait for each other where other programs work too
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}
