@@ -116,6 +116,12 @@ def test_a_value_of_another_type_is_refused_with_the_spelling_that_works(words):
     assert getattr(from_command_line(*spelled), name)
 
 
+@pytest.mark.parametrize("words, spelled", [
+    ("packing no", "`-p packing false`"), ("bf16 1", "`-p bf16 true`"), ("report_to null", "report_to: []")])
+def test_what_is_refused_shows_a_value_that_works(words, spelled):
+    with pytest.raises(SettingsError, match=re.escape(spelled)): from_command_line("-p", *words.split())
+
+
 @pytest.mark.parametrize("old, new", [
     ("certificate", "parity"), ("gradient_checkpointing", "activation_checkpointing")])
 def test_old_names_are_refused_with_the_new_one(tmp_path, old, new):

@@ -560,9 +560,9 @@ def spelling(name: str, value: Any, kind: str) -> str: # kind: pydantic's name o
     if kind == "string_type" and isinstance(value, (int, float)):
         return f" As text: `-r {name} {value}` on the command line, `{name}: \"{value}\"` in YAML."
     if kind == "list_type":
-        items = [part.strip(" []'\"") for part in str(value).split(",")]
+        items = [] if value is None else [part.strip(" []'\"") for part in str(value).split(",")]
         return f" As a list: `-y {shlex.quote(f'{name}: {yaml_scalar(items)}')}` on the command line."
-    return ""
+    return f" Write `-p {name} true` or `-p {name} false`." if kind == "bool_type" else ""
 
 # %% ../../nbs/core/01_settings.ipynb #notebook-parameters
 def notebook_parameters(
