@@ -22,6 +22,7 @@ from . import __version__
 from .launch.parameters import add_parameter_arguments, LaunchError, split_parameters
 from .launch.worker import run_with_plain_errors
 from .core.settings import did_you_mean, load_settings, SettingsError
+from .core.stop_requests import mend_streams
 
 # %% ../nbs/05_commands.ipynb #command
 @dataclass(frozen=True)
@@ -338,6 +339,7 @@ def command_parser(*chosen: str) -> argparse.ArgumentParser: # the arguments of 
 def main(argv: Optional[list[str]] = None) -> int: # exit code; argparse itself leaves with 0 or 2
     "The command `proxy-sft`."
     argv = list(sys.argv[1:] if argv is None else argv)
+    mend_streams()
     try:
         code = run_with_plain_errors(lambda: run_main(argv))
         sys.stdout.flush()

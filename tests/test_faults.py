@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from long_form import soak
 
-from proxy_sft.launch.files import read_json
+from proxy_sft.core.atomic_folders import read_json
 
 ROOT, BIN = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 TINY = dict(

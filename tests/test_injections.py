@@ -1,5 +1,6 @@
 """What an outsider injects: made-up pickles, renamed and foreign checkpoints, refused starts, broken weights, secrets,
 garbage, full disks, long lines."""
+import contextlib
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ from proxy_sft.core import atomic_folders, build_once, locks, stop_requests
 from proxy_sft.core.settings import load_settings, SettingsError
 from proxy_sft.launch import files, launcher, parameters, processes, ranks, worker
 from proxy_sft.tokens import caches, preparation
-from proxy_sft.training import checkpoint_writer, checkpoints
+from proxy_sft.training import checkpoint_writer, checkpoints, run
 
 sys.path.insert(0, str(ROOT / "tools"))
 from soak import digest  # noqa: E402
@@ -168,6 +169,51 @@ def test_a_final_model_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
     assert not [p for p in ours if p.stat().st_ino not in before | linked]
 
 
+@contextlib.contextmanager
+def as_another_user(): # where we are root; else nothing is to be seen
+    if os.geteuid(): pytest.skip("only root can become another user")
+    os.seteuid(65534)
+    try: yield
+    finally: os.seteuid(0)
+
+
+def test_what_may_not_be_read_or_written_is_said_in_a_sentence(tmp_path):
+    folder = make(tmp_path / "checkpoint-4")
+    (tmp_path / "file").touch()
+    with pytest.raises(build_once.BuildFailedError, match="file cannot be written"):
+        with build_once.one_at_a_time(tmp_path / "file" / ".claim"): pass
+    tmp_path.chmod(0)
+    with as_another_user():
+        with pytest.raises(atomic_folders.AtomicFolderError, match="checkpoint-4 cannot be read"):
+            atomic_folders.is_complete(folder)
+        assert stop_requests.stop_reason(tmp_path) == ""
+
+
+def test_a_checkpoint_that_was_moved_away_and_linked_stays_whole_where_it_is(tmp_path):
+    for step in (2, 4): make(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.move(tmp_path / "checkpoint-2", tmp_path / "elsewhere" / "checkpoint-2")
+    (tmp_path / "checkpoint-2").symlink_to(moved)
+    assert checkpoints.prune(tmp_path, 1) == ["checkpoint-2"] and atomic_folders.verify(moved)["step"] == 2
+    (tmp_path / ".saving").write_text("a file in the folder's place")
+    (tmp_path / "checkpoint-6").symlink_to("nowhere")
+    checkpoints.sweep(tmp_path)
+    assert make(tmp_path / "checkpoint-6").is_dir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6", "elsewhere"]
+
+
+@pytest.mark.parametrize("state", ["NaN", "[" * 100_000, "{}", '{"global_step": "4", "max_steps": 8}',
+                                   '{"global_step": 3, "max_steps": 8}', '{"global_step": 4, "max_steps": 4}'])
+def test_a_trainer_state_that_does_not_fit_is_refused(tmp_path, state):
+    aside = tmp_path / ".aside"
+    aside.mkdir()
+    (aside / "trainer_state.json").write_text(state)
+    facts = {**FACTS, "settings": {**FACTS["settings"], "max_steps": 8}}
+    atomic_folders.publish(aside, tmp_path / "checkpoint-4", {**facts, "step": 4})
+    with pytest.raises(checkpoints.CheckpointError, match="trainer_state.json"):
+        run.is_finished(tmp_path / "checkpoint-4")
+
+
 # ---- broken weights
 
 def spoil_weights(settings) -> None: # an `act`: NaN in a weight, none in any gradient
@@ -281,7 +327,9 @@ def test_a_stop_at_an_evaluation_loses_nothing(tmp_path):
                         "KEY-----", "b3BlbnNzaC1rZXktdjEAAAAA"),
     ("MODE", "ghp_0123456789abcdefghijABCDEFGHIJ012345", "ghp_0123456789abcdefghijABCDEFGHIJ012345"),
     ("DB_PASSWORD", 'quo"te\\d-pw', 'quo"te\\d-pw'),
-    ("BROKER", "amqp://u:longpassword@h", "longpassword"), ("PASSWORD", "metadata", "metadata")])
+    ("BROKER", "amqp://u:longpassword@h", "longpassword"), ("PASSWORD", "metadata", "metadata"),
+    ("API_TOKEN", "no\udcffutf\udcfe8-1", "no\udcffutf\udcfe8-1"), ("API_TOKEN", "a<b&c d/e+f", "a%3Cb%26c+d%2Fe%2Bf"),
+    ("API_TOKEN", "a<b&c d/e+f", "a&lt;b&amp;c d/e+f")])
 def test_secrets_are_hidden_in_outputs_and_nowhere_else(tmp_path, name, value, shown):
     outputs = [{"output_type": "stream", "name": "stdout", "text": [f"it is {shown}\n", "and more"]},
                {"output_type": "error", "ename": "E", "evalue": shown, "traceback": [f"E: {shown}"]},
@@ -301,6 +349,13 @@ def test_secrets_are_hidden_in_outputs_and_nowhere_else(tmp_path, name, value, s
     log.close()
     text = (tmp_path / "log").read_text()
     assert shown not in text and "\x1b" not in text
+
+
+def test_a_secret_by_its_shape_is_hidden_in_keys_and_metadata_too():
+    token = "hf_" + "a" * 20
+    output = {"output_type": "display_data", "metadata": {"text/plain": {"of": token}},
+              "data": {"application/json": {token: 1, "metadata": {"of": token}}}}
+    assert token not in json.dumps(files.redact_outputs({"cells": [{"outputs": [output]}]}, [token]))
 
 
 def test_no_escape_reaches_the_terminal(capsys):

@@ -230,12 +230,49 @@ def test_bad_requests_start_nothing(tmp_path, capsys, monkeypatch, options, word
 
 def test_missing_or_broken_notebook_and_unwritable_folder(tmp_path, capsys):
     broken = tmp_path / "broken.ipynb"
-    broken.write_text("{")
     (tmp_path / "file").write_text("")
+    (tmp_path / "odd.yaml").write_bytes(b"\xff: 1")
     nb = notebook(tmp_path / "a.ipynb", "1")
-    for argv in (["nowhere.ipynb"], [str(broken)], [str(nb), "-p", "output_dir", str(tmp_path / "file" / "run")]):
+    bad = ["{", "null", "[" * 100_000, '{"cells": [1]}', '{"cells": [{"source": "1"}], "metadata": {}}',
+           '{"cells": [], "metadata": {"kernelspec": 3}}', '{"cells": [], "nbformat": 3, "metadata": {}}']
+    for text in bad:
+        broken.write_text(text)
+        with pytest.raises(parameters.LaunchError, match="is not a notebook|is a damaged notebook"):
+            parameters.notebook_defaults(broken)
+    os.mkfifo(tmp_path / "fifo.ipynb")  # nobody would ever write into it
+    for argv in (["nowhere.ipynb"], [str(broken)], [str(tmp_path / "fifo.ipynb")],
+                 [str(nb), "-f", str(tmp_path / "odd.yaml")],
+                 [str(nb), "-p", "output_dir", str(tmp_path / "file" / "run")]):
         assert commands.main(["run", *argv]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+STREAMS = """
+import json, os, sys
+from proxy_sft.core.stop_requests import mend_streams
+mend_streams()
+found = os.open(os.devnull, os.O_RDONLY), *(os.get_inheritable(number) for number in (0, 1, 2))
+print("\\u2192 a character that the terminal does not know")
+with open(sys.argv[1], "w") as file: json.dump(found, file)
+"""
+
+
+def test_closed_streams_are_given_to_no_other_file_and_odd_characters_end_nothing(tmp_path):
+    for command in ("exec {} >&-", "exec {} <&- >&- 2>&-", "PYTHONIOENCODING=ascii exec {}"):
+        told = tmp_path / "told"
+        words = command.format('"$0" -c "$1" "$2"')
+        done = subprocess.run(["sh", "-c", words, sys.executable, STREAMS, str(told)], capture_output=True, text=True)
+        number, *inherited = json.loads(told.read_text())
+        assert done.returncode == 0 and not done.stderr and number > 2 and inherited == [True] * 3, done.stderr
+    assert done.stdout.startswith("\\u2192")
+
+
+def test_a_command_in_a_deleted_folder_says_so(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for words in (["status"], ["run", "nbs/02_train.ipynb"]):
+        assert commands.main(words) == 2 and "not there any more" in capsys.readouterr().err
 
 
 def test_launches_that_are_refused(tmp_path):
@@ -253,7 +290,8 @@ def test_launches_that_are_refused(tmp_path):
         parameters.yaml_mapping("{", "-y")
     with pytest.raises(SystemExit): parser.parse_args(["nb", "--nproc", "0"])
     broken = tmp_path / "broken.ipynb"
-    broken.write_text('{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "a ="}]}')
+    broken.write_text('{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "a ="}],'
+                      ' "metadata": {}}')
     with pytest.raises(parameters.LaunchError, match="is not valid Python"): parameters.notebook_defaults(broken)
     (tmp_path / "status" / "launcher-0.lock").mkdir(parents=True)
     with pytest.raises(parameters.LaunchError, match="cannot be written: Is a directory"):
@@ -665,6 +703,15 @@ def test_a_clock_that_is_put_back_hides_no_failure(tmp_path, monkeypatch):
     assert ranks.read_failure(folder, 0, time.time())["evalue"] == failure["evalue"]
     monkeypatch.setenv("PROXY_SFT_RUN", "another")
     assert ranks.read_failure(folder, 0, time.time()) is None
+    nb = notebook(tmp_path / "nb.ipynb", "1")
+    begun = launcher.Launcher(parameters.read_request(str(nb), {"output_dir": str(tmp_path)}))
+    monkeypatch.setenv("PROXY_SFT_RUN", begun.run)
+    monkeypatch.setenv("PROXY_SFT_REPORTS", begun.reports.path)
+    status = ranks.RankStatus(folder.status(0), rank=0, cell=0, attempt=0, run=begun.run, notebook="n", world_size=1)
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    status.update(state="done")
+    assert [s["state"] for s in begun.states()] == ["done"] # and not the older state with the later time
+    begun.private.rmdir()
 
 
 def test_second_run_is_refused_and_second_signal_kills(started, tmp_path, capsys):
@@ -823,7 +870,7 @@ else:
             while True: file.write(b"x" * 4096)
         except OSError: pass
 print("a long text " * 100_000)
-raise ValueError("boom")
+if how == "full": raise ValueError("boom")
 """
 
 
@@ -843,6 +890,8 @@ def test_full_disks_end_no_run_and_hide_no_cause(started, tmp_path, small_disks)
         code = run.end()
         lines = run.err.strip().splitlines()
         if name in ("full", "deleted"):
-            assert code == 1 and lines[-1] == "ValueError: boom" and "no rank had started" not in run.err, run.err
+            last = "ValueError: boom" if name == "full" else "LaunchError: The executed notebook cannot be written"
+            assert code == 1 and lines[-1].startswith(last) and "no rank had started" not in run.err, run.err
+            assert name == "full" or "Traceback" not in run.err, run.err
         else: assert code == 0 and "1 of 1 ranks done" in run.out and "Traceback" not in run.err, (name, run.err)
         assert not run.survivors()

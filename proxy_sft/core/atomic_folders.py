@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'COMPLETE', 'AtomicFolderError', 'file_hash', 'files_in', 'flush', 'write_flushed', 'write_manifest',
-           'set_usual_rights', 'mark_complete', 'publish', 'is_complete', 'read_manifest', 'checksum', 'with_checksum',
-           'read_with_checksum', 'damages', 'verify', 'checkpoint_step', 'complete_checkpoints', 'folder_bytes',
-           'delete_folder', 'discard']
+           'set_usual_rights', 'mark_complete', 'publish', 'is_complete', 'read_manifest', 'json_objects', 'read_json',
+           'checksum', 'with_checksum', 'read_with_checksum', 'damages', 'verify', 'checkpoint_step',
+           'complete_checkpoints', 'folder_bytes', 'delete_folder', 'discard', 'clear_gone']
 
 # %% ../../nbs/core/04_atomic_folders.ipynb #imports
 import json
@@ -15,7 +15,7 @@ import secrets
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterable, Iterator, Optional
 
 from blake3 import blake3
 
@@ -104,7 +104,7 @@ def publish(
     if is_complete(target):
         raise AtomicFolderError(f"{target} is complete already; a complete folder is never overwritten.")
     manifest = write_manifest(aside, facts)
-    if target.exists(): discard(target)
+    if os.path.lexists(target): discard(target)
     set_usual_rights(aside)
     os.rename(aside, target)
     flush(target.parent)
@@ -113,9 +113,13 @@ def publish(
 
 # %% ../../nbs/core/04_atomic_folders.ipynb #read
 def is_complete(folder: Path) -> bool:
-    "Whether the marker is there and fits the manifest. Cheap: reads two small files."
+    """Whether the marker is there and fits the manifest. Cheap: reads two small files. `AtomicFolderError` where they
+    may not be read."""
     marker, manifest = folder / COMPLETE, folder / MANIFEST
-    return marker.is_file() and manifest.is_file() and marker.read_bytes().strip() == file_hash(manifest).encode()
+    try: return marker.is_file() and manifest.is_file() and marker.read_bytes().strip() == file_hash(manifest).encode()
+    except OSError as error:
+        why = "It belongs to another user, or the disk fails."
+        raise AtomicFolderError(f"{folder} cannot be read: {error}. {why}") from error
 
 # %% ../../nbs/core/04_atomic_folders.ipynb #read-manifest
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -134,7 +138,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 # %% ../../nbs/core/04_atomic_folders.ipynb #manifest-problem
-MANIFEST_KINDS = dict(settings=dict, data_key=str, world_size=int, step=int) # of those that hold them
+# of those that hold them
+MANIFEST_KINDS = dict(settings=dict, data_key=str, world_size=int, step=int, evaluation_due=bool)
 
 def manifest_problem(manifest: Any) -> str: # empty: it is of the right form
     "What is wrong with the form of a manifest that somebody may have edited."
@@ -142,13 +147,26 @@ def manifest_problem(manifest: Any) -> str: # empty: it is of the right form
     wrong = [n for n, entry in files.items() if not isinstance(entry, dict) or not is_count(entry.get("size"))
              or not isinstance(entry.get("blake3"), str)]
     if wrong: return f"has no size and hash for {wrong[0]}"
-    fits = {int: is_count, str: lambda value: isinstance(value, str), dict: lambda value: isinstance(value, dict)}
-    wrong = [n for n, kind in MANIFEST_KINDS.items() if n in manifest and not fits[kind](manifest[n])]
+    fits = lambda value, kind: is_count(value) if kind is int else isinstance(value, kind)
+    wrong = [n for n, kind in MANIFEST_KINDS.items() if n in manifest and not fits(manifest[n], kind)]
     return f"says {manifest[wrong[0]]!r:.80} as {wrong[0]}" if wrong else ""
 
 def is_count(value: Any) -> bool: # not so True, 1.0 and -1
     "Whether a JSON value is a whole number from 0."
     return type(value) is int and 0 <= value < 2**63
+
+# %% ../../nbs/core/04_atomic_folders.ipynb #read-json
+def json_objects(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]: # in their order
+    "The JSON objects among lines; anything else, such as a line that was cut, is left out."
+    for line in lines:
+        try: found = json.loads(line)
+        except (ValueError, RecursionError): continue
+        if isinstance(found, dict): yield found
+
+def read_json(path: Path) -> Optional[dict[str, Any]]: # None when there is no such file or it holds no JSON object
+    "A small JSON file, or None."
+    try: return next(json_objects([path.read_bytes()]), None)
+    except OSError: return None
 
 # %% ../../nbs/core/04_atomic_folders.ipynb #records
 def checksum(record: dict[str, Any]) -> str: # 16 hex digits
@@ -163,10 +181,8 @@ def with_checksum(record: dict[str, Any]) -> dict[str, Any]: # JSON values
 # %% ../../nbs/core/04_atomic_folders.ipynb #read-record
 def read_with_checksum(path: Path) -> Optional[dict[str, Any]]: # without it; None: there is none, or a damaged one
     "What `with_checksum` made, read again."
-    try: record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError): return None
-    if not isinstance(record, dict) or record.pop("checksum", None) != checksum(record): return None
-    return record
+    record = read_json(path)
+    return record if record is not None and record.pop("checksum", None) == checksum(record) else None
 
 # %% ../../nbs/core/04_atomic_folders.ipynb #damages
 def damages(
@@ -221,8 +237,8 @@ def folder_bytes(folder: Path) -> int:
 
 # %% ../../nbs/core/04_atomic_folders.ipynb #delete-folder
 def delete_folder(folder: Path) -> bool: # as `discard`; the marker goes first: a half-deleted folder is not complete
-    "Delete a complete folder."
-    (folder / COMPLETE).unlink(missing_ok=True)
+    "Delete a complete folder; of one that was moved away and linked, the link."
+    if not folder.is_symlink(): (folder / COMPLETE).unlink(missing_ok=True)
     flush(folder)
     return discard(folder)
 
@@ -231,5 +247,11 @@ def discard(folder: Path) -> bool: # False: a part of it could not be deleted no
     as `.gone-…`, and is tried again the next time."""
     gone = folder.with_name(f".gone-{secrets.token_hex(4)}-{folder.name}")
     os.rename(folder, gone)
-    for left in folder.parent.glob(".gone-*"): shutil.rmtree(left, ignore_errors=True)
+    clear_gone(folder.parent)
     return not gone.exists()
+
+def clear_gone(folder: Path) -> None:
+    "Try again to delete what resisted."
+    for left in folder.glob(".gone-*"):
+        if left.is_dir() and not left.is_symlink(): shutil.rmtree(left, ignore_errors=True)
+        else: left.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 from fastcore.basics import patch
 
-from .atomic_folders import write_flushed
+from .atomic_folders import read_json, write_flushed
 from .locks import Lock, owner_of, SILENCE, write_owner
 from .stop_requests import log_line
 
@@ -106,7 +106,13 @@ def claim_or_wait(
     claim, seen = Claim(path), ""
     while not done():
         left = owner_of(path)
-        if claim.acquire():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mine = claim.acquire()
+        except OSError as error:
+            raise BuildFailedError(f"{path.parent} cannot be written: {error}. Free space, see to its rights, or "
+                                   "choose another workspace.") from error
+        if mine:
             if left and path.stat().st_size: progress(f"{left} died while building; taking over")
             write_owner(path, "starting")
             if not done(): return claim
@@ -124,7 +130,6 @@ def claim_or_wait(
 @contextlib.contextmanager
 def one_at_a_time(path: Path, progress: Callable[[str], None] = log_line) -> Iterator[None]:
     "Do something that two processes must not do at once, after whoever does it now."
-    path.parent.mkdir(parents=True, exist_ok=True)
     claim = claim_or_wait(path, lambda: False, progress)
     try: yield
     finally: claim.release()
@@ -263,7 +268,6 @@ def follow_owner(
 # %% ../../nbs/core/05_build_once.ipynb #read-record
 def read_record(file: Path) -> dict[str, Any]: # empty when there is none that can be read
     "What a builder said last."
-    try: found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError): return {}
-    whole = isinstance(found, dict) and isinstance(found.get("heard"), dict) and isinstance(found.get("process"), list)
+    found = read_json(file) or {}
+    whole = isinstance(found.get("heard"), dict) and isinstance(found.get("process"), list)
     return found if whole and len(found["process"]) == 4 else {}

@@ -32,7 +32,7 @@ from proxy_sft.evaluation.answers import (
 from ..chat.encoder import supervise_batch
 from ..chat.parity_turns import Inspection, server_prompts
 from ..chat.saving import stop_token_ids
-from ..core.distributed import all_gather
+from ..core.distributed import all_gather, first_found
 from ..core.atomic_folders import MANIFEST
 from ..core.settings import Settings
 from ..core.stop_requests import StopRequested
@@ -198,7 +198,7 @@ def join_ranks() -> bool: # whether a group was started here
 # %% ../../nbs/evaluation/02_generation.ipynb #stop-together
 def stop_together(reason: str) -> None: # `StopRequested` on every rank when one has a reason
     "None waits for answers of a rank that is stopping."
-    if reason := next((r for r in all_gather(reason) if r), ""):
+    if reason := first_found(reason):
         raise StopRequested(
             f"Stopped while answering, because {reason}. The answers so far are kept; the same command goes on from "
             "there."

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STATE', 'FAILURE', 'DEFAULTS', 'SECRET_NAME', 'SHAPES', 'PASSWORD_IN_URL', 'SHORTEST', 'LEFT_OUT', 'LONG',
-           'write_atomically', 'read_json', 'remove', 'read_record', 'checked_record', 'secrets_of', 'is_secret',
+           'write_atomically', 'remove', 'read_record', 'checked_record', 'secrets_of', 'is_secret', 'forms_of',
            'redact', 'AtomicNotebooks', 'overwrite', 'join_stream', 'LiveLog']
 
 # %% ../../nbs/launch/02_files.ipynb #imports
+import html
 import json
 import math
 import os
@@ -15,11 +16,13 @@ import re
 import shutil
 import threading
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Optional, TextIO
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
 
 # %% ../../nbs/launch/02_files.ipynb #imports-own
+from ..core.atomic_folders import read_json
 from ..core.stop_requests import log_line, printable, unplug
 
 # %% ../../nbs/launch/02_files.ipynb #files
@@ -30,12 +33,6 @@ def write_atomically(path: Path, text: str) -> None: # the folder must exist
         aside.write_text(text, encoding="utf-8", errors="replace")
         os.replace(aside, path)
     finally: aside.unlink(missing_ok=True)
-
-def read_json(path: Path) -> Optional[dict]: # None when there is no such file or it holds no JSON object
-    "A small JSON file, or None."
-    try: found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError): return None
-    return found if isinstance(found, dict) else None
 
 # %% ../../nbs/launch/02_files.ipynb #remove
 def remove(path: Path) -> None: # nothing happens where there is nothing, or it resists
@@ -104,19 +101,26 @@ def is_secret(value: str) -> bool: # a path, a number or a switch under such a n
     return len(value) >= SHORTEST and not plain and not (value.startswith(("/", "~",
             ".")) and os.path.exists(os.path.expanduser(value)))
 
+@lru_cache(4096)
+def forms_of(secret: str) -> list[str]: # longest first
+    "How a text is written in other places; it may hold bytes that are no UTF-8."
+    raw = secret.encode("utf-8", errors="surrogateescape")
+    forms = {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], html.escape(secret), quote(raw, safe=""),
+             quote_plus(raw), repr(raw)[2:-1]}
+    return sorted(forms, key=lambda form: (-len(form), form))
+
 def redact(text: str, secrets: list[str]) -> str: # the text with `***` in their place
-    "Hide secrets: plain, as they look inside JSON, a Python string or a URL, and what has the shape of one."
+    "Hide secrets: plain, as they look inside JSON, a Python string, a URL or a page, and what has the shape of one."
     for secret in secrets:
-        for form in {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1],
-                     quote(secret, safe="")}: text = text.replace(form, "***")
+        for form in forms_of(secret): text = text.replace(form, "***")
     if "-" in text or "_" in text or "A" in text or "eyJ" in text: text = SHAPES.sub("***", text)
     return PASSWORD_IN_URL.sub(r"\1***", text) if "://" in text else text
 
 # %% ../../nbs/launch/02_files.ipynb #redact-outputs
-def redact_value(value: Any, secrets: list[str]) -> Any: # of the same structure; keys stay as they are
-    "Every text in a value; lines that belong together are looked at together."
+def redact_value(value: Any, secrets: list[str]) -> Any: # of the same structure
+    "Every text in a value; lines that belong together are looked at together. A key may be an ordinary word."
     if isinstance(value, str): return redact(value, secrets)
-    if isinstance(value, dict): return {k: redact_value(v, secrets) for k, v in value.items()}
+    if isinstance(value, dict): return {redact(k, []): redact_value(v, secrets) for k, v in value.items()}
     if not isinstance(value, list): return value
     text = (
         all(isinstance(line, str) for line in value)
@@ -132,7 +136,7 @@ def redact_value(value: Any, secrets: list[str]) -> Any: # of the same structure
 # %% ../../nbs/launch/02_files.ipynb #redact-output
 def redact_output(output: dict, secrets: list[str]) -> dict: # pictures are not read
     "An output of a cell, as a notebook holds it."
-    texts = {k: redact_value(v, secrets) for k, v in output.items() if k in ("text", "evalue", "traceback")}
+    texts = {k: redact_value(v, secrets) for k, v in output.items() if k in ("text", "evalue", "traceback", "metadata")}
     data = {k: v if k.startswith("image/") else redact_value(v, secrets) for k, v in output.get("data", {}).items()}
     return {**output, **texts, **({"data": data} if data else {})}
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 import uuid
-from pathlib import Path
 from typing import Any, Optional
 
 # %% ../../nbs/launch/06_launcher.ipynb #imports-own
@@ -26,7 +25,7 @@ from .files import checked_record, FAILURE, read_record, remove, STATE
 from proxy_sft.launch.parameters import (
     add_notebook_arguments, chosen_settings, LaunchError, process_count, read_request, Request, RunFolder
 )
-from .processes import die_with_parent, read_text, Reports, start_guard, sweep_run
+from .processes import die_with_parent, open_log, read_text, Reports, start_guard, sweep_run
 from .ranks import FINAL, is_alive, short_private_folder, works_here
 from .worker import failure_words
 
@@ -117,23 +116,13 @@ class Launcher:
             "PYTHONUNBUFFERED": "1",
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": self.new_store,
         }
-        with open(self.errors, "a", encoding="utf-8") as errors:
-            self.child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=errors,
-                                          start_new_session=True, preexec_fn=die_with_parent)
+        errors = open_log(self.folder.logs / "torchrun.log")
+        self.child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=errors,
+                                      start_new_session=True, preexec_fn=die_with_parent)
+        os.close(errors)
 
     @property
-    def errors(self) -> Path: # where torchrun writes; into nothing where no log can be written
-        path = self.folder.logs / "torchrun.log"
-        try:
-            with open(path, "a", encoding="utf-8"): return path
-        except OSError as error:
-            log_line(f"Warning: {path} cannot be written ({error}); the run goes on.")
-            return Path(os.devnull)
-
-    @property
-    def signalled_twice(
-        self,
-    ) -> bool: # a scheduler's USR1 and the hang-up of a terminal may come again without impatience
+    def signalled_twice(self) -> bool: # a scheduler's USR1 and a terminal's hang-up may come again without impatience
         moments = [moment for moment, number in self.signalled if number in (signal.SIGINT, signal.SIGTERM)]
         return len(moments) > 1 and moments[-1] - moments[0] > 1
 
@@ -154,7 +143,8 @@ class Launcher:
     def states(self) -> list[dict]: # by rank
         "The newest states of the ranks that we started; those of other machines are known by their files alone."
         found = [s for s in self.folder.statuses() + self.reported("state", STATE) if s["run"] == self.run]
-        return [s for _, s in sorted({s["rank"]: s for s in sorted(found, key=lambda s: s["heartbeat"])}.items())]
+        age = lambda s: (s["attempt"], s["state"] in FINAL, s["heartbeat"]) # the clock may be set back meanwhile
+        return [s for _, s in sorted({s["rank"]: s for s in sorted(found, key=age)}.items())]
 
     def failure(self) -> Optional[dict]: # None: nobody said anything
         "The first failure, wherever it could be written."
@@ -221,7 +211,7 @@ def run_command(
     launcher.start(torchrun_command(args, worker, str(launcher.private), request.settings))
     code = launcher.child.wait()
     sweep_run(launcher.run)
-    request.folder.stop_file.unlink(missing_ok=True)
+    remove(request.folder.stop_file)
     result = outcome(launcher, code)
     finish()
     lock.release()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['marked_processes', 'environment_of', 'kill_marked', 'die_with_parent', 'name_process', 'guards', 'read_text',
-           'start_guard', 'quiet', 'threads_per_rank', 'available_cores', 'sweep_run', 'Reports', 'report']
+           'start_guard', 'open_log', 'quiet', 'threads_per_rank', 'available_cores', 'sweep_run', 'Reports', 'report']
 
 # %% ../../nbs/launch/03_processes.ipynb #imports
 import ctypes
@@ -19,8 +19,9 @@ from typing import Any, Callable, Optional
 
 import psutil
 
+from ..core.atomic_folders import json_objects
 from ..core.build_once import World
-
+from ..core.stop_requests import log_line
 
 # %% ../../nbs/launch/03_processes.ipynb #processes
 def marked_processes(mark: str, spare: frozenset[int] = frozenset()) -> list[int]: # process ids
@@ -67,7 +68,7 @@ def guards() -> list[int]: # process ids
 
 def read_text(path: Path) -> str: # empty when it cannot be read
     "A small file's text; the processes in /proc come and go."
-    try: return path.read_text()
+    try: return path.read_text(encoding="utf-8", errors="replace")
     except OSError: return ""
 
 # %% ../../nbs/launch/03_processes.ipynb #guard
@@ -97,12 +98,17 @@ def start_guard(
     return finish
 
 # %% ../../nbs/launch/03_processes.ipynb #process-helpers
-def quiet(log: Path) -> None: # into nothing where the log cannot be written
-    "Send what this process and its libraries print to a rank's log."
-    try: descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    except OSError: descriptor = os.open(os.devnull, os.O_WRONLY)
-    for number in (1, 2): os.dup2(descriptor, number)
+def open_log(log: Path) -> int: # a descriptor; into nothing where the log cannot be written
+    "A log for a process and its libraries; logging never ends a run."
+    try: return os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    except OSError as error:
+        log_line(f"Warning: {log} cannot be written ({error}); the run goes on.")
+        return os.open(os.devnull, os.O_WRONLY)
 
+def quiet(log: Path) -> None:
+    "Send what this process and its libraries print to a rank's log."
+    descriptor = open_log(log)
+    for number in (1, 2): os.dup2(descriptor, number)
 
 # %% ../../nbs/launch/03_processes.ipynb #threads-per-rank
 def threads_per_rank(
@@ -141,11 +147,7 @@ class Reports:
     def read(self) -> list[dict]: # in the order in which they were written
         "Every report that can be read."
         lines = os.pread(self.file, 2**26, 0).splitlines() if self.file is not None else []
-        found = []
-        for line in lines:
-            try: found.append(json.loads(line))
-            except (ValueError, RecursionError): continue
-        return [one for one in found if isinstance(one, dict)]
+        return list(json_objects(lines))
 
 # %% ../../nbs/launch/03_processes.ipynb #report
 def report(kind: str, record: dict[str, Any]) -> None: # kind: state or failure; nothing happens without a launcher

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +30,11 @@ import psutil
 
 # %% ../../nbs/launch/04_ranks.ipynb #imports-own
 from ..core.build_once import Process, this_machine, World
-from ..core.stop_requests import printable, request_stop, should_stop, STOP_SIGNALS, STOPPED
+from ..core.stop_requests import printable, request_stop, STOP_SIGNALS, STOPPED
 from proxy_sft.launch.files import (
-    AtomicNotebooks, FAILURE, join_stream, LiveLog, read_json, read_record, redact, remove, secrets_of, write_atomically
+    AtomicNotebooks, FAILURE, join_stream, LiveLog, read_record, redact, remove, secrets_of, write_atomically
 )
-from .parameters import LaunchError, Request, RunFolder
+from .parameters import LaunchError, read_notebook, Request, RunFolder
 from .processes import die_with_parent, environment_of, kill_marked, report, threads_per_rank
 
 # %% ../../nbs/launch/04_ranks.ipynb #status
@@ -138,7 +139,7 @@ class SessionHooks:
         return dict(on_cell_start=self.cell_start, on_cell_error=self.cell_error, on_cell_executed=self.cell_executed)
 
     def cell_start(self, cell, cell_index) -> None:
-        if should_stop(self.folder.stop_file, self.since): raise StoppedBetweenCells(f"before cell {cell_index + 1}")
+        if self.folder.stop_file.exists(): raise StoppedBetweenCells(f"before cell {cell_index + 1}")
         self.cell = cell_index + 1
         self.status.update(state="running", cell=self.cell)
 
@@ -327,25 +328,23 @@ def run_rank(session: RankSession) -> int: # 0 done, 1 failed, 75 stopped
     "Execute the notebook in this rank's own kernel; the state file says how it ended."
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
+    state, fail = "failed", lambda *words: session.failure or session.fail(*words)
     try:
         notebook = execute(session)
-        if session.notebooks.problem: raise session.notebooks.problem # of the last write: the result would be missing
+        if session.notebooks.problem: # of the last write: the result would be missing
+            raise LaunchError(f"The executed notebook cannot be written: {session.notebooks.problem}. Its cells had "
+                              "worked; their output is in the log.")
         failed = [c for c in notebook.cells if c.metadata.get("papermill", {}).get("status") == "failed"]
-        if failed and session.failure is None:
-            session.fail("SystemExit", "a cell ended the notebook", failed[0].source[:2000])
-        state = "failed" if session.failure else "done"
+        if failed: fail("SystemExit", "a cell ended the notebook", failed[0].source[:2000])
+        if not session.failure: state = "done"
     except PapermillExecutionError as error:
-        state = "stopped" if error.ename == "StopRequested" else "failed"
-        if state == "failed" and session.failure is None:
-            session.fail(error.ename, error.evalue, "\n".join(error.traceback))
+        if error.ename == "StopRequested": state = "stopped"
+        else: fail(error.ename, error.evalue, "\n".join(error.traceback))
     except StoppedBetweenCells: state = "stopped"
-    except DeadKernelError:
-        state = "failed"
-        if session.failure is None: session.fail("DeadKernel", kernel_words(session.kernel_exit), "")
+    except DeadKernelError: fail("DeadKernel", kernel_words(session.kernel_exit), "")
+    except LaunchError as error: fail("LaunchError", str(error), "") # written for people
     except Exception as error:  # whatever else ends a rank must be told to the others and to the person
-        import traceback
-        state = "failed"
-        if session.failure is None: session.fail(type(error).__name__, str(error), traceback.format_exc())
+        fail(type(error).__name__, str(error), traceback.format_exc())
     session.status.update(state=state, failure=session.failure)
     return {"done": 0, "failed": 1, "stopped": STOPPED}[state]
 
@@ -357,7 +356,7 @@ def execute(session: RankSession): # the executed notebook
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its words are in the state file
     register_engine(session)
     source, target = (str(p).replace("{", "{{").replace("}", "}}") for p in (session.request.notebook, session.output))
-    kernelspec = (read_json(session.request.notebook) or {}).get("metadata", {}).get("kernelspec", {})
+    kernelspec = read_notebook(session.request.notebook)["metadata"].get("kernelspec", {})
     kernel = session.request.kernel or kernelspec.get("name") or "sft-qwen3"
     return execute_notebook(source, target, session.request.parameters, engine_name="proxy_sft", kernel_name=kernel,
                             language=kernelspec.get("language") or "python", progress_bar=False, autosave_cell_every=15)

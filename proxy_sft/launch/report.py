@@ -12,6 +12,7 @@ import json
 import math
 import re
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Optional
 
@@ -21,8 +22,7 @@ from ..evaluation.answers import METRICS
 from ..chat.parity import ParityReport, parity_table
 from ..data.policy import REASONS
 from .curves import curve, CURVE_STYLE
-from .files import read_json
-from ..core.atomic_folders import write_flushed
+from ..core.atomic_folders import json_objects, read_json, write_flushed
 from ..core.data_list import labels_of
 from ..core.settings import Settings
 from proxy_sft.launch.status import (
@@ -110,11 +110,9 @@ def curves_html(records: list[dict]) -> str: # empty when nothing was logged twi
 # %% ../../nbs/launch/08_report.ipynb #samples
 def samples_html(folder: Path, most: int = 6) -> str: # empty where no samples were written
     "Answers to the same held-out turns, early and late."
-    path, records = folder / "logs" / "samples.jsonl", []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try: record = json.loads(line)
-        except (ValueError, RecursionError): continue  # half a line: the run was killed while it wrote
-        if isinstance(record, dict) and isinstance(record.get("step"), int): records.append(record)
+    path = folder / "logs" / "samples.jsonl"
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    records = [record for record in json_objects(lines) if isinstance(record.get("step"), int)]
     ends = dict.fromkeys((records[0]["step"], records[-1]["step"])) if records else {}
     rows = [(step, *(str(r.get(name, "")) for name in ("question", "expected", "text")))
             for step in ends for r in [r for r in records if r["step"] == step][:most]]
@@ -129,11 +127,9 @@ def reject_examples(settings: Settings, most: int = 20_000) -> dict[str, str]: #
     "For each reason the first row that was rejected for it: what was found, with the place."
     path, found = settings.converted_dir / "rejected.jsonl", {}
     if not path.is_file(): return found
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for _, line in zip(range(most), lines):
-            try: entry = json.loads(line)
-            except (ValueError, RecursionError): continue  # cut off: the conversion was stopped while it wrote
-            if isinstance(entry, dict) and entry.get("reason") not in found:
+    with open(path, "rb") as lines:
+        for entry in json_objects(islice(lines, most)):
+            if entry.get("reason") not in found:
                 found[entry.get("reason")] = f"row {entry.get('id', entry.get('line'))}: {entry.get('message', '')}"
     return found
 

@@ -19,7 +19,7 @@ import yaml
 
 from .parameters import LaunchError, RunFolder
 from .ranks import FINAL, is_alive
-from ..core.atomic_folders import complete_checkpoints, is_complete, MANIFEST
+from ..core.atomic_folders import complete_checkpoints, is_complete, json_objects, MANIFEST, read_json
 from ..core.paths import is_path
 from ..core.settings import did_you_mean, load_settings, nearest_path
 from ..core.stop_requests import printable
@@ -66,11 +66,8 @@ def run_states(folder: Path) -> list[dict]: # by rank; empty when no launcher st
 def read_progress(folder: Path) -> list[dict[str, Any]]: # in the order they were written; one for each step and kind
     "The log of a run: a training line and a held-out line per step, as far as there are any."
     path, found = folder / "logs" / "progress.jsonl", {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try: record = json.loads(line)
-        except (ValueError, RecursionError): continue
-            # half a line: the process was killed while it wrote, or is writing now
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int): continue
+    for record in json_objects(path.read_bytes().splitlines() if path.is_file() else []):
+        if not isinstance(record.get("step"), int): continue
         key = record["step"], *(record.get(name) is not None for name in ("eval_loss", "train_runtime"))
         found.pop(key, None)
         found[key] = record
@@ -88,13 +85,13 @@ def newest(records: list[dict], *names: str) -> dict[str, Any]: # name -> its la
 # %% ../../nbs/launch/07_status.ipynb #read-mix
 def read_mix(folder: Path) -> dict[str, dict[str, float]]: # data set -> rows, supervised_tokens, and the share of each
     "The data sets of a run; empty where there was one, or a file that cannot be read."
+    found = read_json(folder / "logs" / "data.json") or {}
     try:
-        found = json.loads((folder / "logs" / "data.json").read_text(encoding="utf-8"))
         counts = {name: {what: one[what] for what in ("rows", "supervised_tokens")} for name, one in found.items()}
         total = {what: sum(one[what] for one in counts.values()) for what in ("rows", "supervised_tokens")}
         return {name: {**one, **{f"share_of_{what}": n / max(1, total[what]) for what, n in one.items()}}
                 for name, one in counts.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError): return {}
+    except (TypeError, KeyError): return {}
 
 # %% ../../nbs/launch/07_status.ipynb #left
 def seconds_left(records: list[dict]) -> Optional[float]: # None: not known yet

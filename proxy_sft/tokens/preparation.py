@@ -61,12 +61,7 @@ def build(settings: Settings, progress: Callable[[str], None] = lambda text: Non
     "Build what these settings need, wait for another job that builds the same, or return it when it is there already."
     parts = key_parts(settings)
     folder = settings.prepared_dir / cache_key(parts)
-    try:
-        settings.prepared_dir.mkdir(parents=True, exist_ok=True)
-        claim = claim_or_wait(claim_of(folder), lambda: is_complete(folder), progress)
-    except OSError as error:
-        raise PrepareError(f"{settings.prepared_dir} cannot be written: {error}. Free space, or choose another "
-                           "workspace.") from error
+    claim = claim_or_wait(claim_of(folder), lambda: is_complete(folder), progress)
     if claim is None: return folder
     def report(text):
         claim.update(text)

@@ -29,7 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 
-from ..core.distributed import all_gather
+from ..core.distributed import first_found
 from ..core.settings import did_you_mean
 
 # %% ../../nbs/training/05_attention.ipynb #error
@@ -290,7 +290,7 @@ def choose_attention(
                     ),
                     name,
                 )
-            if problem := next((p for p in all_gather(problem) if p), ""):
+            if problem := first_found(problem):
                 if UNEXPECTED in problem and wanted == "auto": warn_of(name, problem)
                 passed_over.append(f"{name} {problem}")
             else: return Attention(name, reason(wanted, capability, passed_over), found)

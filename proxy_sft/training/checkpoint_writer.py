@@ -23,14 +23,14 @@ from transformers import TrainerCallback
 
 # %% ../../nbs/training/07_checkpoint_writer.ipynb #imports-own
 from proxy_sft.core.atomic_folders import (
-    COMPLETE, complete_checkpoints, file_hash, flush, is_complete, MANIFEST, mark_complete, publish, read_manifest,
-    folder_bytes, AtomicFolderError, write_flushed
+    AtomicFolderError, clear_gone, COMPLETE, complete_checkpoints, file_hash, flush, is_complete, MANIFEST,
+    mark_complete, publish, read_manifest, write_flushed
 )
-from ..core.distributed import any_rank, all_gather
+from ..core.distributed import any_rank, first_found
 from ..core.stop_requests import log_line, stop_reason, working
-from .background_saves import BackgroundSave, copy_folder, free_bytes
+from .background_saves import BackgroundSave, SavesThroughMachine
 from proxy_sft.training.checkpoints import (
-    CheckpointError, lack_of_room, matters_for_training, prune, random_state_files
+    CheckpointError, lack_of_room, last_bytes, matters_for_training, prune, random_state_files
 )
 
 # %% ../../nbs/training/07_checkpoint_writer.ipynb #finite
@@ -57,18 +57,16 @@ def broken_tensor(model: torch.nn.Module, optimizer: Any) -> str: # empty: every
 def random_state_kept() -> Iterator[None]:
     """Leave the random states as they were: a stop can then cut an evaluation off, and a later start make up for it,
     without changing the training."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try: yield
-    finally:
-        random.setstate(states[0]); np.random.set_state(states[1]); torch.set_rng_state(states[2])
-        if gpus is not None: torch.cuda.set_rng_state_all(gpus)
+    states, cards = (random.getstate(), np.random.get_state()), torch.cuda.device_count() * torch.cuda.is_initialized()
+    with torch.random.fork_rng(devices=range(cards)):
+        try: yield
+        finally: random.setstate(states[0]); np.random.set_state(states[1])
 
 class StopEvaluation(Exception):
     "The held-out loss is cut short because a stop was requested."
 
 # %% ../../nbs/training/07_checkpoint_writer.ipynb #mixin
-class CompleteCheckpoints:
+class CompleteCheckpoints(SavesThroughMachine):
     """Mix-in for a `transformers.Trainer`: checkpoints written aside, looked at, hashed, renamed, marked; then all but
     the last `keep` are deleted."""
     run_dir: Path               # where checkpoint-N appear
@@ -82,10 +80,6 @@ class CompleteCheckpoints:
     stop: Optional["StopOnRequest"] = None
     began_at = 0                # the step that was loaded
     evaluation_due = False      # whether a stop cut off the evaluation of this step
-    through: Optional[Path] = None # folder of this machine through which saves go; None: straight to the run's folder
-    expected = 0                # bytes of a checkpoint, before there is one
-    aside: Optional[Path] = None # where the present save is written; None: `.saving` in the run's folder
-    saving: Optional[BackgroundSave] = None # on the process that publishes: the save that is not done yet
 
     @property
     def publishes(self) -> bool:
@@ -101,8 +95,6 @@ class CompleteCheckpoints:
         self.finish_save()
         self._refuse(f"{target} is complete already, and not of this training." if is_complete(target) else "")
         if not self._has_room_for(target): return
-        self._require_finite(f"{target.name} would hold")
-        self._choose_aside(target)
         self._write_aside(target, lambda: super(CompleteCheckpoints, self)._save_checkpoint(model, trial))
         self._publish(target, "checkpoint")
         self.written = *self.written, target
@@ -114,10 +106,8 @@ class CompleteCheckpoints:
         if not self.weights_every or step % self.weights_every: return
         self.finish_save()
         if any_rank(is_complete(target) or is_complete(self.run_dir / f"checkpoint-{step}")): return
-        self._require_finite(f"{target.name} would hold")
-        self._choose_aside(target)
-        aside = str(Path(self._get_output_dir(None)) / target.name)
-        self._write_aside(target, lambda: self.save_model(aside, _internal_call=True))
+        self._write_aside(target, lambda: self.save_model(str(Path(self._get_output_dir(None)) / target.name),
+                                                          _internal_call=True))
         self._publish(target, "weights")
 
     def _load_rng_state(self, checkpoint):
@@ -143,7 +133,7 @@ class CompleteCheckpoints:
 
     def _refuse(self, problem: str, advice: str = "The earlier checkpoints are untouched.") -> None:
         "`CheckpointError` on every rank when there is a problem on one."
-        if problem := next((p for p in all_gather(problem) if p), ""): raise CheckpointError(f"{problem} {advice}")
+        if problem := first_found(problem): raise CheckpointError(f"{problem} {advice}")
 
     def _require_finite(self, what: str, advice: str = "Nothing was saved after the last complete checkpoint; starting "
                                                        "again goes on from there.") -> None:
@@ -154,14 +144,12 @@ class CompleteCheckpoints:
 
     def _has_room_for(self, target: Path) -> bool: # False: go on without this one
         "Whether there is room for one more; `CheckpointError` where going on would be pointless or was not asked for."
-        found = complete_checkpoints(self.run_dir)
-        size = folder_bytes(found[-1]) if found else 0
         self._refuse("" if self.run_dir.is_dir() or not self.publishes else lack_of_room(self.run_dir, 0, target.name),
                      "Nothing can be saved.")
-        problem = next((p for p in all_gather(lack_of_room(self.run_dir, size,
-                                                           target.name) if self.publishes else "") if p), "")
+        size = last_bytes(self.run_dir)
+        problem = first_found(lack_of_room(self.run_dir, size, target.name) if self.publishes else "")
         if not problem: return True
-        kept = f"The complete checkpoints stay: {', '.join(f.name for f in found)}."
+        kept = f"The complete checkpoints stay: {', '.join(f.name for f in complete_checkpoints(self.run_dir))}."
         last = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
         if self.on_full_disk == "stop" or last:
             raise CheckpointError(f"There is no room for {target.name}: {problem} {kept} Free space and start the run "
@@ -176,32 +164,10 @@ class CompleteCheckpoints:
             log_line(f"Warning: no room for {target.name}, going on without it ({self.left_out} left out). {problem}",
                      sys.stdout)
 
-    def _choose_aside(self, target: Path) -> None:
-        "Through the machine's folder where it has room for this save; else straight to the run's folder, with a word."
-        lack = ""
-        if self.through is not None and self.publishes:
-            found, free = complete_checkpoints(self.run_dir), free_bytes(self.through)
-            size = folder_bytes(found[-1]) if found else self.expected
-            if free < size: lack = (f"{self.through} has room for {free / 1e9:,.2f} GB, {target.name} needs "
-                                    f"{size / 1e9:,.2f} GB")
-        lack = next((problem for problem in all_gather(lack) if problem), "")
-        if lack and self.args.process_index == 0:
-            log_line(f"Warning: {lack}; it is written straight to the run's folder, and training waits.", sys.stdout)
-        self.aside = None if lack else self.through
-
-    def finish_save(self) -> None: # on every rank at once
-        "Wait for the save that is not done yet; `CheckpointError` on every rank when it failed."
-        if self.through is None: return
-        problem, self.saving = self.saving.wait() if self.saving else "", None
-        self._refuse(problem, "The earlier checkpoints are untouched; free space and start the run again.")
-
-    def end_saves(self) -> None: # on each rank by itself: others may be gone
-        "However training ended: the last save is completed, and the machine's folder deleted."
-        if self.saving and (problem := self.saving.wait()): log_line(f"Warning: {problem}")
-        if self.through is not None and self.publishes: shutil.rmtree(self.through, ignore_errors=True)
-
     def _write_aside(self, target: Path, write: Callable[[], None]) -> None:
-        "Write, and say in plain words what went wrong."
+        "Look at what is written, choose where, write, and say in plain words what went wrong."
+        self._require_finite(f"{target.name} would hold")
+        self._choose_aside(target, last_bytes(self.run_dir) or self.expected)
         working()
         try: write()
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -229,18 +195,6 @@ class CompleteCheckpoints:
                          "The earlier checkpoints are untouched; free space and start the run again.")
         working()
         if self.publishes: self._tidy(kind)
-
-    def _publish_copy(self, target: Path, kind: str, facts: dict[str, Any]) -> None: # one process publishes
-        "Beside the training: copy from the machine's folder, hash, mark, prune."
-        written, aside = self.through / target.name, self.run_dir / ".saving" / target.name
-        try:
-            shutil.rmtree(aside.parent, ignore_errors=True)
-            copy_folder(self._completed(written, kind), aside)
-            shutil.rmtree(written)
-            publish(aside, target, facts)
-        except (OSError, AtomicFolderError) as error:
-            raise CheckpointError(f"{target.name} could not be completed: {error}.") from error
-        self._tidy(kind)
 
     def _tidy(self, kind: str) -> None:
         "What a complete save leaves behind, and what is older than the last `keep`."
@@ -292,7 +246,7 @@ def copy_final(checkpoint: Path, run_dir: Path) -> None: # the marker comes last
     for folder in inner: flush(run_dir / folder)
     write_flushed(run_dir / MANIFEST, json.dumps({**manifest, "files": files}, indent=1, sort_keys=True) + "\n")
     mark_complete(run_dir)
-    for gone in run_dir.glob(".gone-*"): shutil.rmtree(gone, ignore_errors=True) # what could not be deleted before
+    clear_gone(run_dir)
 
 def edited_files(manifest: dict[str, Any], run_dir: Path) -> list[str]: # names; those stay as they are
     """The cards of a final model that was published before from the same step of the same data: they may have been

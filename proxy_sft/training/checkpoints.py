@@ -8,8 +8,8 @@ __all__ = ['FREE_TO_CHANGE', 'HARMLESS', 'NO_PICKLES', 'REQUIRED_FACTS', 'BEGUN'
            'differences', 'rows_per_step', 'convertible', 'matters_for_training', 'refuse_acting_pickles',
            'weights_only', 'named_object', 'checkpoint_to_resume', 'require_own_name', 'require_fitting',
            'random_state_files', 'world_size_words', 'set_aside', 'is_repetition', 'start_word', 'resume_of',
-           'convert_world', 'sees_other_disk', 'agreed_checkpoint', 'delete_beyond', 'lock_run', 'expected_bytes',
-           'checkpoints_to_come', 'lack_of_room', 'require_room']
+           'convert_world', 'sees_other_disk', 'agreed_checkpoint', 'delete_beyond', 'lock_run', 'last_bytes',
+           'expected_bytes', 'checkpoints_to_come', 'lack_of_room', 'require_room']
 
 # %% ../../nbs/training/06_checkpoints.ipynb #imports
 import os
@@ -33,9 +33,8 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 # %% ../../nbs/training/06_checkpoints.ipynb #imports-own
 from proxy_sft.core.atomic_folders import (
-    checkpoint_step, COMPLETE, complete_checkpoints, discard, files_in, is_complete, MANIFEST, read_manifest,
-    folder_bytes,
-    AtomicFolderError, delete_folder, verify, write_flushed
+    AtomicFolderError, checkpoint_step, clear_gone, COMPLETE, complete_checkpoints, delete_folder, discard, files_in,
+    folder_bytes, is_complete, MANIFEST, read_manifest, verify, write_flushed
 )
 from ..core.distributed import any_rank, broadcast, all_gather
 from ..core.locks import InUseError, RunLock
@@ -62,17 +61,17 @@ def prune(run_dir: Path, keep: int, kind: str = "checkpoint") -> list[str]: # na
 def incomplete_folders(run_dir: Path) -> list[Path]: # raises CheckpointError for a checkpoint of another program
     "The folder that is written aside, and checkpoints whose marker is missing or does not fit."
     named = [*run_dir.glob("checkpoint-*[0-9]"), *run_dir.glob("weights-*[0-9]")]
-    left = [f for f in [run_dir / ".saving", *named] if f.is_dir() and not is_complete(f)]
-    foreign = [f for f in left if f.name != ".saving" and not (f / MANIFEST).exists() and not (f / COMPLETE).exists()]
+    left = [f for f in named if f.is_dir() and not is_complete(f)]
+    foreign = [f for f in left if not (f / MANIFEST).exists() and not (f / COMPLETE).exists()]
     if foreign:
         raise CheckpointError(f"{foreign[0]} was not written by this project (it has no {MANIFEST}). "
                               "Move it away, or choose another run_name or output_dir.")
-    return left
+    return [run_dir / ".saving"] * os.path.lexists(run_dir / ".saving") + left
 
 def sweep(run_dir: Path) -> dict[str, str]: # name of a folder -> what was wrong with it and what became of it
     "Clear away what is not complete."
     left = incomplete_folders(run_dir)
-    for gone in run_dir.glob(".gone-*"): shutil.rmtree(gone, ignore_errors=True)
+    clear_gone(run_dir)
     return {name: fate for folder in left for name, fate in clear_away(folder).items()}
 
 def clear_away(folder: Path) -> dict[str, str]: # as `sweep` gives them
@@ -517,6 +516,10 @@ def lock_run(lock: RunLock) -> None: # raises CheckpointError
     except InUseError as error: raise CheckpointError(str(error)) from error
 
 # %% ../../nbs/training/06_checkpoints.ipynb #space
+def last_bytes(run_dir: Path) -> int: # 0: there is none
+    "What the last complete checkpoint takes."
+    return next((folder_bytes(folder) for folder in complete_checkpoints(run_dir)[-1:]), 0)
+
 def expected_bytes(
     run_dir: Path,
     parameters: int,
@@ -526,9 +529,8 @@ def expected_bytes(
 ) -> int: # of one checkpoint
     """What the last checkpoint took; before the first one an estimate: weights, optimizer states, with DeepSpeed its
     copies."""
-    if found := complete_checkpoints(run_dir): return folder_bytes(found[-1])
     states = 2 if "8bit" in optimizer else 8
-    return parameters * (bytes_each + states + (bytes_each + 4 if deepspeed else 0))
+    return last_bytes(run_dir) or parameters * (bytes_each + states + (bytes_each + 4 if deepspeed else 0))
 
 def checkpoints_to_come(run_dir: Path, keep: int, anew: bool = False) -> int: # anew: those that are there stay aside
     "How many must find room at the same time: what is missing of the last `keep`, and one more."
