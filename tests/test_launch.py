@@ -233,7 +233,7 @@ def test_missing_or_broken_notebook_and_unwritable_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "odd.yaml").write_bytes(b"\xff: 1")
     nb = notebook(tmp_path / "a.ipynb", "1")
-    bad = ["{", "null", "[" * 100_000, '{"cells": [1]}', '{"cells": [{"source": "1"}], "metadata": {}}',
+    bad = ["{", "null", "[" * 100_000, '{"cells": [1]}', '{"cells": [{"source": "1", "metadata": 3}]}',
            '{"cells": [], "metadata": {"kernelspec": 3}}', '{"cells": [], "nbformat": 3, "metadata": {}}']
     for text in bad:
         broken.write_text(text)
@@ -290,8 +290,7 @@ def test_launches_that_are_refused(tmp_path):
         parameters.yaml_mapping("{", "-y")
     with pytest.raises(SystemExit): parser.parse_args(["nb", "--nproc", "0"])
     broken = tmp_path / "broken.ipynb"
-    broken.write_text('{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "a ="}],'
-                      ' "metadata": {}}')
+    broken.write_text('{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "a ="}]}')
     with pytest.raises(parameters.LaunchError, match="is not valid Python"): parameters.notebook_defaults(broken)
     (tmp_path / "status" / "launcher-0.lock").mkdir(parents=True)
     with pytest.raises(parameters.LaunchError, match="cannot be written: Is a directory"):

@@ -36,10 +36,10 @@ def read_notebook(path: Path) -> dict[str, Any]: # LaunchError where it is none 
     if found is None or not of(cells := found.get("cells"), list) or found.get("nbformat", 4) != 4:
         raise LaunchError(f"{path} is not a notebook of nbformat 4. Save it with Jupyter or VS Code, or give another.")
     wrong = [i for i, c in enumerate(cells, 1) if not of(c, dict) or not of(c.get("source"), (str, list))
-             or not of(c.get("metadata"), dict)]
-    head = found.get("metadata")
+             or not of(c.get("metadata", {}), dict)]
+    head = found.get("metadata", {})
     if wrong or not of(head, dict) or not of(head.get("kernelspec", {}), dict):
-        where = f"cell {wrong[0]} lacks its source or metadata" if wrong else "its metadata are none"
+        where = f"cell {wrong[0]} has no source, or no metadata" if wrong else "its metadata are none"
         raise LaunchError(f"{path} is a damaged notebook: {where}. Save it with Jupyter or VS Code, or give another.")
     return found
 
@@ -49,7 +49,7 @@ def notebook_defaults(
 ) -> dict[str, Any]: # parameter name -> its literal default, None where it is no literal; LaunchError for no notebook
     "The parameters that a notebook declares."
     cells = read_notebook(Path(notebook))["cells"]
-    source = next(("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])), "")
+    source = next(("".join(c["source"]) for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])), "")
     try: statements = ast.parse(re.sub(r"(?m)^\s*[%!].*$", "", source)).body
     except SyntaxError as error:
         raise LaunchError(f"The parameters cell of {notebook} is not valid Python: {error}.") from error

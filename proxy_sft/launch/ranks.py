@@ -356,7 +356,7 @@ def execute(session: RankSession): # the executed notebook
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its words are in the state file
     register_engine(session)
     source, target = (str(p).replace("{", "{{").replace("}", "}}") for p in (session.request.notebook, session.output))
-    kernelspec = read_notebook(session.request.notebook)["metadata"].get("kernelspec", {})
+    kernelspec = read_notebook(session.request.notebook).get("metadata", {}).get("kernelspec", {})
     kernel = session.request.kernel or kernelspec.get("name") or "sft-qwen3"
     return execute_notebook(source, target, session.request.parameters, engine_name="proxy_sft", kernel_name=kernel,
                             language=kernelspec.get("language") or "python", progress_bar=False, autosave_cell_every=15)
