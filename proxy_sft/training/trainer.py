@@ -60,6 +60,11 @@ class ToolTrainer(CompleteCheckpoints, SFTTrainer):
         self.means = defaultdict(TokenMeans)  # train and eval: since the last record; run: since the start
         self.calls, self.weighted = None, "weights" in self.train_dataset.column_names
 
+    def _issue_warnings_after_load(self, load_result):
+        tied = getattr(self.model, "all_tied_weights_keys", {})  # a file holds them once, under the other name
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     # what is saved
 
     def _save(self, output_dir=None, state_dict=None):
