@@ -1,5 +1,6 @@
 """What makes training fast must train the same: three seeded steps of the demo with and without, in figures that are
 stated; what a checkpoint holds; what memory is counted."""
+import os
 import shutil
 from importlib.util import find_spec
 
@@ -96,13 +97,15 @@ def test_as_few_layers_are_computed_anew_as_fit_the_card():
     from proxy_sft.training.cost import published_config
     from proxy_sft.training.doctor import check_gpu_memory, chosen_layers
     shape, counts = published_config("Qwen/Qwen3-8B"), {}
-    for profile, ranks, card in (("qwen3_8b", 1, 139.8), ("qwen3_8b", 1, 178.4), ("qwen3_8b_8gpu", 8, 79.1)):
+    eight = [("qwen3_8b_8gpu", 8, 79.1)] if os.environ.get("PROXY_SFT_SOAK") else []
+    for profile, ranks, card in [("qwen3_8b", 1, 139.8), ("qwen3_8b", 1, 178.4), *eight]:
         settings = load_settings(profile, workspace="nowhere", kernels="liger")
         found = check_gpu_memory(settings, ranks, shape, int(card * 2**30))
         assert found.level == "ok" and "computed anew" in found.text and "of a step's operations" in found.text, found
         chosen = chosen_layers(settings, ranks, shape, int(card * 2**30))[0].activation_checkpointing
         counts[profile, card] = 36 if chosen == "full" else chosen
-    assert 36 > counts["qwen3_8b", 139.8] > counts["qwen3_8b", 178.4] > 0 and counts["qwen3_8b_8gpu", 79.1] < 36
+    assert 36 > counts["qwen3_8b", 139.8] > counts["qwen3_8b", 178.4] > 0
+    assert all(counts[profile, card] < 36 for profile, ranks, card in eight)
     for one in (counts["qwen3_8b", 139.8] - 1,):  # one layer less would not fit
         less = load_settings("qwen3_8b", workspace="nowhere", kernels="liger", activation_checkpointing=one)
         assert check_gpu_memory(less, 1, shape, int(139.8 * 2**30)).level != "ok"
