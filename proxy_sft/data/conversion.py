@@ -27,7 +27,7 @@ from blake3 import blake3
 
 # %% ../../nbs/data/12_conversion.ipynb #imports-own
 from ..core.atomic_folders import file_hash, flush, read_with_checksum, with_checksum, write_flushed
-from ..core.build_once import one_at_a_time
+from ..core.build_once import BuildFailedError, one_at_a_time
 from ..core.display import html_table, text_table
 from ..core.paths import in_folder, is_path
 from ..core.settings import chosen_part, Settings
@@ -234,7 +234,7 @@ def folder_aside(target: Path):
             aside = Path(tempfile.mkdtemp(prefix=".convert-", suffix=".part", dir=target.parent))
             try: yield aside
             finally: shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
+    except (OSError, BuildFailedError) as error:
         raise ConvertError("unwritable", f"cannot write to {target.parent}: {error}. Name another folder, "
                                          "change its rights, or free space.") from error
 
