@@ -80,7 +80,8 @@ def test_training_refuses_before_anything_is_prepared(demo_model, tmp_path):
 
 
 def test_a_rank_alone_says_its_errors_and_ranks_beside_it_do_not():
-    for environment, heard in (({"RANK": "1"}, True), ({"RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, False)):
+    beside = {"RANK": "1", "TORCHELASTIC_RUN_ID": "x"}
+    for environment, heard in (({"RANK": "1"}, True), ({"RANK": "x"}, True), (beside, False)):
         done = subprocess.run([PROGRAM, "doctor", "-p", "profil", "demo"], capture_output=True, text=True,
                               env={**os.environ, **environment})
         assert done.returncode == 2 and ("profil" in done.stderr) == heard, done.stderr

@@ -203,8 +203,9 @@ def run_worker(request: Request) -> int: # exit code of this rank
 # %% ../../nbs/launch/05_worker.ipynb #worker-main
 def report_end(error: BaseException) -> None: # nothing happens without a launcher
     "Tell the launcher what ended this process before its notebook could."
-    rank = int(os.environ.get("RANK", "0"))
-    report("failure", dict(rank=rank, attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    number = lambda name: int(text) if (text := os.environ.get(name, "")).isdecimal() else 0 # else it is the error
+    rank = number("RANK")
+    report("failure", dict(rank=rank, attempt=number("TORCHELASTIC_RESTART_COUNT"),
                            host=socket.gethostname(),
                            run=os.environ.get("PROXY_SFT_RUN", ""), time=time.time(), ename=type(error).__name__,
                            evalue=str(error)[:2000], traceback=""))
