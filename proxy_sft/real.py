@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .core.atomic_folders import write_flushed
+from .core.atomic_folders import set_usual_rights, write_flushed
 from .data.calls import format_calls
 from .evaluation.bfcl import Question, read_questions, why_calls_are_wrong
 from .training.new_tokens import add_control_tokens, NewToken
@@ -92,5 +92,6 @@ def write_smollm2(
     part = target.with_name(f"{target.name}.part")  # a killed start leaves no half model under the name
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
+    set_usual_rights(part, "config.json")  # weights are written for their owner alone; a server may be another user
     part.replace(target)
     return added
