@@ -329,6 +329,7 @@ def test_a_stop_at_an_evaluation_loses_nothing(tmp_path):
     ("DB_PASSWORD", 'quo"te\\d-pw', 'quo"te\\d-pw'),
     ("BROKER", "amqp://u:longpassword@h", "longpassword"), ("PASSWORD", "metadata", "metadata"),
     ("API_TOKEN", "no\udcffutf\udcfe8-1", "no\udcffutf\udcfe8-1"), ("API_TOKEN", "a<b&c d/e+f", "a%3Cb%26c+d%2Fe%2Bf"),
+    ("API_TOKEN", "a<b&c d/e+f", "a%3Cb%26c%20d/e%2Bf"),
     ("API_TOKEN", "a<b&c d/e+f", "a&lt;b&amp;c d/e+f")])
 def test_secrets_are_hidden_in_outputs_and_nowhere_else(tmp_path, name, value, shown):
     outputs = [{"output_type": "stream", "name": "stdout", "text": [f"it is {shown}\n", "and more"]},

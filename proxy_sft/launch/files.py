@@ -105,8 +105,8 @@ def is_secret(value: str) -> bool: # a path, a number or a switch under such a n
 def forms_of(secret: str) -> list[str]: # longest first
     "How a text is written in other places; it may hold bytes that are no UTF-8."
     raw = secret.encode("utf-8", errors="surrogateescape")
-    forms = {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], html.escape(secret), quote(raw, safe=""),
-             quote_plus(raw), repr(raw)[2:-1]}
+    forms = {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], html.escape(secret), quote(raw),
+             quote(raw, safe=""), quote_plus(raw), quote_plus(raw, safe="/"), repr(raw)[2:-1]}
     return sorted(forms, key=lambda form: (-len(form), form))
 
 def redact(text: str, secrets: list[str]) -> str: # the text with `***` in their place

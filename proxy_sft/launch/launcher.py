@@ -104,7 +104,8 @@ class Launcher:
         self.request, self.folder, self.run = request, request.folder, uuid.uuid4().hex
         # torch 2.13 would keep its store, and ranks that are started again find the addresses of dead ones
         self.new_store = str(int(restarts))
-        self.began, self.signalled, self.child, self.reports = time.time(), [], None, Reports()
+        self.began, self.started = time.time(), time.monotonic() # the clock may be set back meanwhile
+        self.signalled, self.child, self.reports = [], None, Reports()
         self.private = short_private_folder()
 
     def start(self, command: list[str]) -> None: # it gets a session of its own, dies with us, and logs its errors
@@ -160,7 +161,7 @@ def outcome(
 ) -> int: # the launcher's own
     "What became of a run, printed on the terminal; the cause of a failure comes last."
     states = launcher.states()
-    took = f"{time.time() - launcher.began:.0f} s"
+    took = f"{time.monotonic() - launcher.started:.0f} s"
     if code == 0 and states and all(s["state"] == "done" for s in states):
         where = launcher.folder.notebook(0).parent
         log_line(f"proxy-sft: {len(states)} of {len(states)} ranks done in {took}. Notebooks: {where}", sys.stdout)
