@@ -163,10 +163,11 @@ def settings_of(name: str, given: argparse.Namespace, rows: list, seed: int, **m
 
 
 def prepared_data(settings: Any) -> Any:
-    "Convert and prepare, unless it was done."
+    "Convert and prepare, unless it was done by this code."
     from proxy_sft.convert import convert
     from proxy_sft.pipeline import ensure_prepared
-    if not (settings.converted_dir / "train.jsonl").exists(): convert(settings)
+    from proxy_sft.tokens.inputs import differences_of
+    if differences_of(settings): convert(settings)
     return ensure_prepared(settings)
 
 
