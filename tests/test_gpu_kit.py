@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from long_form import soak
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,6 +57,7 @@ def test_the_training_benchmark_runs_and_counts_adapters_as_what_they_are(tmp_pa
     assert float(value("GFLOP per real token")) == pytest.approx(wanted / 1e9, rel=1e-4)
 
 
+@soak
 def test_a_side_without_figures_is_a_failure():
     "The benchmark once printed \"no figures\" for both sides and ended well."
     done = subprocess.run([sys.executable, "benchmarks/train.py", "--rows", "20", "--alone", "-p", "learning_rat", "1"],
