@@ -26,6 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from ports import free_port  # noqa: E402
+from trainings import IMPORTED  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -694,8 +695,8 @@ class Soak:
             codes, text = self.run(name, ranks), words(self.folder / name, ranks)
             refused = all(codes) and "Cannot go on" in text
             # a page or a script that training does not need is a warning that names the file
-            told = victim.name in text and "The work does not need it" in text and not refused
-            skipped = victim.name in ("COMPLETE", "manifest.json") or told
+            warned = victim.name in text and "The work does not need it" in text and not refused
+            skipped = victim.name in ("COMPLETE", "manifest.json") or warned
             assert refused or skipped, (kind, victim, codes, text[-1500:])
             if refused: # a person deletes the broken one
                 shutil.rmtree(found[-1])
@@ -817,8 +818,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--count", type=int, help="faults of a part, instead of 50, 20, 30, 100 and 200")
     args = parser.parse_args()
-    for name in ("proxy_sft.train", "trl.trainer.sft_trainer", "deepspeed", "awkward"):  # once, for all lives
-        importlib.import_module(name)
+    for name in IMPORTED: importlib.import_module(name)  # once, for all lives
     gc.freeze()  # lives collect garbage; what was imported is not looked at
     bad = 0
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:

@@ -32,13 +32,13 @@ def read_notebook(path: Path) -> dict[str, Any]: # LaunchError where it is none 
     if not path.exists():
         raise LaunchError(f"There is no notebook {path}.{nearest_path(path)} Give a path such as nbs/02_train.ipynb.")
     found = read_json(path) if path.is_file() else None
-    of = lambda value, kind: isinstance(value, kind)
-    if found is None or not of(cells := found.get("cells"), list) or found.get("nbformat", 4) != 4:
+    if found is None or not isinstance(cells := found.get("cells"), list) or found.get("nbformat", 4) != 4:
         raise LaunchError(f"{path} is not a notebook of nbformat 4. Save it with Jupyter or VS Code, or give another.")
-    wrong = [i for i, c in enumerate(cells, 1) if not of(c, dict) or not of(c.get("source"), (str, list))
-             or not of(c.get("metadata", {}), dict)]
+    whole = lambda cell: isinstance(cell, dict) and (
+        isinstance(cell.get("source"), (str, list)) and isinstance(cell.get("metadata", {}), dict))
+    wrong = [number for number, cell in enumerate(cells, 1) if not whole(cell)]
     head = found.get("metadata", {})
-    if wrong or not of(head, dict) or not of(head.get("kernelspec", {}), dict):
+    if wrong or not isinstance(head, dict) or not isinstance(head.get("kernelspec", {}), dict):
         where = f"cell {wrong[0]} has no source, or no metadata" if wrong else "its metadata are none"
         raise LaunchError(f"{path} is a damaged notebook: {where}. Save it with Jupyter or VS Code, or give another.")
     return found

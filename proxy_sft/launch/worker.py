@@ -29,7 +29,7 @@ from ..core.settings import SettingsError
 from proxy_sft.core.stop_requests import (
     forget_old_request, log_line, mend_streams, request_stop, STOP_SIGNALS, STOPPED, StopRequested
 )
-from .files import remove, write_atomically
+from .files import read_record, remove, STATE, write_atomically
 from .parameters import add_notebook_arguments, LaunchError, read_request, Request, split_parameters
 from .processes import die_with_parent, kill_marked, quiet, read_text, report, start_guard
 from proxy_sft.launch.ranks import (
@@ -53,9 +53,9 @@ def watch(session: RankSession, ended: threading.Event, seconds: float = 1.0) ->
 # %% ../../nbs/launch/05_worker.ipynb #vanished
 def unfinished(session: RankSession) -> list[dict]: # their states, as they were written last
     "The other ranks of this machine, run and attempt that have not said how they ended."
-    here = [s for s in session.folder.statuses() if s["rank"] in session.place.ranks_here]
-    return [s for s in here if s["rank"] != session.place.rank and s["attempt"] == session.place.attempt
-            and s["state"] not in FINAL and (s["started"] >= session.since - 2 or is_of_this_run(s))]
+    others = ((rank, read_record(session.folder.status(rank), STATE)) for rank in session.place.ranks_here)
+    return [s for rank, s in others if s and rank == s["rank"] != session.place.rank and s["state"] not in FINAL
+            and s["attempt"] == session.place.attempt and (s["started"] >= session.since - 2 or is_of_this_run(s))]
 
 def vanished(session: RankSession) -> Optional[dict]: # the failure of a rank of this machine whose worker is gone
     "Speak for a worker that was killed and cannot speak for itself."
@@ -204,8 +204,7 @@ def run_worker(request: Request) -> int: # exit code of this rank
 def report_end(error: BaseException) -> None: # nothing happens without a launcher
     "Tell the launcher what ended this process before its notebook could."
     number = lambda name: int(text) if (text := os.environ.get(name, "")).isdecimal() else 0 # else it is the error
-    rank = number("RANK")
-    report("failure", dict(rank=rank, attempt=number("TORCHELASTIC_RESTART_COUNT"),
+    report("failure", dict(rank=number("RANK"), attempt=number("TORCHELASTIC_RESTART_COUNT"),
                            host=socket.gethostname(),
                            run=os.environ.get("PROXY_SFT_RUN", ""), time=time.time(), ename=type(error).__name__,
                            evalue=str(error)[:2000], traceback=""))

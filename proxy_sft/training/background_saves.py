@@ -20,7 +20,7 @@ from ..core.atomic_folders import AtomicFolderError, publish
 from ..core.distributed import first_found
 from ..core.settings import short_hash
 from ..core.stop_requests import log_line, working
-from .checkpoints import CheckpointError
+from .checkpoints import CheckpointError, last_bytes
 
 # %% ../../nbs/training/27_background_saves.ipynb #folder
 def folder_on_machine(
@@ -83,11 +83,14 @@ class SavesThroughMachine:
     aside: Optional[Path] = None # where the present save is written; None: `.saving` in the run's folder
     saving: Optional[BackgroundSave] = None # on the process that publishes: the save that is not done yet
 
-    def _choose_aside(self, target: Path, size: int) -> None: # bytes
+    def _choose_aside(self, target: Path) -> None:
         "Through the machine's folder where it has room for this save; else straight to the run's folder, with a word."
-        free = free_bytes(self.through) if self.through is not None and self.publishes else size
-        lack = first_found("" if free >= size else f"{self.through} has room for {free / 1e9:,.2f} GB, {target.name} "
-                                                   f"needs {size / 1e9:,.2f} GB")
+        lack = ""
+        if self.through is not None and self.publishes:
+            free, size = free_bytes(self.through), last_bytes(self.run_dir) or self.expected
+            if free < size: lack = (f"{self.through} has room for {free / 1e9:,.2f} GB, {target.name} needs "
+                                    f"{size / 1e9:,.2f} GB")
+        lack = first_found(lack)
         if lack and self.args.process_index == 0:
             log_line(f"Warning: {lack}; it is written straight to the run's folder, and training waits.", sys.stdout)
         self.aside = None if lack else self.through

@@ -146,8 +146,8 @@ class CompleteCheckpoints(SavesThroughMachine):
         "Whether there is room for one more; `CheckpointError` where going on would be pointless or was not asked for."
         self._refuse("" if self.run_dir.is_dir() or not self.publishes else lack_of_room(self.run_dir, 0, target.name),
                      "Nothing can be saved.")
-        size = last_bytes(self.run_dir)
-        problem = first_found(lack_of_room(self.run_dir, size, target.name) if self.publishes else "")
+        problem = first_found(lack_of_room(self.run_dir, last_bytes(self.run_dir),
+                                           target.name) if self.publishes else "")
         if not problem: return True
         kept = f"The complete checkpoints stay: {', '.join(f.name for f in complete_checkpoints(self.run_dir))}."
         last = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
@@ -167,7 +167,7 @@ class CompleteCheckpoints(SavesThroughMachine):
     def _write_aside(self, target: Path, write: Callable[[], None]) -> None:
         "Look at what is written, choose where, write, and say in plain words what went wrong."
         self._require_finite(f"{target.name} would hold")
-        self._choose_aside(target, last_bytes(self.run_dir) or self.expected)
+        self._choose_aside(target)
         working()
         try: write()
         except (OSError, RuntimeError, SafetensorError) as error:

@@ -13,23 +13,21 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..core.settings import Settings, zero_settings
-from .fp8 import capability_of, compute_in_fp8, fp8_problem
+from .fp8 import capability_of, compute_in_fp8, fp8_problem, refusal
 from .model import ModelError
 
 # %% ../../nbs/training/29_compiled_layers.ipynb #problem
 def compile_problem(settings: Settings) -> str: # empty: they can
     "Why layers cannot be compiled, and what to set."
-    stage = zero_settings(settings).get("stage", 0) if settings.deepspeed else 0
     problems = {
         "activation_checkpointing is selective, which needs single operators: set it to auto, full, none or a number.":
             settings.activation_checkpointing == "selective",
         "kernels is liger, which is in the compiler's place: set it to auto or none.": settings.kernels == "liger",
         f"{settings.deepspeed} gathers weights inside a layer (ZeRO-3): set deepspeed to ds_config_zero2.json.":
-            stage == 3,
+            zero_settings(settings).get("stage") == 3,
         "Adapters are trained, whose parts are not compiled: set lora_rank to null.": settings.lora_rank is not None,
     }
-    found = " ".join(problem for problem, true in problems.items() if true)
-    return f"compile is layers, which cannot run. {found} Or set compile to false." if found else ""
+    return refusal("compile", "layers", problems, "false")
 
 # %% ../../nbs/training/29_compiled_layers.ipynb #while-training
 @contextmanager
