@@ -235,7 +235,8 @@ def folder_aside(target: Path):
             try: yield aside
             finally: shutil.rmtree(aside, ignore_errors=True)
     except (OSError, BuildFailedError) as error:
-        raise ConvertError("unwritable", f"cannot write to {target.parent}: {error}. Name another folder, "
+        why = error.__cause__ or error  # the claim's error has advice of its own
+        raise ConvertError("unwritable", f"cannot write to {target.parent}: {why}. Name another folder, "
                                          "change its rights, or free space.") from error
 
 # %% ../../nbs/data/12_conversion.ipynb #convert-check-counts
