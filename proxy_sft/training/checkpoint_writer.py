@@ -18,6 +18,7 @@ from typing import Any, Callable, Iterator, Optional
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
@@ -131,95 +132,110 @@ class CompleteCheckpoints(SavesThroughMachine):
             self.stop.request_save(self.control, evaluation_due=True)
             return {}
 
-    def _refuse(self, problem: str, advice: str = "The earlier checkpoints are untouched.") -> None:
-        "`CheckpointError` on every rank when there is a problem on one."
-        if problem := first_found(problem): raise CheckpointError(f"{problem} {advice}")
+# %% ../../nbs/training/07_checkpoint_writer.ipynb #room
+@patch
+def _refuse(self: CompleteCheckpoints, problem: str, advice: str = "The earlier checkpoints are untouched.") -> None:
+    "`CheckpointError` on every rank when there is a problem on one."
+    if problem := first_found(problem): raise CheckpointError(f"{problem} {advice}")
 
-    def _require_finite(self, what: str, advice: str = "Nothing was saved after the last complete checkpoint; starting "
-                                                       "again goes on from there.") -> None:
-        "Weights and states are looked at where they lie: what is written is what was looked at."
-        bad = broken_tensor(self.model, self.optimizer)
-        place = f"step {self.state.global_step}, rank {self.args.process_index}"
-        self._refuse(f"{what} NaN or Inf in {bad} ({place})." if bad else "", advice)
+@patch
+def _has_room_for(self: CompleteCheckpoints, target: Path) -> bool: # False: go on without this one
+    "Whether there is room for one more; `CheckpointError` where going on would be pointless or was not asked for."
+    self._refuse("" if self.run_dir.is_dir() or not self.publishes else lack_of_room(self.run_dir, 0, target.name),
+                 "Nothing can be saved.")
+    problem = first_found(lack_of_room(self.run_dir, last_bytes(self.run_dir),
+                                       target.name) if self.publishes else "")
+    if not problem: return True
+    kept = f"The complete checkpoints stay: {', '.join(f.name for f in complete_checkpoints(self.run_dir))}."
+    last = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
+    if self.on_full_disk == "stop" or last:
+        raise CheckpointError(f"There is no room for {target.name}: {problem} {kept} Free space and start the run "
+                              "again.")
+    self._leave_out(target, f"{problem} {kept}")
+    return False
 
-    def _has_room_for(self, target: Path) -> bool: # False: go on without this one
-        "Whether there is room for one more; `CheckpointError` where going on would be pointless or was not asked for."
-        self._refuse("" if self.run_dir.is_dir() or not self.publishes else lack_of_room(self.run_dir, 0, target.name),
-                     "Nothing can be saved.")
-        problem = first_found(lack_of_room(self.run_dir, last_bytes(self.run_dir),
-                                           target.name) if self.publishes else "")
-        if not problem: return True
-        kept = f"The complete checkpoints stay: {', '.join(f.name for f in complete_checkpoints(self.run_dir))}."
-        last = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
-        if self.on_full_disk == "stop" or last:
-            raise CheckpointError(f"There is no room for {target.name}: {problem} {kept} Free space and start the run "
-                                  "again.")
-        self._leave_out(target, f"{problem} {kept}")
-        return False
+@patch
+def _leave_out(self: CompleteCheckpoints, target: Path, problem: str) -> None:
+    "Go on without a checkpoint, and say so."
+    self.left_out += 1
+    if self.args.process_index == 0:
+        log_line(f"Warning: no room for {target.name}, going on without it ({self.left_out} left out). {problem}",
+                 sys.stdout)
 
-    def _leave_out(self, target: Path, problem: str) -> None:
-        "Go on without a checkpoint, and say so."
-        self.left_out += 1
-        if self.args.process_index == 0:
-            log_line(f"Warning: no room for {target.name}, going on without it ({self.left_out} left out). {problem}",
-                     sys.stdout)
+# %% ../../nbs/training/07_checkpoint_writer.ipynb #write-aside
+@patch
+def _require_finite(
+    self: CompleteCheckpoints,
+    what: str, # the sentence's beginning
+    advice: str = "Nothing was saved after the last complete checkpoint; starting again goes on from there.",
+) -> None: # raises CheckpointError
+    "Weights and states are looked at where they lie: what is written is what was looked at."
+    bad = broken_tensor(self.model, self.optimizer)
+    place = f"step {self.state.global_step}, rank {self.args.process_index}"
+    self._refuse(f"{what} NaN or Inf in {bad} ({place})." if bad else "", advice)
 
-    def _write_aside(self, target: Path, write: Callable[[], None]) -> None:
-        "Look at what is written, choose where, write, and say in plain words what went wrong."
-        self._require_finite(f"{target.name} would hold")
-        self._choose_aside(target)
-        working()
-        try: write()
-        except (OSError, RuntimeError, SafetensorError) as error:
-            place = self.aside or self.run_dir
-            room = lack_of_room(place, 0, target.name) or f"{shutil.disk_usage(place).free / 1e9:,.2f} GB were free."
-            shutil.rmtree(self._get_output_dir(None), ignore_errors=True)
-            raise CheckpointError(
-                f"{target.name} could not be written: {error} ({room}) The earlier checkpoints are untouched; "
-                "free space and start the run again."
-            ) from error
-        self.accelerator.wait_for_everyone()
+@patch
+def _write_aside(self: CompleteCheckpoints, target: Path, write: Callable[[], None]) -> None:
+    "Look at what is written, choose where, write, and say in plain words what went wrong."
+    self._require_finite(f"{target.name} would hold")
+    self._choose_aside(target)
+    working()
+    try: write()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        place = self.aside or self.run_dir
+        room = lack_of_room(place, 0, target.name) or f"{shutil.disk_usage(place).free / 1e9:,.2f} GB were free."
+        shutil.rmtree(self._get_output_dir(None), ignore_errors=True)
+        raise CheckpointError(
+            f"{target.name} could not be written: {error} ({room}) The earlier checkpoints are untouched; "
+            "free space and start the run again."
+        ) from error
+    self.accelerator.wait_for_everyone()
 
-    def _publish(self, target: Path, kind: str) -> None:
-        "Hash every part, then mark every part, then prune; all ranks learn what went wrong on one."
-        due = {"evaluation_due": True} if self.stop is not None and self.stop.evaluation_due else {}
-        facts = {**self.facts, **due, "step": self.state.global_step}
-        if self.aside is not None:
-            if self.publishes: self.saving = BackgroundSave(lambda: self._publish_copy(target, kind, facts))
-            return
-        rename = lambda: publish(self._completed(self.run_dir / ".saving" / target.name, kind), target, facts,
-                                 mark=False)
-        for act in (rename, lambda: mark_complete(target)):
-            problem = in_words(act) if self.publishes else ""
-            self._refuse(f"{target.name} could not be completed: {problem}." if problem else "",
-                         "The earlier checkpoints are untouched; free space and start the run again.")
-        working()
-        if self.publishes: self._tidy(kind)
-
-    def _tidy(self, kind: str) -> None:
-        "What a complete save leaves behind, and what is older than the last `keep`."
-        for name in (".saving", ".converted"): shutil.rmtree(self.run_dir / name, ignore_errors=True)
-        prune(self.run_dir, self.keep, kind)
-
-    def _completed(self, aside: Path, kind: str) -> Path: # raises AtomicFolderError when a file is missing
-        """What is left to do before hashing: no pickle that nobody reads, weights and every random state there,
-        DeepSpeed's pointer on every disk."""
-        (aside / "training_args.bin").unlink(missing_ok=True) # settings.yaml says what was set
-        if not [*aside.glob("*.safetensors")]: raise AtomicFolderError("the weights were not written")
-        if kind == "weights": return aside
-        first = self.args.process_index - self.args.local_process_index
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.args.world_size))
-        for name in random_state_files(self.args.world_size, range(first, first + here) if self.separate else None):
-            if not (aside / name).is_file(): raise AtomicFolderError(f"{name} was not written")
-        if (steps := list(aside.glob("global_step*"))) and not (aside / "latest").exists():
-            (aside / "latest").write_text(steps[0].name)
-        return aside
-
+# %% ../../nbs/training/07_checkpoint_writer.ipynb #publish
 def in_words(act: Callable[[], Any]) -> str: # empty when it went well
     "Do something; what went wrong, for all ranks to hear."
     try: act()
     except (OSError, AtomicFolderError) as error: return str(error) or type(error).__name__
     return ""
+
+@patch
+def _publish(self: CompleteCheckpoints, target: Path, kind: str) -> None:
+    "Hash every part, then mark every part, then prune; all ranks learn what went wrong on one."
+    due = {"evaluation_due": True} if self.stop is not None and self.stop.evaluation_due else {}
+    facts = {**self.facts, **due, "step": self.state.global_step}
+    if self.aside is not None:
+        if self.publishes: self.saving = BackgroundSave(lambda: self._publish_copy(target, kind, facts))
+        return
+    rename = lambda: publish(self._completed(self.run_dir / ".saving" / target.name, kind), target, facts,
+                             mark=False)
+    for act in (rename, lambda: mark_complete(target)):
+        problem = in_words(act) if self.publishes else ""
+        self._refuse(f"{target.name} could not be completed: {problem}." if problem else "",
+                     "The earlier checkpoints are untouched; free space and start the run again.")
+    working()
+    if self.publishes: self._tidy(kind)
+
+@patch
+def _tidy(self: CompleteCheckpoints, kind: str) -> None:
+    "What a complete save leaves behind, and what is older than the last `keep`."
+    for name in (".saving", ".converted"): shutil.rmtree(self.run_dir / name, ignore_errors=True)
+    prune(self.run_dir, self.keep, kind)
+
+# %% ../../nbs/training/07_checkpoint_writer.ipynb #completed
+@patch
+def _completed(self: CompleteCheckpoints, aside: Path, kind: str) -> Path: # raises AtomicFolderError: a file is missing
+    """What is left to do before hashing: no pickle that nobody reads, weights and every random state there,
+    DeepSpeed's pointer on every disk."""
+    (aside / "training_args.bin").unlink(missing_ok=True) # settings.yaml says what was set
+    if not [*aside.glob("*.safetensors")]: raise AtomicFolderError("the weights were not written")
+    if kind == "weights": return aside
+    first = self.args.process_index - self.args.local_process_index
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", self.args.world_size))
+    for name in random_state_files(self.args.world_size, range(first, first + here) if self.separate else None):
+        if not (aside / name).is_file(): raise AtomicFolderError(f"{name} was not written")
+    if (steps := list(aside.glob("global_step*"))) and not (aside / "latest").exists():
+        (aside / "latest").write_text(steps[0].name)
+    return aside
 
 # %% ../../nbs/training/07_checkpoint_writer.ipynb #final
 def publish_final(checkpoint: Path, run_dir: Path) -> None: # raises CheckpointError
@@ -232,6 +248,7 @@ def publish_final(checkpoint: Path, run_dir: Path) -> None: # raises CheckpointE
             "see to the disk and start the run again, which publishes it without training."
         ) from error
 
+# %% ../../nbs/training/07_checkpoint_writer.ipynb #copy-final
 def copy_final(checkpoint: Path, run_dir: Path) -> None: # the marker comes last
     "File by file: tensors are linked where the file system can, all that a person might edit is copied."
     manifest, late = read_manifest(checkpoint), [COMPLETE, MANIFEST, "config.json"]
@@ -248,6 +265,7 @@ def copy_final(checkpoint: Path, run_dir: Path) -> None: # the marker comes last
     mark_complete(run_dir)
     clear_gone(run_dir)
 
+# %% ../../nbs/training/07_checkpoint_writer.ipynb #edited-files
 def edited_files(manifest: dict[str, Any], run_dir: Path) -> list[str]: # names; those stay as they are
     """The cards of a final model that was published before from the same step of the same data: they may have been
     edited since."""
