@@ -142,7 +142,7 @@ def run_snapshot(folder: Path) -> dict[str, Any]: # JSON values
         "checkpoints": [f.name for f in complete_checkpoints(folder)],
         "final_model": is_complete(folder),
         **({"data": mixed} if (mixed := read_mix(folder)) else {}),
-        "free_disk_gib": round(shutil.disk_usage(folder).free / 2**30, 1),
+        "free_disk_gb": round(shutil.disk_usage(folder).free / 1e9, 1),
     }
 
 # %% ../../nbs/launch/07_status.ipynb #text
@@ -187,7 +187,7 @@ def snapshot_text(found: dict[str, Any], now: float) -> str: # several lines
     )
     rows += [(f"data {name}", f"{one['share_of_rows']:.1%} of the rows, {one['share_of_supervised_tokens']:.1%} of the "
                               "supervised tokens") for name, one in found.get("data", {}).items()]
-    rows.append(("free disk", f"{found['free_disk_gib']:,} GiB"))
+    rows.append(("free disk", f"{found['free_disk_gb']:,} GB"))
     lines = [f"{Path(found['run']).name}: {found['state']}", *(f"  {line}" for line in text_table(rows).splitlines())]
     if found["ranks"]:
         lines += ["", f"{'rank':>4}  {'state':<8}  {'cell':>4}  {'last seen':>14}  {'ran':>10}  host:pid"]
