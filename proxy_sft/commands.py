@@ -33,6 +33,7 @@ class Command:
     examples: tuple[str, ...]
     parameters: bool = False # takes papermill's `-p NAME VALUE`
 
+# %% ../nbs/05_commands.ipynb #commands-table
 COMMANDS = {
     "run": Command(
         "execute a notebook by papermill, on one process or many",

@@ -91,6 +91,7 @@ CURVES = {
     "share of the peak arithmetic": ("mfu",),
     "share of time waiting for data": ("data_wait",),
 }
+
 SERIES_NAMES = {"loss": "training", "eval_loss": "held-out", "tokens_per_second": "all", "peak_memory_gib": "peak",
                 "supervised_tokens_per_second": "trained",
                 **{f"control_{name}_{what}": token
@@ -100,12 +101,12 @@ def points_of(records: list[dict], name: str) -> list[tuple[float, float]]: # st
     "One quantity over the steps, where it was logged."
     return [(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))]
 
+# %% ../../nbs/launch/08_report.ipynb #curves-html
 def curves_html(records: list[dict]) -> str: # empty when nothing was logged twice
     "Every quantity that was logged."
     figures = [curve(title, {SERIES_NAMES.get(n, n.replace("_", " ")): points_of(records, n) for n in names})
                for title, names in CURVES.items()]
     return f'<div class="curves">{"".join(figures)}</div>' if any(figures) else ""
-
 
 # %% ../../nbs/launch/08_report.ipynb #samples
 def samples_html(folder: Path, most: int = 6) -> str: # empty where no samples were written

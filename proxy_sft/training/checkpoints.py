@@ -68,12 +68,14 @@ def incomplete_folders(run_dir: Path) -> list[Path]: # raises CheckpointError fo
                               "Move it away, or choose another run_name or output_dir.")
     return [run_dir / ".saving"] * os.path.lexists(run_dir / ".saving") + left
 
+# %% ../../nbs/training/06_checkpoints.ipynb #sweep
 def sweep(run_dir: Path) -> dict[str, str]: # name of a folder -> what was wrong with it and what became of it
     "Clear away what is not complete."
     left = incomplete_folders(run_dir)
     clear_gone(run_dir)
     return {name: fate for folder in left for name, fate in clear_away(folder).items()}
 
+# %% ../../nbs/training/06_checkpoints.ipynb #clear-away
 def clear_away(folder: Path) -> dict[str, str]: # as `sweep` gives them
     "Delete a save that was cut short; set a damaged checkpoint aside, in the place of an earlier damaged one."
     if (folder / COMPLETE).exists():
@@ -174,6 +176,7 @@ def checkpoint_facts(settings: Settings, data_key: str, world_size: int) -> dict
     return {"settings": fixed, "data_key": data_key, "world_size": world_size, "python": sys.version.split()[0],
             "versions": {p: version(p) for p in packages}, "machine": machine_name(), "commit": code_commit()}
 
+# %% ../../nbs/training/06_checkpoints.ipynb #differences
 def differences(
     then: dict[str, Any],
     now: dict[str, Any],
@@ -193,6 +196,7 @@ def rows_per_step(facts: dict[str, Any]) -> int: # blocks
     numbers = facts["world_size"], *(facts["settings"].get(n) for n in ("gradient_accumulation", "batch_size"))
     return prod(numbers) if all(type(number) is int for number in numbers) else 0 # an edited manifest
 
+# %% ../../nbs/training/06_checkpoints.ipynb #convertible
 def convertible(then: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether another number of ranks is the same training but for rounding: as many rows per step, which the sampler
     gives out in the same order, and DeepSpeed on both sides."""
@@ -311,6 +315,7 @@ def require_own_name(folder: Path) -> None: # raises CheckpointError
             "or move it out of the run's folder. Nothing was started."
         )
 
+# %% ../../nbs/training/06_checkpoints.ipynb #require-fitting
 def require_fitting(
     folder: Path,
     settings: Settings,
@@ -391,6 +396,7 @@ def world_size_words(then: dict[str, Any], now: dict[str, Any]) -> str: # empty 
 
 BEGUN = ".begun" # holds the word of the start that began anew
 
+# %% ../../nbs/training/06_checkpoints.ipynb #set-aside
 def set_aside(run_dir: Path) -> Optional[Path]: # where the earlier run lies now
     "For `resume: never`: move an earlier run's checkpoints and final model into `previous-N`, so that nothing is lost."
     found = [
@@ -485,6 +491,7 @@ def sees_other_disk(run_dir: Path) -> bool: # the same on every rank
     if dist.get_rank() == 0: probe.unlink()
     return seen
 
+# %% ../../nbs/training/06_checkpoints.ipynb #agreed-checkpoint
 def agreed_checkpoint(run_dir: Path) -> Optional[int]: # step; None: there is none anywhere
     "For machines with disks of their own: the newest step that all have complete."
     everywhere = all_gather({checkpoint_step(f) for f in complete_checkpoints(run_dir)})
@@ -536,6 +543,7 @@ def checkpoints_to_come(run_dir: Path, keep: int, anew: bool = False) -> int: # 
     "How many must find room at the same time: what is missing of the last `keep`, and one more."
     return max(1, keep + 1 - (0 if anew else len(complete_checkpoints(run_dir))))
 
+# %% ../../nbs/training/06_checkpoints.ipynb #lack-of-room
 def lack_of_room(run_dir: Path, wanted: int, what: str) -> str: # empty when there is room
     "How much is missing, in a sentence."
     try: free = shutil.disk_usage(run_dir).free
@@ -544,6 +552,7 @@ def lack_of_room(run_dir: Path, wanted: int, what: str) -> str: # empty when the
     if free >= wanted: return ""
     return f"{run_dir} has {free / 1e9:,.2f} GB free; {what} needs {wanted / 1e9:,.2f} GB."
 
+# %% ../../nbs/training/06_checkpoints.ipynb #require-room
 def require_room(
     run_dir: Path,
     size: int,

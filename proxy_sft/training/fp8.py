@@ -19,6 +19,7 @@ from .model import ModelError, training_device
 
 # %% ../../nbs/training/28_fp8.ipynb #problem
 RECIPES = {"fp8": "rowwise", "fp8_tensorwise": "tensorwise"} # `matmul` -> torchao's name
+
 CAPABILITY = {"fp8": (9, 0), "fp8_tensorwise": (8, 9)} # that a GPU needs
 
 def capability_of(settings: Settings) -> Optional[tuple[int, int]]: # None: no GPU
@@ -35,6 +36,7 @@ def refusal(
     found = " ".join(problem for problem, true in problems.items() if true)
     return f"{name} is {value}, which cannot run. {found} Or set {name} to {usual}." if found else ""
 
+# %% ../../nbs/training/28_fp8.ipynb #fp8-problem
 def fp8_problem(
     settings: Settings, capability: Optional[tuple[int, int]] # of the GPU; None: no GPU, products are emulated
 ) -> str: # empty: they can
