@@ -302,7 +302,7 @@ def _transformers_call(call: Any) -> dict:
 def _transformers_message(message: dict) -> dict:
     "A message as `transformers serve` hands it to the template of a model that reads text."
     out, content = {"role": message["role"]}, message.get("content") or []
-    if "tool_calls" in message:
+    if message.get("tool_calls"):
         _check(isinstance(message["tool_calls"], list), "`tool_calls` that are no list")
         out["tool_calls"], content = [_transformers_call(call) for call in message["tool_calls"]], []
     if isinstance(content, str): content = [{"type": "text", "text": content}]
@@ -318,7 +318,7 @@ def transformers_view(
     tools: Optional[list], # None for none
     source: str, # the chat template
 ) -> tuple[list, Optional[list]]: # messages and tools as the template gets them; RefusedRequest for an error
-    "What `transformers serve` 5.23.0 hands to the template."
+    "What `transformers serve` 5.24.0 hands to the template."
     return [_transformers_message(message) for message in messages], tools
 
 # %% ../../nbs/chat/16_servers.ipynb #models-export
@@ -334,7 +334,7 @@ class ServerModel:
 SERVERS = {
     "vllm": ServerModel("vLLM", "0.33.0", "2026-11-01", vllm_view),
     "sglang": ServerModel("SGLang", "0.5.23", "2026-10-30", sglang_view),
-    "transformers": ServerModel("transformers serve", "5.23.0", "2026-11-13", transformers_view),
+    "transformers": ServerModel("transformers serve", "5.24.0", "2026-11-21", transformers_view),
 }
 
 

@@ -153,7 +153,7 @@ for a GPU, and was not run. No smaller model was served, and the lines for GGUF 
 # %% ../../nbs/evaluation/05_serving.ipynb #others-export
 OTHER_SERVERS = """## Other servers
 
-The prompts of vLLM 0.33.0, SGLang 0.5.23 and `transformers serve` 5.23.0 were compared with the trained ones
+The prompts of vLLM 0.33.0, SGLang 0.5.23 and `transformers serve` 5.24.0 were compared with the trained ones
 (`parity.json` of the prepared data: models of these versions, text contents). Of others this is known:
 
 - llama.cpp (b11434) renders `chat_template.jinja` with an engine of its own. Compared as text, its prompts are the
