@@ -20,7 +20,7 @@ from .evaluation.scores import Evaluation, judge
 # %% ../nbs/03_evaluate.ipynb #evaluate-export
 @listening()
 def evaluate(
-    settings: Settings, # model_dir, run_dir, converted_dir, template, seed, max_length, device
+    settings: Settings, # model_dir, run_dir, converted_dir, template, split_seed, max_length, device
     tuned: Optional[Path] = None, # a trained model elsewhere than at the root of run_dir
     base_only: bool = False, # measure the base model alone; nothing is written then
     max_turns: int = 200, # turns to measure, a seeded choice
@@ -36,7 +36,7 @@ def evaluate(
     from proxy_sft.evaluation.generation import join_ranks, place
     join_ranks()
     # says what is missing before anything is loaded
-    choose_turns(settings.converted_dir / "heldout.jsonl", 1, settings.seed)
+    choose_turns(settings.converted_dir / "heldout.jsonl", 1, settings.split_seed)
     folders, servers = model_folders(settings, tuned, base_only, adapters=not servers), servers or {}
     if "tuned" in folders: require_same_heldout(settings, folders["tuned"])
     for server in servers.values(): _ = server.name  # known before a model has worked for hours
@@ -51,7 +51,7 @@ def evaluate(
     )
     results = predict_all(folders, servers, questions)
     about = {
-        "seed": settings.seed,
+        "split_seed": settings.split_seed,
         "template": settings.template,
         "limit": questions.limit,
         "max_turns": max_turns,

@@ -598,7 +598,7 @@ def test_the_held_out_part_follows_content_and_seed(demo_file, tmp_path):
         assert not set(held) & set(train), "a duplicate on both sides"
         assert 0.12 < len(held) / (len(held) + len(train)) < 0.28
         return sorted(held)
-    assert heldout(demo_file, "a") == heldout(tmp_path / "turned.jsonl", "b") != heldout(demo_file, "c", seed=7)
+    assert heldout(demo_file, "a") == heldout(tmp_path / "turned.jsonl", "b") != heldout(demo_file, "c", split_seed=7)
 
 
 def declared(path): return [{t["function"]["name"] for t in json.loads(row["tools_json"])} for row in read_rows(path)]
@@ -620,7 +620,7 @@ def test_some_tools_are_never_seen_in_training(demo_file, tmp_path):
     assert names == {"taxi.order", "parcels.track"} and len(held) > sum(bool(names & row) for row in held) >= 12
     assert "2 tools in held-out rows only" in repr(report) and "no row that is kept: no.such" in repr(report)
     split = json.loads((out / "report.json").read_text())["split"]
-    assert (split["seed"], split["heldout_fraction"], split["heldout_tools"]) == (
+    assert (split["split_seed"], split["heldout_fraction"], split["heldout_tools"]) == (
         42,
         0.1,
         ["taxi.order", "parcels.track", "no.such"],
@@ -631,7 +631,7 @@ def test_some_tools_are_never_seen_in_training(demo_file, tmp_path):
     assert (
         run(tmp_path / "turned.jsonl", heldout_tools=0.15)[1]
         == by_share[1]
-        != run(demo_file, heldout_tools=0.15, seed=7)[1]
+        != run(demo_file, heldout_tools=0.15, split_seed=7)[1]
     )
     for wrong in (1.0, -0.1, "taxi.order"):
         with pytest.raises(ConvertError, match="heldout_tools"):

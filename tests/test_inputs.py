@@ -33,7 +33,7 @@ SETTINGS = {  # every choice of conversion and download, another value than the 
     "drop_duplicates": True,
     "heldout_fraction": 0.4,
     "heldout_tools": ["taxi.order"],
-    "seed": 7,
+    "split_seed": 7,
     "max_rows": 5,
     "dataset_revision": "v2",
     "model_revision": "v2",
@@ -69,7 +69,7 @@ def hub_settings(root, **given):
 
 def test_what_was_made_from_these_settings_is_taken(world):
     assert differences_of(hub_settings(world)) == []
-    for name in ("max_train_samples", "max_length", "learning_rate"):  # settings of later steps
+    for name in ("max_train_samples", "max_length", "learning_rate", "seed"):  # settings of later steps
         assert differences_of(hub_settings(world, **{name: 16})) == []
     assert differences_of(hub_settings(world, model_revision="c" * 40)) == []  # the commit that main is
 
@@ -87,7 +87,7 @@ def test_a_setting_of_an_earlier_step_is_refused_or_has_its_effect(world, name):
     assert found == SETTINGS[name]
 
 
-@pytest.mark.parametrize("name", ["strictness", "heldout_fraction", "seed"])
+@pytest.mark.parametrize("name", ["strictness", "heldout_fraction", "split_seed"])
 def test_a_choice_that_was_changed_in_place_is_named(world, tmp_path, name):
     "The folder's name is right, the record in it says something else."
     workspace = shutil.copytree(world, tmp_path / "workspace")

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from proxy_sft.convert import convert
 from proxy_sft.core.atomic_folders import file_hash
@@ -19,6 +20,7 @@ from proxy_sft.data.rows import ConvertError
 from proxy_sft.demo.rows import write_demo_data
 from proxy_sft.download import download
 from proxy_sft.evaluation.answers import HeldoutTurn, Reply
+from proxy_sft.evaluation.predictions import prepare_questions
 from proxy_sft.evaluation.scores import judge, loss_rows
 from proxy_sft.launch.parameters import split_parameters
 from proxy_sft.launch.report import report_html
@@ -139,10 +141,10 @@ def test_held_out_rows_are_of_each_data_set_and_never_trained(world, tmp_path):
     assert train and heldout and not train & heldout
 
 
-def test_the_same_settings_give_the_same_bytes_and_another_seed_other_rows(world):
+def test_the_same_settings_give_the_same_bytes_and_another_split_other_rows(world):
     folder, settings, _ = world
     data = own(folder, rows=20)
-    one, two, other = (mixed(folder, data, workspace=str(folder / name), seed=seed)
+    one, two, other = (mixed(folder, data, workspace=str(folder / name), split_seed=seed)
                        for name, seed in (("workspace", 42), ("again", 42), ("workspace", 43)))
     for settings in (one, two, other): ensure_inputs(settings)
     files = [lines_of(settings.converted_dir / "train.jsonl") for settings in (one, two, other)]
@@ -150,6 +152,29 @@ def test_the_same_settings_give_the_same_bytes_and_another_seed_other_rows(world
     more = mixed(folder, own(folder, rows=30))
     ensure_inputs(more)
     assert not Counter(files[0]) - Counter(lines_of(more.converted_dir / "train.jsonl"))  # a choice only grows
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_another_seed_trains_otherwise_on_the_same_split_and_another_split_is_another(world, tmp_path, listed):
+    "What goes in and what is asked hang on `split_seed` alone: alone and in a mix."
+    folder = world[0]
+    data = {"data": own(folder, rows=40)} if listed else {"dataset": str(folder / "own"), "data": None}
+    def of(**given):
+        few = {"max_eval_samples": 5, "max_train_samples": 30, "heldout_fraction": 0.2, "heldout_tools": 0.1}
+        return mixed(folder, **{"workspace": str(tmp_path), **few, **data, **given})
+    def asked(settings):
+        tokenizer = AutoTokenizer.from_pretrained(settings.model_dir)
+        questions = prepare_questions(settings, tokenizer, 4, 4, 16, batching={})[0]
+        return questions.turns, questions.prompts, questions.chats
+    def rows(settings): return {side: source.chosen.tolist() for side, source in sources_of(settings).items()}
+    one, other, split = of(), of(seed=7), of(split_seed=7)
+    ensure_inputs(one)
+    assert one.converted_dir == other.converted_dir != split.converted_dir and differences_of(other, made=True) == []
+    assert rows(one)["heldout"] == rows(other)["heldout"] and rows(one)["train"] != rows(other)["train"]
+    assert asked(one) == asked(other)
+    ensure_inputs(split)
+    sides = [{*lines_of(settings.converted_dir / "heldout.jsonl")} for settings in (one, split)]
+    assert sides[0] - sides[1] and sides[1] - sides[0] and asked(one) != asked(split)
 
 
 @pytest.mark.parametrize("data, expected", [

@@ -166,13 +166,13 @@ def test_a_profile_is_found_from_the_repository_too(tmp_path, monkeypatch):
 
 OTHER = dict(
     strictness="strict", tool_rows_only=True, tool_chat_ratio=1.0, include_sources=["a"], exclude_sources=["a"],
-    drop_duplicates=True, heldout_fraction=0.4, heldout_tools=["a"], seed=7,
+    drop_duplicates=True, heldout_fraction=0.4, heldout_tools=["a"], split_seed=7,
 )
 
 
 def test_no_two_inputs_share_a_folder_of_converted_rows(tmp_path):
     "Local paths that differ in any part, hub names with dots, and every choice of conversion."
-    assert {*Conversion.model_fields, "seed"} <= {*OTHER}
+    assert {*Conversion.model_fields} <= {*OTHER}
     names = ["/x/v1/train.jsonl", "/x/v2/train.jsonl", "/x/v1/train.jsonl.gz", "/x/tools.v1.jsonl", "/x/tools.v2.jsonl",
              "./dolci-v1.5", "./dolci-v1.6", "lab/mix-v0.5", "lab/mix-v1.0", "lab/mix-v1", "x/train", "./x/train"]
     all_settings = [load_settings("qwen3_8b", dataset=name) for name in names]

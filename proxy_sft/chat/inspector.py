@@ -101,7 +101,7 @@ def _of_settings(settings: Settings) -> Sources:
         f"There is neither {settings.converted_dir / 'train.jsonl'} nor {raw}. Run "
         "nbs/00_download.ipynb and "
         f"nbs/01_convert.ipynb with profile {settings.profile}.")
-    return Sources(RowFile(demo_rows(settings.demo_rows, settings.seed)), {}, settings)
+    return Sources(RowFile(demo_rows(settings.demo_rows, settings.split_seed)), {}, settings)
 
 # %% ../../nbs/chat/15_inspector.ipynb #of-prepared
 def _profiles() -> list[Settings]:

@@ -95,6 +95,8 @@ class Conversion(Group):
     heldout_fraction: float = Field(0.01, ge=0, lt=1, description="share of conversations kept apart for evaluation")
     heldout_tools: Union[float, list[str]] = Field(
         0.0, description="tools that no training row declares: a share of all names, or a list of them")
+    split_seed: int = Field(
+        42, ge=0, description="seeds what is held out, taken and asked, and the demo; `seed` changes none of it")
 
 # %% ../../nbs/core/01_settings.ipynb #rendering
 class Rendering(Group):
@@ -136,7 +138,7 @@ class Rendering(Group):
 # %% ../../nbs/core/01_settings.ipynb #training
 class Training(Group):
     "The optimisation in `02_train`."
-    seed: int = Field(42, ge=0, description="seeds sampling, shuffling, the demo and the model's dropout")
+    seed: int = Field(42, ge=0, description="seeds the training: `max_train_samples`, shuffling and dropout")
     max_steps: Optional[int] = Field(None, ge=1, description="optimizer steps; overrides epochs")
     epochs: float = Field(2.0, gt=0, description="passes over the training conversations")
     batch_size: int = Field(1, ge=1, description="blocks per device and micro-batch")
@@ -410,7 +412,7 @@ def train_file(data: Path) -> Path: # the file that conversion reads
 # %% ../../nbs/core/01_settings.ipynb #converted-name
 def conversion_choices(settings: "Settings") -> dict[str, Any]: # setting -> value
     "The settings that decide what conversion writes, beside its input."
-    return {name: getattr(settings, name) for name in (*Conversion.model_fields, "seed", "max_rows")}
+    return {name: getattr(settings, name) for name in (*Conversion.model_fields, "max_rows")}
 
 def chosen_part(settings: "Settings") -> dict[str, str]: # setting -> value; empty where nothing is chosen
     "The settings that choose among a dataset's files."
@@ -437,11 +439,10 @@ def converted_name(settings: "Settings") -> str: # a folder name below `converte
 
 # %% ../../nbs/core/01_settings.ipynb #mixed-name
 def mixed_name(settings: "Settings") -> str:
-    "The folder's name of a mix: other data sets, amounts, seeds or ways to convert are another one."
+    "The folder's name of a mix: other data sets, amounts or ways to convert are another one."
     amounts = [{f: v for f, v in one.items() if f in AMOUNTS} for one in settings.data]
-    made_from = {"data": list(zip(map(converted_name, settings.parts), amounts)), "seed": settings.seed,
-                 "max_rows": settings.max_rows, **{n: getattr(settings, n) for n in Conversion.model_fields}}
-    return f"mix-{short_hash(made_from)}"
+    data = list(zip(map(converted_name, settings.parts), amounts))
+    return "mix-" + short_hash({"data": data, **conversion_choices(settings)})
 
 # %% ../../nbs/core/01_settings.ipynb #profiles
 def configs_dir() -> Path: # the folder of profiles

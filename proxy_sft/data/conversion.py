@@ -144,8 +144,8 @@ def counted_facts(counts: Counter) -> dict:
 # %% ../../nbs/data/12_conversion.ipynb #split-facts
 def split_facts(choices: Choices) -> dict:
     "What decides whether a row is held out, as report.json tells it."
-    return {"key": "content: BLAKE3 of messages_json, NUL, tools_json, keyed with the seed; tools by their name",
-            "seed": choices.seed, "heldout_fraction": choices.heldout_fraction, "heldout_tools": choices.heldout_tools}
+    return {"key": "content: BLAKE3 of messages_json, NUL, tools_json, keyed with split_seed; tools by their name",
+            **{name: getattr(choices, name) for name in ("split_seed", "heldout_fraction", "heldout_tools")}}
 
 # %% ../../nbs/data/12_conversion.ipynb #convert-write
 FLUSHED_BYTES = 8 << 20  # of one file, before they are flushed
@@ -268,7 +268,7 @@ def convert_file(
     drop_duplicates: bool = False, # leave out exact repetitions of a conversation
     heldout_fraction: float = 0.0, # share of conversations for heldout.jsonl
     heldout_tools: Union[float, list[str]] = 0.0, # tools only in heldout.jsonl: a share of all names, or names
-    seed: int = 42, # decides which
+    split_seed: int = 42, # decides which
     max_rows: Optional[int] = None, # only so many rows of the input, from its start
     num_proc: int = 1, # processes; the result does not depend on it
     may_repeat: bool = True, # look for keys that stand twice in a line; lines written from columns have none
@@ -277,7 +277,7 @@ def convert_file(
 ) -> ConvertReport: # counts by reason and source; ConvertError when a file cannot be used, or nothing is kept
     "Convert a dataset: all rows, or an error and no files."
     choices = Choices(strictness, tool_rows_only, tool_chat_ratio, hashable(include_sources), hashable(exclude_sources),
-                      drop_duplicates, heldout_fraction, hashable(heldout_tools), seed, max_rows)
+                      drop_duplicates, heldout_fraction, hashable(heldout_tools), split_seed, max_rows)
     target, files = Path(target), input_files(source)
     if target.is_dir(): target = target / "train.jsonl"
     check_choices(choices, target, files)

@@ -42,7 +42,7 @@ class Choices:
     drop_duplicates: bool = False
     heldout_fraction: float = 0.0
     heldout_tools: Union[float, tuple] = 0.0
-    seed: int = 42
+    split_seed: int = 42
     max_rows: Optional[int] = None  # of the input, from its start
 
     @functools.cached_property
@@ -125,7 +125,7 @@ def is_heldout_tool(
 def heldout_tools_of(talk: Talk, choices: Choices) -> list[str]: # names; [] for nearly all rows
     "The tools of a row that keep it out of training."
     if not choices.heldout_tools: return []
-    return [name for name in talk.functions if is_heldout_tool(name, choices.heldout_tools, choices.seed)]
+    return [name for name in talk.functions if is_heldout_tool(name, choices.heldout_tools, choices.split_seed)]
 
 # %% ../../nbs/data/09_ledger.ipynb #convert-piece
 class Piece:
@@ -146,7 +146,7 @@ class Piece:
     def keep(self, row_id, source: str, line: int, read: tuple, choices: Choices) -> None:
         "Enter a converted row, who it was, and what was repaired in it."
         talk, messages, tools = read
-        identity, roll, mix = content_hash(messages, tools, choices.seed) if choices.needs_hash else NO_HASH
+        identity, roll, mix = content_hash(messages, tools, choices.split_seed) if choices.needs_hash else NO_HASH
         unseen = heldout_tools_of(talk, choices) if choices.heldout_tools else ()
         side = "heldout" if unseen or is_heldout(roll, choices.heldout_fraction) else "train"
         if choices.selects: self.marks[side].append(MARK.pack(identity, mix, line, bool(talk.tools)))

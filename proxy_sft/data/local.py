@@ -144,7 +144,7 @@ def demo_dataset(
 def model_job(settings: Settings, stack: ExitStack, verify: bool, refresh: bool, margin: int) -> tuple:
     "What the model needs on disk, and the function that brings it; the hub is queried, nothing is fetched yet."
     folder, name = settings.model_dir, settings.model
-    if name == "demo": return [], lambda: demo_model(folder, settings.seed, settings.demo_rows, verify)
+    if name == "demo": return [], lambda: demo_model(folder, settings.split_seed, settings.demo_rows, verify)
     if is_path(name): return [], lambda: local_model(folder)
     stack.enter_context(one_at_a_time(folder))
     plan = make_plan(name, "model", folder, settings.model_revision, verify, refresh)
@@ -155,7 +155,7 @@ def dataset_job(settings: Settings, stack: ExitStack, verify: bool, refresh: boo
     "The same for the dataset."
     folder, name, rows = settings.data_dir, settings.dataset, settings.max_rows
     part = settings.dataset_config, settings.dataset_split
-    if name == "demo": return [], lambda: demo_dataset(folder, settings.seed, settings.demo_rows, rows, verify)
+    if name == "demo": return [], lambda: demo_dataset(folder, settings.split_seed, settings.demo_rows, rows, verify)
     if is_path(name): return [], lambda: local_dataset(in_folder(settings.root, name), rows, *part)
     stack.enter_context(one_at_a_time(folder))
     plan = make_plan(name, "dataset", folder, settings.dataset_revision, verify, refresh, None, None, *part)

@@ -147,7 +147,8 @@ def write_side(
 # %% ../../nbs/data/20_mixing.ipynb #mix-facts
 def mix_facts(settings: Settings, parts: list[Part]) -> dict[str, Any]: # JSON values
     "What decides about the bytes of a mix."
-    return json.loads(json.dumps({"data": settings.data, "seed": settings.seed, "parts": [part.about for part in parts],
+    return json.loads(json.dumps({"data": settings.data, "split_seed": settings.split_seed,
+                                  "parts": [part.about for part in parts],
                                   "code": file_hash(Path(find_spec("proxy_sft.data.mixing").origin))}))
 
 def mix_of(folder: Path) -> list[dict[str, Any]]: # `name`, `of`, `train`, `heldout` of each; empty: not a mix
@@ -162,7 +163,7 @@ def mix_changes(settings: Settings, parts: list[Part]) -> list[str]: # sentences
     if facts is None: return [f"The data sets are not mixed: {settings.converted_dir / 'train.jsonl'} does not exist."]
     wanted, then = mix_facts(settings, parts), facts.get("mix") or {}
     found = [f"{name}: {then.get(name)!r} when the data sets were mixed, {wanted[name]!r} now."
-             for name in ("data", "seed") if then.get(name) != wanted[name]]
+             for name in ("data", "split_seed") if then.get(name) != wanted[name]]
     if then.get("code") != wanted["code"]: found.append("The code of the mixing has changed since.")
     before = {one.get("name"): one for one in then.get("parts", [])}
     found += [f"The conversations of {one['name']} have changed since they were mixed."
@@ -176,7 +177,7 @@ def mix(settings: Settings) -> ConvertReport: # of the mix; ConvertError where t
     parts, target = mixed_parts(settings), settings.converted_dir / "train.jsonl"
     with folder_aside(target) as aside:
         with ThreadPoolExecutor(2) as disk:
-            written = {side: write_side(parts, side, aside, settings.seed, disk) for side in ("train", "heldout")}
+            written = {side: write_side(parts, side, aside, settings.split_seed, disk) for side in ("train", "heldout")}
         if not sum(written["heldout"][1].values()): (aside / "heldout.jsonl").unlink()
         by_source = sum((counts for _, counts in written.values()), Counter())
         heldout, outputs = written["heldout"][1].total(), {output.path: output.hasher for output, _ in written.values()}

@@ -236,7 +236,7 @@ def split_categories(
 
 # %% ../../nbs/evaluation/13_bfcl_multi_turn.ipynb #evaluate
 def evaluate_multi_turn(
-    settings: Settings, # model_dir, run_dir, template, seed, device
+    settings: Settings, # model_dir, run_dir, template, split_seed, device
     categories: list[str], # of `MULTI_TURN`
     most: int = 0, # questions per category, a seeded choice; 0 for all
     tuned: Optional[Path] = None, # a trained model elsewhere than at the root of run_dir
@@ -251,7 +251,7 @@ def evaluate_multi_turn(
     for name in categories:
         questions = multi_turn_questions(package, name, folder)
         total[name] = len(questions)
-        chosen += smallest(most, settings.seed, ((q[0]["id"], q) for q in questions)) if most else questions
+        chosen += smallest(most, settings.split_seed, ((q[0]["id"], q) for q in questions)) if most else questions
     verdicts, stores, folders = {}, [], model_folders(settings, tuned, base_only)
     for name, where in folders.items():
         who = servers.get(name) or where
@@ -259,7 +259,7 @@ def evaluate_multi_turn(
         answer = answers_of(settings, who, max_new_tokens, store)
         verdicts[name] = converse([Dialogue(package, *question) for question in chosen], answer)
         stores.append(store)
-    about = {"seed": settings.seed, "template": settings.template, "limit": max_new_tokens, "most": most,
+    about = {"split_seed": settings.split_seed, "template": settings.template, "limit": max_new_tokens, "most": most,
              "bfcl-eval": version("bfcl-eval"), "models": places_of(folders, servers, settings)}
     board = MultiTurn([entry["id"] for entry, _ in chosen], verdicts, total, about)
     if not base_only: keep_multi_turn(settings, board, stores)

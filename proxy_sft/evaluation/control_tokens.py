@@ -97,7 +97,7 @@ class ControlTokensWhileTraining(TrainerCallback):
                                       flush=True)
             return
         try: turns = choose_turns(settings.converted_dir / "heldout.jsonl", settings.control_token_turns,
-                                  settings.seed)[0]
+                                  settings.split_seed)[0]
         except EvaluateError: return  # nothing was held out
         try: turns = questions_that_fit(turns, tokenizer, settings)[0]
         except EvaluateError: return  # all are longer than a block

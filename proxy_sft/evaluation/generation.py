@@ -393,7 +393,8 @@ class ToolCallsWhileTraining(TrainerCallback):
     def __init__(self, settings: Settings, tokenizer: Any, log: Callable[[dict], None]): # `log`: the trainer's own
         require_whole_weights("eval_tool_calls_every")
         self.settings, self.tokenizer, self.log = settings, tokenizer, log
-        turns, _ = choose_turns(settings.converted_dir / "heldout.jsonl", settings.eval_tool_calls_turns, settings.seed)
+        heldout, most = settings.converted_dir / "heldout.jsonl", settings.eval_tool_calls_turns
+        turns, _ = choose_turns(heldout, most, settings.split_seed)
         self.turns, self.prompts = questions_that_fit(turns, tokenizer, settings)
         self.limit = answer_limit(self.turns, tokenizer, 1024)
 

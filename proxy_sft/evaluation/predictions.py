@@ -274,7 +274,7 @@ def predict_pair(
 
 # %% ../../nbs/evaluation/09_predictions.ipynb #questions-export
 def prepare_questions(
-    settings: Settings, # converted_dir, template, seed, max_length
+    settings: Settings, # converted_dir, template, split_seed, max_length
     tokenizer: Any, # the base model's
     max_turns: int, # turns to ask
     max_chat_rows: int, # plain conversations to measure
@@ -284,9 +284,9 @@ def prepare_questions(
     "Choose turns, build prompts as a server would, leave out what does not fit."
     from proxy_sft.evaluation.generation import answer_limit, questions_that_fit
     heldout = settings.converted_dir / "heldout.jsonl"
-    chosen, found = choose_turns(heldout, max_turns, settings.seed)
+    chosen, found = choose_turns(heldout, max_turns, settings.split_seed)
     turns, prompts = questions_that_fit(chosen, tokenizer, settings)
-    chats = choose_chat_rows(heldout, max_chat_rows, settings.seed) if max_chat_rows else []
+    chats = choose_chat_rows(heldout, max_chat_rows, settings.split_seed) if max_chat_rows else []
     questions = Questions(
         settings, tokenizer, turns, prompts, chats, answer_limit(turns, tokenizer, max_new_tokens), **more
     )
@@ -339,7 +339,7 @@ def places_of(folders: dict[str, Path], servers: dict[str, Any], settings: Setti
 
 # %% ../../nbs/evaluation/09_predictions.ipynb #leaderboard-export
 def leaderboard_questions(
-    settings: Settings, # template, seed, run_dir
+    settings: Settings, # template, split_seed, run_dir
     chosen: list, # of `bfcl.Question`
     folder: Path, # of the base model
     max_new_tokens: int, # an answer's tokens at most; never more than a quarter of the model's window
@@ -367,7 +367,7 @@ def leaderboard_questions(
 # %% ../../nbs/evaluation/09_predictions.ipynb #leaderboard-more-export
 @listening()
 def evaluate_leaderboard(
-    settings: Settings, # model_dir, run_dir, template, seed, device
+    settings: Settings, # model_dir, run_dir, template, split_seed, device
     folder: Path, # with the leaderboard's files
     categories: str = "", # names parted by commas; all thirteen when empty
     most: int = 0, # questions per category, a seeded choice; 0 for all
@@ -381,7 +381,7 @@ def evaluate_leaderboard(
     "Base and tuned model on the Berkeley leaderboard's questions; goes on where a killed one was."
     from proxy_sft.evaluation.generation import join_ranks, place
     join_ranks()
-    chosen, total = read_questions(folder, categories, most, settings.seed)
+    chosen, total = read_questions(folder, categories, most, settings.split_seed)
     folders, servers, late = (
         model_folders(settings, tuned, base_only, adapters=not servers),
         servers or {},
@@ -392,7 +392,7 @@ def evaluate_leaderboard(
                                             batching={"batch_size": batch_size, "batch_tokens": batch_tokens})
     replies = {name: iter(found) for name, (found, *_) in predict_all(folders, servers, questions).items()}
     about = {
-        "seed": settings.seed,
+        "split_seed": settings.split_seed,
         "template": settings.template,
         "limit": questions.limit,
         "most": most,

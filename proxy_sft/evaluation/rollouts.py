@@ -165,7 +165,7 @@ def choose_conversations(
 
 # %% ../../nbs/evaluation/12_rollouts.ipynb #evaluate
 def evaluate_rollouts(
-    settings: Settings, # converted_dir, model_dir, run_dir, template, seed, max_length, device
+    settings: Settings, # converted_dir, model_dir, run_dir, template, split_seed, max_length, device
     most: int = 100, # conversations, a seeded choice
     tuned: Optional[Path] = None, # a trained model elsewhere than at the root of run_dir
     base_only: bool = False, # measure the base model alone; nothing is written then
@@ -175,7 +175,8 @@ def evaluate_rollouts(
 ) -> Rollouts: # also written to run_dir/rollouts.json
     "Base and tuned model alone in the same held-out conversations."
     from proxy_sft.evaluation.predictions import model_folders
-    chosen, servers = choose_conversations(settings.converted_dir / "heldout.jsonl", most, settings.seed), servers or {}
+    chosen = choose_conversations(settings.converted_dir / "heldout.jsonl", most, settings.split_seed)
+    servers = servers or {}
     for server in servers.values(): _ = server.name  # asked before a model has worked for hours
     found, stores = {}, []
     for name, folder in model_folders(settings, tuned, base_only).items():

@@ -40,7 +40,7 @@ class SamplesWhileTraining(TrainerCallback):
     def __init__(self, settings: Settings, tokenizer: Any):
         require_whole_weights("sample_steps")
         self.settings, self.tokenizer, self.file = settings, tokenizer, settings.run_dir / "logs" / "samples.jsonl"
-        turns, _ = choose_turns(settings.converted_dir / "heldout.jsonl", settings.sample_turns, settings.seed)
+        turns, _ = choose_turns(settings.converted_dir / "heldout.jsonl", settings.sample_turns, settings.split_seed)
         self.turns, self.prompts = questions_that_fit(turns, tokenizer, settings)
         self.limit = answer_limit(self.turns, tokenizer, 1024)
 

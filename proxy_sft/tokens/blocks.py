@@ -110,13 +110,14 @@ class Source(NamedTuple):
 # %% ../../nbs/tokens/04_blocks.ipynb #sources-of
 def sources_of(settings: Settings) -> dict[str, Source]: # split -> its source; empty files are left out
     "What is prepared."
-    wanted, found = {"train": settings.max_train_samples, "heldout": settings.max_eval_samples}, {}
-    for split, most in wanted.items():
+    wanted, found = {"train": (settings.max_train_samples, settings.seed),
+                     "heldout": (settings.max_eval_samples, settings.split_seed)}, {}
+    for split, (most, seed) in wanted.items():
         path = settings.converted_dir / f"{split}.jsonl"
         if not path.is_file() or not path.stat().st_size: continue
         starts = line_starts(path)
-        chosen = choose_rows(len(starts) - 1, most, settings.seed)
-        if split == "heldout": chosen = choose_evenly(path, chosen, len(starts) - 1, settings.seed)
+        chosen = choose_rows(len(starts) - 1, most, seed)
+        if split == "heldout": chosen = choose_evenly(path, chosen, len(starts) - 1, seed)
         found[split] = Source(path, starts, chosen)
     return found
 

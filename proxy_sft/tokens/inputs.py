@@ -71,7 +71,7 @@ def by_dataset(
 
 def to_convert(settings: Settings, lines: list[str]) -> Difference:
     "What page 01 mends."
-    names = ("workspace", "dataset", "data", *PARTS, *Conversion.model_fields, "seed")
+    names = ("workspace", "dataset", "data", *PARTS, *Conversion.model_fields)
     return Difference("nbs/01_convert.ipynb", lines, command_line(settings, "01_convert", names))
 
 def mix_differences(settings: Settings, made: bool) -> list[Difference]: # one, or none

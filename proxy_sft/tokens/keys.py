@@ -37,6 +37,7 @@ KEY_SETTINGS = (
     "max_train_samples",
     "max_eval_samples",
     "full_sequence_loss",
+    "split_seed",
     "seed",
     "parity_servers",
 )

@@ -233,7 +233,7 @@ def answer_rows(
     count: int, # turns
 ) -> list[list[str]]: # cells of `three_answers`; EvaluateError when nothing was held out
     "What both models say to some held-out turns."
-    turns, _ = choose_turns(settings.converted_dir / "heldout.jsonl", 8 * count, settings.seed)
+    turns, _ = choose_turns(settings.converted_dir / "heldout.jsonl", 8 * count, settings.split_seed)
     turns = sorted(turns, key=lambda turn: not turn.expected)[:count]
     tokenizer = AutoTokenizer.from_pretrained(settings.model_dir, local_files_only=True)
     turns, prompts = questions_that_fit(turns, tokenizer, settings)
