@@ -10,8 +10,9 @@ conversations. `--record` appends the table to benchmarks/RESULTS.md.
 
 Losses and first places are measured behind a server's prompt, with the data's own answer, in one pass for each turn;
 answers are generated for the first `--asked` of the turns. Intervals (95 %): Wilson's for shares, the bootstrap over
-turns for losses and for their difference to the reference's, turn by turn. The model learns from questions of the
-Berkeley leaderboard: none of this is a leaderboard figure.
+turns for losses and for their difference to the reference's, turn by turn; with several seeds, Student's over the
+differences of the seeds, which stand behind it. The model learns from questions of the Berkeley leaderboard: none of
+this is a leaderboard figure.
 """
 import argparse
 import json
@@ -30,6 +31,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "workspace" / "precautions"
 LONGEST = 1500  # characters of a row
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % of Student's distribution, by the number of seeds
 SHARES = {"first": "first token right", "call_begin": "`<tool_call>` likeliest", "stop": "stop token likeliest",
           "names": "right tools", "exact": "exact calls", "stops": "stops"}
 
@@ -260,17 +262,35 @@ def drawn_means(losses: np.ndarray, draws: int = 4000) -> np.ndarray:
     return sums[:, 0] / sums[:, 1]
 
 
-def table(found: dict[str, list[dict]]) -> str: # Markdown
-    "A line for each variant; seeds stand one behind the other."
+def seed_means(seeds: list[list[dict]]) -> np.ndarray: # a row for each seed
+    "`drawn_means` of the seeds, which read the same turns."
+    return np.stack([drawn_means(call_losses(turns)) for turns in seeds])
+
+
+def over_seeds(values: np.ndarray) -> str: # a value for each seed
+    "Mean with Student's interval, and each value."
+    mean, half = values.mean(), STUDENT[len(values)] * values.std(ddof=1) / len(values) ** 0.5
+    each = ", ".join(f"{value:+.3f}" for value in values)
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] over seeds ({each})"
+
+
+def difference(seeds: list[list[dict]], reference: list[list[dict]]) -> str:
+    "Of the loss of calls, turn by turn."
+    between = seed_means(seeds) - seed_means(reference)
+    return over_seeds(between[:, 0]) if len(seeds) > 1 else interval(between[0], sign="+")
+
+
+def table(found: dict[str, list[list[dict]]]) -> str: # Markdown; found: the turns of each seed
+    "A line for each variant; its shares are those of all seeds' turns."
     lines = ["| one factor changed | loss of calls | difference | " + " | ".join(SHARES.values()) + " |",
              "|---" * (len(SHARES) + 3) + "|"]
     for name, variant in VARIANTS.items():
         if name not in found: continue
-        means = drawn_means(call_losses(found[name]))
-        same = name != variant.data and len(found.get(variant.data, [])) == len(found[name])
-        difference = means - drawn_means(call_losses(found[variant.data])) if same else None
-        cells = [interval(means), interval(difference, sign="+") if same else "–"]
-        lines.append(f"| {' | '.join([variant.what, *cells, *(share(found[name], metric) for metric in SHARES)])} |")
+        seeds, reference = found[name], found.get(variant.data, [])
+        same = name != variant.data and len(reference) == len(seeds)
+        cells = [interval(seed_means(seeds).mean(0)), difference(seeds, reference) if same else "–"]
+        cells += [share(sum(seeds, []), metric) for metric in SHARES]
+        lines.append(f"| {' | '.join([variant.what, *cells])} |")
     return "\n".join(lines)
 
 
@@ -278,7 +298,7 @@ def main() -> None:
     "Every variant in a process of its own; then the table."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a block of 640 tokens")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings per variant")
+    parser.add_argument("--seeds", type=int, default=1, choices=range(1, 6), help="trainings per variant")
     parser.add_argument("--turns", type=int, default=40, help="held-out turns to read")
     parser.add_argument("--asked", type=int, default=16, help="held-out turns to answer")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="these variants")
@@ -297,17 +317,17 @@ def main() -> None:
         results.mkdir(parents=True, exist_ok=True)
         (results / f"{given.one}.json").write_text(json.dumps(measure(name, given, rows, int(seed))))
         return
-    found: dict[str, list[dict]] = {}
+    found: dict[str, list[list[dict]]] = {}
     for name in given.only:
         for seed in range(given.seeds):
             path = results / f"{name}-{seed}.json"
             if not path.exists():
                 subprocess.run([sys.executable, *sys.argv, "--one", path.stem], cwd=ROOT)
-            if path.exists(): found.setdefault(name, []).extend(json.loads(path.read_text())["turns"])
+            if path.exists(): found.setdefault(name, []).append(json.loads(path.read_text())["turns"])
             else: print(f"{path.stem}: failed; its own message stands above.")
     if not found: return
     print(table(found), flush=True)
-    if given.record: record(table(found), given, len(next(iter(found.values()))))
+    if given.record: record(table(found), given, len(next(iter(found.values()))[0]))
 
 
 def record(text: str, given: argparse.Namespace, turns: int) -> None:
