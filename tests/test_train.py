@@ -106,9 +106,19 @@ def test_ways_of_training_give_the_same_losses(folder, name):
 
 
 def test_one_rank_with_eight_micro_batches_is_two_ranks_with_four(folder):
-    run(folder, "eight", gradient_accumulation=8)
-    run(folder, "two", ranks=2, gradient_accumulation=4, deepspeed="null")
+    run(folder, "eight", gradient_accumulation=8, max_steps=2)
+    run(folder, "two", ranks=2, gradient_accumulation=4, max_steps=2, deepspeed="null")
     assert logged(folder / "runs" / "two") == pytest.approx(logged(folder / "runs" / "eight"), rel=2e-4)
+
+
+def test_the_same_rows_packed_or_one_by_one_train_the_same(folder):
+    "Every row in every step: packing decides which rows meet in a step, and about nothing else."
+    rows = dict(max_train_samples=6, max_eval_samples=1, max_length=8192, control_token_turns=0)
+    run(folder, "one block", **rows)
+    run(folder, "one by one", packing=False, gradient_accumulation=6, **rows)
+    for field in ("loss", "grad_norm"):
+        one_block, one_by_one = (logged(folder / "runs" / name, field) for name in ("one block", "one by one"))
+        assert len(one_block) == 3 and one_by_one == pytest.approx(one_block, rel=1e-5)
 
 
 def test_training_without_heldout_rows(tmp_path):
