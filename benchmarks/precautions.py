@@ -10,9 +10,9 @@ conversations. `--record` appends the table to benchmarks/RESULTS.md.
 
 Losses and first places are measured behind a server's prompt, with the data's own answer, in one pass for each turn;
 answers are generated for the first `--asked` of the turns. Intervals (95 %): Wilson's for shares, the bootstrap over
-turns for losses and for their difference to the reference's, turn by turn; with several seeds, Student's over the
-differences of the seeds, which stand behind it. The model learns from questions of the Berkeley leaderboard: none of
-this is a leaderboard figure.
+turns for losses and for their difference to the reference's, turn by turn. With several seeds the interval of a
+difference is Student's over the seeds, and each seed's figure stands behind it. The model learns from questions of the
+Berkeley leaderboard: none of this is a leaderboard figure.
 """
 import argparse
 import json
@@ -234,11 +234,13 @@ def read_turn(model: Any, tokenizer: Any, settings: Any, turn: Any, prompt: list
 
 # the table
 
-def share(turns: list[dict], metric: str) -> str:
-    "A share with its Wilson interval."
+def share(seeds: list[list[dict]], metric: str) -> str:
+    "A share with its Wilson interval; of several seeds, which read the same turns, each one's."
     from proxy_sft.evaluation.answers import wilson
-    right, of = (sum(turn["shares"].get(metric, (0, 0))[k] for turn in turns) for k in (0, 1))
+    counts = [[sum(turn["shares"].get(metric, (0, 0))[k] for turn in turns) for k in (0, 1)] for turns in seeds]
+    right, of = map(sum, zip(*counts))
     if not of: return "none"
+    if len(seeds) > 1: return f"{right}/{of} ({', '.join(str(count) for count, _ in counts)})"
     low, high = wilson(right, of)
     return f"{right}/{of} [{100 * low:.0f}, {100 * high:.0f}] %"
 
@@ -281,7 +283,7 @@ def difference(seeds: list[list[dict]], reference: list[list[dict]]) -> str:
 
 
 def table(found: dict[str, list[list[dict]]]) -> str: # Markdown; found: the turns of each seed
-    "A line for each variant; its shares are those of all seeds' turns."
+    "A line for each variant."
     lines = ["| one factor changed | loss of calls | difference | " + " | ".join(SHARES.values()) + " |",
              "|---" * (len(SHARES) + 3) + "|"]
     for name, variant in VARIANTS.items():
@@ -289,7 +291,7 @@ def table(found: dict[str, list[list[dict]]]) -> str: # Markdown; found: the tur
         seeds, reference = found[name], found.get(variant.data, [])
         same = name != variant.data and len(reference) == len(seeds)
         cells = [interval(seed_means(seeds).mean(0)), difference(seeds, reference) if same else "–"]
-        cells += [share(sum(seeds, []), metric) for metric in SHARES]
+        cells += [share(seeds, metric) for metric in SHARES]
         lines.append(f"| {' | '.join([variant.what, *cells])} |")
     return "\n".join(lines)
 
