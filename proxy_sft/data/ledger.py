@@ -26,6 +26,7 @@ from blake3 import blake3
 from .forms import is_empty, ROW_TOOLS
 from .policy import DefectError
 from .rows import ConvertError, NO_TOOLS, read_row, read_usual, Row, Talk, tools_of
+from .tools import as_string
 
 # %% ../../nbs/data/09_ledger.ipynb #convert-choices
 LEFT_OUT = {"chat_row": "no tools, and only tool rows were asked for", "source": "a source that was not asked for",
@@ -150,7 +151,7 @@ class Piece:
         unseen = heldout_tools_of(talk, choices) if choices.heldout_tools else ()
         side = "heldout" if unseen or is_heldout(roll, choices.heldout_fraction) else "train"
         if choices.selects: self.marks[side].append(MARK.pack(identity, mix, line, bool(talk.tools)))
-        self.files[side] += row_line(messages, tools)
+        self.files[side] += row_line(messages, tools, talk.escaped_tools)
         if not (talk.repairs or talk.flags or unseen):
             self.facts[side].append((row_id, source, line, talk.calls, ()))
             return
@@ -178,22 +179,13 @@ def json_line(value: dict) -> bytes:
     try: return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError: return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "replace") + b"\n"
 
-def as_string(text: bytes) -> bytes:
-    "The inside of a JSON string that holds compact JSON; control characters are escapes in it already."
-    if text.isascii(): return orjson.dumps(text.decode())[1:-1]  # fastest, where text costs nothing
-    if b"\\" in text: text = text.replace(b"\\", b"\\\\")
-    return text.replace(b'"', b'\\"')
-
 # %% ../../nbs/data/09_ledger.ipynb #row-line
-def row_line(messages: bytes, tools: bytes) -> tuple[bytes, ...]: # pieces of the line
+def row_line(
+    messages: bytes, tools: bytes, escaped: Optional[bytes] = None # `as_string(tools)` where that is known
+) -> tuple[bytes, ...]: # pieces of the line
     "A converted row as a line, without a trip through text."
-    return (
-        b'{"messages_json":"',
-        as_string(messages),
-        b'","tools_json":"',
-        as_string(tools) if len(tools) > 2 else tools,
-        b'"}\n',
-    )
+    if escaped is None: escaped = as_string(tools) if len(tools) > 2 else tools
+    return b'{"messages_json":"', as_string(messages), b'","tools_json":"', escaped, b'"}\n'
 
 # %% ../../nbs/data/09_ledger.ipynb #excerpt
 def excerpt(row: dict, index: int) -> str: # at most 200 characters

@@ -22,8 +22,8 @@ from .policy import action, DefectError, meaning, STRICTNESSES
 from .schema import check_call, pair_results, plainly_fits
 from .texts import bare_call, split_reasoning, tagged_call, without_tag_sentences
 from proxy_sft.data.tools import (
-    dump_json, functions_by_name, list_tools, may_repeat, parse_tools, repeated_keys, without_copies,
-    wrap_tool
+    as_string, dump_json, functions_by_name, list_tools, may_repeat, may_repeat_in, parse_tools, repeated_keys,
+    without_copies, wrap_tool
 )
 from .values import CallError
 
@@ -61,6 +61,7 @@ class Talk(msgspec.Struct, eq=False, gc=False):
     messages: list[dict] = []
     tools: list[dict] = []
     functions: dict[str, list[dict]] = {}  # the tools' bodies by name
+    escaped_tools: Optional[bytes] = None  # as `as_string` writes them, where that is known
     calls: int = 0
     repairs: list[tuple] = []  # `(code, index, found)`
     flags: list[tuple] = []
@@ -556,24 +557,26 @@ def read_usual(row: Row, strictness: str) -> Optional[tuple[Talk, bytes, bytes]]
         if talk.messages is None or talk.repairs or talk.flags: return None
         messages = dump_json(talk.messages)
     except (DefectError, UnicodeEncodeError, RecursionError): return None  # the long way says what it is
-    if b"<" in messages and any(text in messages for text in CONTROL_TEXTS): return None
+    if ord("<") in messages and any(text in messages for text in CONTROL_TEXTS): return None
     return talk, messages, tools
 
 # %% ../../nbs/data/08_rows.ipynb #convert-usual-tools
-# tools read lately, by the length of their text: (text, tools, functions, JSON); some rows share theirs
-TOOLS_READ = {}
-TOOLS_KEPT = 32  # few: what is kept pushes what is in use out of the processor's cache
+# texts of tools by their length, and what was read of those that came twice in a row: some rows share theirs
+TOOLS_SEEN, TOOLS_READ = {}, {}
+TOOLS_KEPT = 32  # few, and no text that comes once: what is kept pushes what is in use out of the processor's cache
 
 def read_usual_tools(talk: Talk, first: Message) -> Optional[bytes]: # as JSON; None: look closely
     "The tools of the first message, where nothing is wrong with them."
     text = first.functions
     if not text or text in NO_TOOLS: return b"[]"
     if first.role != "system": return None
-    kept = TOOLS_READ.get(len(text) % TOOLS_KEPT)
-    if kept is None or kept[0] != text:
-        if (kept := usual_tools(text)) is None: return None
-        TOOLS_READ[len(text) % TOOLS_KEPT] = kept
-    _, talk.tools, talk.functions, written = kept
+    place = len(text) % TOOLS_KEPT
+    found = TOOLS_READ.get(place)
+    if found is None or found[0] != text:
+        if (found := usual_tools(text)) is None: return None
+        if TOOLS_SEEN.get(place) == text: TOOLS_READ[place] = found
+        TOOLS_SEEN[place] = text
+    _, talk.tools, talk.functions, written, talk.escaped_tools = found
     return written
 
 # %% ../../nbs/data/08_rows.ipynb #plain-functions
@@ -592,7 +595,7 @@ def plain_functions(tools: list) -> Optional[dict[str, list[dict]]]: # None: som
 
 
 # %% ../../nbs/data/08_rows.ipynb #usual-tools
-def usual_tools(text: str) -> Optional[tuple]: # an entry of `TOOLS_READ`; None: look closely
+def usual_tools(text: str) -> Optional[tuple]: # text, tools, functions, JSON, its escaped form; None: look closely
     "Read a text of tools that has nothing to note."
     listed, notes, added = list_tools(text), [], 0
     tools, functions = listed, plain_functions(listed)
@@ -603,5 +606,6 @@ def usual_tools(text: str) -> Optional[tuple]: # an entry of `TOOLS_READ`; None:
     if not tools or notes or len(functions) < len(tools): return None
     written = dump_json(tools)
     if b"\\" in written and any(map(ODD_NAME.search, functions)): return None
-    return None if may_repeat(text, written, added) else (text, tools, functions, written)
-
+    escaped = as_string(written)
+    repeats = may_repeat(text, written, added) if added else may_repeat_in(text, written, escaped)
+    return None if repeats else (text, tools, functions, written, escaped)
