@@ -22,7 +22,8 @@ from proxy_sft.data.values import (
 # %% ../../nbs/data/04_calls.ipynb #calls-argument
 NAME = r"[\w$@](?:[\w.$@:/-]*[\w$])?"        # of a function, without quotes
 KEY = r"[\w$@](?:[\w.$@:/\[\]-]*[\w$\]])?"   # of an argument, without quotes
-PLAIN_ARGUMENT = re.compile(rf"""\s*([^\W\d]\w*)\s*=\s*(?: {PLAIN} \s*[,)] | ([\[{{"']) )""", re.X)
+PLAIN_ARGUMENT = re.compile(  # in ASCII, which is looked up faster; `read_key` reads any
+    rf"""\s*([^\W\d]\w*)\s*=\s*(?: {PLAIN} \s*[,)] | ([\[{{"']) )""", re.X | re.A)
 BARE_KEY = re.compile(rf"({KEY})\s*=(?!=)")
 EQUALS = re.compile(r"\s*=(?!=)")
 
