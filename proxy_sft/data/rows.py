@@ -551,7 +551,7 @@ def read_usual(row: Row, strictness: str) -> Optional[tuple[Talk, bytes, bytes]]
     "`read_row` for a row without any defect, note or control text."
     talk = Talk(row.messages, strictness)
     try:
-        tools = read_usual_tools(talk, row.messages[0])
+        tools = read_usual_tools(talk, row.messages[0]) if row.messages[0].functions else b"[]"
         if tools is None: return None
         talk.messages = usual_messages(talk, talk.tools)
         if talk.messages is None or talk.repairs or talk.flags: return None
