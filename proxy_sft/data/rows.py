@@ -22,8 +22,8 @@ from .policy import action, DefectError, meaning, STRICTNESSES
 from .schema import check_call, pair_results, plainly_fits
 from .texts import bare_call, split_reasoning, tagged_call, without_tag_sentences
 from proxy_sft.data.tools import (
-    as_string, dump_json, functions_by_name, list_tools, may_repeat, may_repeat_in, parse_tools, repeated_keys,
-    without_copies, wrap_tool
+    as_string, decode_json, dump_json, functions_by_name, list_tools, may_repeat, may_repeat_in, parse_tools,
+    repeated_keys, without_copies, wrap_tool
 )
 from .values import CallError
 
@@ -556,7 +556,7 @@ def read_usual(row: Row, strictness: str) -> Optional[tuple[Talk, bytes, bytes]]
         talk.messages = usual_messages(talk, talk.tools)
         if talk.messages is None or talk.repairs or talk.flags: return None
         messages = dump_json(talk.messages)
-    except (DefectError, UnicodeEncodeError, RecursionError): return None  # the long way says what it is
+    except (ValueError, RecursionError): return None  # the long way says what it is
     if ord("<") in messages and any(text in messages for text in CONTROL_TEXTS): return None
     return talk, messages, tools
 
@@ -597,7 +597,8 @@ def plain_functions(tools: list) -> Optional[dict[str, list[dict]]]: # None: som
 # %% ../../nbs/data/08_rows.ipynb #usual-tools
 def usual_tools(text: str) -> Optional[tuple]: # text, tools, functions, JSON, its escaped form; None: look closely
     "Read a text of tools that has nothing to note."
-    listed, notes, added = list_tools(text), [], 0
+    listed, notes, added = decode_json(text), [], 0
+    if type(listed) is not list: return None
     tools, functions = listed, plain_functions(listed)
     if functions is None:
         tools = [wrap_tool(tool, notes) for tool in listed]
@@ -605,7 +606,7 @@ def usual_tools(text: str) -> Optional[tuple]: # text, tools, functions, JSON, i
         added = 2 * sum(tool is not wrapped for tool, wrapped in zip(listed, tools))  # keys around a bare tool
     if not tools or notes or len(functions) < len(tools): return None
     written = dump_json(tools)
-    if b"\\" in written and any(map(ODD_NAME.search, functions)): return None
+    if ord("\\") in written and any(map(ODD_NAME.search, functions)): return None
     escaped = as_string(written)
     repeats = may_repeat(text, written, added) if added else may_repeat_in(text, written, escaped)
     return None if repeats else (text, tools, functions, written, escaped)
