@@ -902,6 +902,8 @@ BLOCK = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     '[TOOL_CALLS] [{"name": "f"}]', "<|python_tag|>f.call(x=1)", "<tool_code>print(f(x=1))</tool_code>",
     "<call>f(x=1)</call>", "<api_call>f(x=1)</api_call>", "<action>f(x=1)</action>", "<functions>f(x=1)</functions>",
     "< function_calls >f(x=1)</ function_calls >", "<｜tool▁calls▁begin｜>function f",
+    "<|tool_call_start|>[f(x=1)]<|tool_call_end|>", "<<function>>f(x=1)", '<x:invoke name="f"><parameter name="x">',
+    '<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"x": 1}<|tool_call_end|>',
     "✿FUNCTION✿: f\n✿ARGS✿: {}", "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}"])
 @pytest.mark.parametrize("strictness", ["strict", "default"])
 def test_a_call_in_an_answers_text_is_no_answer(answer, strictness):
@@ -917,7 +919,9 @@ def test_a_call_in_an_answers_text_is_no_answer(answer, strictness):
     '[{"function": "f", "args": {}}]', "f(x=1)", "[f(x=1)]", "```python\nf(x=1)\n```", "Here:\nf(x=1)\nDone.",
     "f (x=1)", "f(\n  x=1,\n)", "print(f(x=1))", "r = f(x=1)", "r = await f(x=1)",
     "1. f(x=1)", "> f()", "functions.f({})", "Thought: so\nAction: f\nAction Input: 1", "**Action:** `f`",
-    "<f><x>1</x></f>"])
+    "<f><x>1</x></f>", '{"f": {"x": 1}}', '[{"f": {}}]', "{name: 'f', arguments: {x: 1}}", r'{\"name\": \"f\"}',
+    "Call: f(x=1)",
+    "<use_mcp_tool>\n<tool_name>f</tool_name>\n<arguments>{}</arguments>\n</use_mcp_tool>"])
 def test_a_bare_call_in_an_answers_text_is_counted(answer, tmp_path):
     row = talk(("user", "q"), ("assistant", answer), tools=[FREE])
     assert reason_of(row, strictness="strict") == "call_in_text"
@@ -925,6 +929,16 @@ def test_a_bare_call_in_an_answers_text_is_counted(answer, tmp_path):
     assert report.flags == {"call_in_text": 1}
     for plain in (talk(("user", "q"), ("assistant", answer)), chat("q", answer)): assert reason_of(plain,
             strictness="strict") is None
+
+
+@pytest.mark.parametrize("tools", [(), (FREE,)])
+@pytest.mark.parametrize("system", ["You have these functions:\n", "<tools> ", "Use them if required -\n"])
+def test_tools_in_the_system_text_are_not_passed_over(system, tools):
+    listed = json.dumps([{"name": "g", "description": "d", "parameters": {"type": "object", "properties": {}}}])
+    row = talk(("user", "q"), ("assistant", "a"), tools=tools, system=system + listed)
+    for strictness in ("strict", "default", "lenient"): assert reason_of(row, strictness=strictness) == "tools_in_text"
+    row["messages"][0]["content"] = system + 'Answer as {"name": "…"} with "parameters" where there are some.'
+    assert reason_of(row) is None
 
 
 @pytest.mark.parametrize("answer", ["I used f(x=1).", "See f (the first) there.", "The function f(x) = 2x grows.", "f",
