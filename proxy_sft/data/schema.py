@@ -52,6 +52,8 @@ def type_name(
     "JSON Schema's name for a type name of Python, Java, TypeScript or prose."
     text = " ".join(written.lower().split()).translate(ANGLES)
     if len(text) > LONGEST_TYPE: return ()
+    if text.startswith(("['", '["')) and re.search("'n(?:ull|one)'", text.replace('"', "'")):
+        text = "|".join(re.findall(r"\w+", text))  # a list of types, written as a text
     bare, optional = OPTIONAL.subn("", text)
     inside = re.fullmatch(r"(optional|union)\[([^\]].*)\]", bare.strip())
     bare = inside[2] if inside else bare.strip()
