@@ -329,7 +329,8 @@ def test_a_bundle_of_megabytes_takes_as_long_as_its_parts():
     ("string[][]", [[["a"]]], ["a", ["a"]]), ("map<string, int>", [{"a": 1}], [1, "a"]), ("list<int>", [[1]], [1]),
     ("(string | number)[]", [["a", 1]], ["a", 1]), ("[string]", [["a"]], ["a"]), ("string array", [["a"]], ["a"]),
     ("int[3]", [[1, 2, 3]], [1]), ("Array<string>", [["a"]], ["a"]), ("List[str]", [["a"]], ["a"]),
-    ("string[] | null", [["a"], None], ["a"]), ("['string', 'null']", ["a", None], [1, ["a"]]), ('["array", "null"]', [[1], None], ["a"]),
+    ("string[] | null", [["a"], None], ["a"]),
+    ("['string', 'null']", ["a", None], [1, ["a"]]), ('["array", "null"]', [[1], None], ["a"]),
     ("Optional[string[]]", [["a"], None], ["a"]), ("varchar[20]", ["a", 1], []), ("varchar(20)", ["a"], [1, ["a"]])])
 def test_types_with_brackets(written, good, bad):
     tools = [tool({"x": {"type": written}})]
