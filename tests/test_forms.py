@@ -157,7 +157,7 @@ def test_a_switch_of_another_name_is_no_empty_field(field):
 
 @pytest.mark.parametrize("field, value", [
     ("available_tools", TOOLS), ("tool_definitions", json.dumps(TOOLS)), ("api_list", {"clock": TOOLS[1]}),
-    ("toolset", TOOLS), ("train_on", "last"),
+    ("toolset", TOOLS), ("train_on", "last"), ("train_on_inputs", True),
     ("loss_mask", [0, 1]), ("do_train", False), ("sample_weight", 0.5)])
 def test_a_column_that_belongs_to_the_conversation_is_named(field, value):
     assert field in found_of(row(user(), answer(), **{field: value}))

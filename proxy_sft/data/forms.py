@@ -63,6 +63,7 @@ def belongs_to_conversation(field: str, value) -> bool: # of a row's column
     "Whether a column holds what would be lost: a part of the prompt, tools, or a switch of the loss."
     if value is None: return False
     if field in ROW_FIELDS: return not (value == 1 if field in SWITCHES else is_empty(value))
+    if value is True and field.startswith(("train_on_", "loss_on_")): return True # all of it, or the inputs
     if TOOLS_LIKE.search(field): return field != "tool_choice" and holds_objects(value)
     switch = type(value) in (bool, int, float) and value != 1 or type(value) is list and bool(value)
     return switch and bool(SWITCH_LIKE.search(field))
