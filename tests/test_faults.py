@@ -33,7 +33,7 @@ TINY = dict(
 
 @pytest.mark.skipif("PROXY_SFT_SOAK" in os.environ, reason="make soak runs the long form itself")
 def test_faults_in_short():  # one process: the libraries are imported, and the runs to compare with are made, once
-    parts = ["broken", "odd", "full", "flips=12", "kills=1", "terms=1"]
+    parts = ["broken", "odd", "full", "flips=8", "kills=1", "terms=1"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "soak.py"), *parts],
         cwd=ROOT,

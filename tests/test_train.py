@@ -113,12 +113,12 @@ def test_one_rank_with_eight_micro_batches_is_two_ranks_with_four(folder):
 
 def test_the_same_rows_packed_or_one_by_one_train_the_same(folder):
     "Every row in every step: packing decides which rows meet in a step, and about nothing else."
-    rows = dict(max_train_samples=6, max_eval_samples=1, max_length=8192, control_token_turns=0)
+    rows = dict(max_train_samples=6, max_eval_samples=1, max_length=8192, max_steps=2, control_token_turns=0)
     run(folder, "one block", **rows)
     run(folder, "one by one", packing=False, gradient_accumulation=6, **rows)
     for field in ("loss", "grad_norm"):
         one_block, one_by_one = (logged(folder / "runs" / name, field) for name in ("one block", "one by one"))
-        assert len(one_block) == 3 and one_by_one == pytest.approx(one_block, rel=1e-5)
+        assert len(one_block) == 2 and one_by_one == pytest.approx(one_block, rel=1e-5)
 
 
 def test_training_without_heldout_rows(tmp_path):
@@ -268,7 +268,8 @@ def test_a_token_of_a_call_counts_so_many_times_however_rows_are_batched(folder,
 
 def weighted_data(folder, name, weights):
     "Settings of a training on own rows whose two answers have these weights; None leaves the field out."
-    path = folder / name / "rows.jsonl"
+    path, model = folder / name / "rows.jsonl", folder / "weighed-model"
+    if not model.exists(): write_demo_model(model, seed=1, n=200)
     path.parent.mkdir(parents=True)
     given = [{} if weight is None else {"weight": weight} for weight in weights]
     lines = [{"messages": [
@@ -277,7 +278,7 @@ def weighted_data(folder, name, weights):
         {"role": "user", "content": "Are you sure?"},
         {"role": "assistant", "content": "Yes. " * (i + 1), **given[1]}]} for i in range(12)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    more = dict(workspace=str(folder / name), dataset=str(path), model=str(folder / "weighed-model"),
+    more = dict(workspace=str(folder / name), dataset=str(path), model=str(model),
                 heldout_fraction=0.0, heldout_tools=[], demo_rows=None, max_train_samples=None, max_eval_samples=None,
                 packing=False)
     given = {**SMALL, **FLAT, **more}
@@ -287,7 +288,6 @@ def weighted_data(folder, name, weights):
 
 
 def test_weights_of_messages_count_in_the_loss_however_rows_are_batched(folder):
-    write_demo_model(folder / "weighed-model", seed=1, n=200)
     given, settings = weighted_data(folder, "weighed", [0.5, 4.0])
     rows, sums = prepare(settings).dataset("train"), [0.0, 0.0]
     model = AutoModelForCausalLM.from_pretrained(settings.model_dir, dtype=torch.float32)
@@ -317,7 +317,7 @@ def test_weights_of_one_are_no_weights(folder):
 
 
 def test_weights_of_one_and_no_noise_leave_the_run_as_it_is_and_weights_move_the_gradient(folder):
-    given = dict(packing=False, batch_size=2, gradient_accumulation=2, max_steps=3, learning_rate=1e-3)
+    given = dict(packing=False, batch_size=2, gradient_accumulation=2, max_steps=2, learning_rate=1e-3)
     for name, more in (("w-none", {}), ("w-one", dict(call_weight=1.0, neftune_alpha=None)),
                        ("w-three", dict(call_weight=3.0)), ("w-noise", dict(neftune_alpha=5.0))):
         run(folder, name, **{**FLAT, **given, **more})
