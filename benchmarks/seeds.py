@@ -70,7 +70,8 @@ def category_lines(runs: list[list[dict]]) -> list[str]:
         cells = []
         for metric in metrics:
             base, tuned = (counts(runs, metric, model, group) for model in ("base", "tuned"))
-            cells.append(f"{base[0, 0]} → {', '.join(map(str, tuned[:, 0]))} of {base[0, 1]}" if base[0, 1] else "–")
+            (right, of), each = base[0], ", ".join(map(str, tuned[:, 0]))
+            cells.append(f"{right} → {each} of {of}" if of else "–")
         lines.append(f"| {group.removeprefix(CATEGORY)} | {' | '.join(cells)} |")
     return lines
 

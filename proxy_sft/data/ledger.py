@@ -59,10 +59,6 @@ class Choices:
         return self.drop_duplicates or self.tool_chat_ratio is not None
 
     @functools.cached_property
-    def heldout_rolls(self) -> float: # a row whose roll is smaller is held out
-        return self.heldout_fraction * 2**64
-
-    @functools.cached_property
     def needs_hash(self) -> bool: # something depends on who a row is
         return self.selects or bool(self.heldout_fraction)
 
@@ -153,7 +149,7 @@ class Piece:
         talk, messages, tools = read
         identity, roll, mix = content_hash(messages, tools, choices.split_seed) if choices.needs_hash else NO_HASH
         unseen = heldout_tools_of(talk, choices) if choices.heldout_tools else ()
-        side = "heldout" if unseen or roll < choices.heldout_rolls else "train"
+        side = "heldout" if unseen or is_heldout(roll, choices.heldout_fraction) else "train"
         if choices.selects: self.marks[side].append(MARK.pack(identity, mix, line, bool(talk.tools)))
         self.files[side] += row_line(messages, tools, talk.escaped_tools)
         if not (talk.repairs or talk.flags or unseen):

@@ -568,7 +568,7 @@ TOOLS_KEPT = 32  # few, and no text that comes once: what is kept pushes what is
 def read_usual_tools(talk: Talk, first: Message) -> Optional[bytes]: # as JSON; None: look closely
     "The tools of the first message, where nothing is wrong with them."
     text = first.functions
-    if not text or text in NO_TOOLS: return b"[]"
+    if text in NO_TOOLS: return b"[]"
     if first.role != "system": return None
     place = len(text) % TOOLS_KEPT
     found = TOOLS_READ.get(place)
