@@ -197,12 +197,9 @@ def test_building_leaves_the_random_state_alone(tokenizer):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_folder_is_replaced_whole(tmp_path):
-    target, aside = tmp_path / "model", tmp_path / ".model.part"
-    for folder, name in ((target, "old"), (aside, "new")):
-        folder.mkdir()
-        (folder / name).touch()
-    demo_model.publish_folder(aside, target)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"] and [path.name for path in target.iterdir()] == [
-        "new"
-    ]
+def test_a_folder_is_replaced_whole(tmp_path, model_folder):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old").touch()
+    demo_model.write_demo_model(target, seed=SEED, n=N)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and digests(target) == digests(model_folder)

@@ -8,11 +8,11 @@ __all__ = ['DEMO_ROWS', 'DEMO_SEED', 'CHAT_SHARE', 'DUPLICATES', 'planned_kinds'
 
 # %% ../../nbs/demo/04_rows.ipynb #imports
 import json
-import os
 import random
 from pathlib import Path
 
 # %% ../../nbs/demo/04_rows.ipynb #imports-own
+from ..core.atomic_folders import write_flushed
 from .cases import CASES
 from .conversations import chat_messages, CHAT_SOURCES, KINDS, TOOL_SOURCE
 
@@ -107,11 +107,5 @@ def write_demo_data(
     "Write the demo's rows; the file appears complete or not at all."
     target = Path(folder) / "train.jsonl"
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".train.jsonl.{os.getpid()}.part")
-    try:
-        with open(aside, "w", encoding="utf-8", newline="\n") as stream:
-            for row in demo_rows(n, seed): stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_flushed(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in demo_rows(n, seed)))
     return target
