@@ -61,9 +61,10 @@ COMMANDS = {
         "show a conversation as the model will see it",
         "chat.inspector",
         (
-            "proxy-sft inspect --profile demo --row 3",
+            "proxy-sft inspect -p profile demo --row 3",
             "proxy-sft inspect workspace/converted/demo/train.jsonl --search weather --view tokens",
         ),
+        parameters=True,
     ),
     "evaluate": Command(
         "ask base and tuned model the same held-out turns",

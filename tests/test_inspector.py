@@ -392,6 +392,18 @@ def test_the_command(file, tokenizer, tmp_path, capsys, monkeypatch):
     assert json.loads(run(capsys, *with_model, "--row", 2, "--json")[1].out)["id"] == "row_2"
 
 
+def test_settings_count_for_a_file_too(file, tokenizer, tmp_path, capsys):
+    from proxy_sft.commands import main
+    tokenizer.save_pretrained(tmp_path / "model")
+    def shown(*words):
+        assert main(["inspect", str(file), "--tokenizer", str(tmp_path / "model"), "--row", "4", *words]) == 0
+        return capsys.readouterr().out
+    stock = shown("-p", "template", "stock")
+    assert stock == shown("--template", "stock") == shown("--profile", "demo", "-p", "template", "stock") != shown()
+    assert main(["inspect", str(file), "-p", "tempate", "stock"]) != 0
+    assert "Did you mean" in capsys.readouterr().err
+
+
 def test_data_cannot_steer_the_terminal(tmp_path, tokenizer, capsys):
     tokenizer.save_pretrained(tmp_path / "model")
     path = tmp_path / "rows.jsonl"

@@ -160,10 +160,12 @@ def open_inspector(
     train_on: Optional[str] = None, # `all`, `last` or `calls`; the settings' when not given
     raw: Any = None, # path of the downloaded rows
     convert: Optional[Callable] = None, # makes a converted row of a raw one
+    settings: Optional[Settings] = None, # for rows of a path; found by the path when not given
 ) -> InspectorState: # FileNotFoundError when there is nothing to open
     "The state of an inspector, everything found that was not given."
     found = find_sources(rows)
-    settings, raw = found.settings, raw if raw is not None else found.files.get("raw")
+    settings = settings or found.settings
+    raw = raw if raw is not None else found.files.get("raw")
     if tokenizer is None and (found.rows.path is not None or settings): tokenizer = find_tokenizer(settings, found.rows)
     convert = convert or partial(convert_row, strictness=settings.strictness if settings else "default")
     state = InspectorState(
@@ -236,7 +238,6 @@ def add_inspect_arguments(
     add("--template", default=None, help=f"{', '.join(TEMPLATES)} or a .jinja file (default: the profile's)")
     add("--train-on", choices=TRAIN_ON, default=None, help="which assistant turns are trained (default: the profile's)")
     add("--tokenizer", default="", help="folder of a tokenizer; default: the profile's model")
-    add("--profile", default="", help="profile that names the defaults")
     add("--color", choices=("auto", "always", "never"), default="auto", help="terminal colours (default: auto)")
     add("--json", action="store_true", help="print the row as JSON and nothing else")
     add("--html", metavar="OUT", default="", help="write the row as an HTML file that needs nothing else")
@@ -277,10 +278,10 @@ def _state_of(args: Any) -> InspectorState:
             raise FileNotFoundError(f"no tokenizer in {args.tokenizer}: give --tokenizer, or --view messages")
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, local_files_only=True)
-    settings = load_settings(args.profile) if args.profile or not args.file else None
+    given = {**getattr(args, "parameters", {})}
+    settings = load_settings(given.pop("profile", "") or "", **given) if given or not args.file else None
     state = open_inspector(args.file or settings, tokenizer or (False if not wanted else None), args.template,
-                           args.train_on,
-                           args.raw or None)
+                           args.train_on, args.raw or None, settings=settings)
     if wanted and state.tokenizer is None and not args.serve:
         raise FileNotFoundError("no tokenizer: give --tokenizer, or --view messages")
     return state
