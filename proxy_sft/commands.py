@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
 from . import __version__
 from .launch.parameters import add_parameter_arguments, LaunchError, split_parameters
 from .launch.worker import run_with_plain_errors
-from .core.settings import did_you_mean, load_settings, SettingsError
+from .core.settings import did_you_mean, load_settings, Settings, SettingsError
 from .core.stop_requests import mend_streams
 
 # %% ../nbs/05_commands.ipynb #command
@@ -233,70 +233,71 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print the result as JSON")
 
 # %% ../nbs/05_commands.ipynb #evaluate-command
-def evaluate_command(args: argparse.Namespace) -> int: # exit code
-    "`proxy-sft evaluate`: the table on the terminal, everything in evaluation.json or bfcl.json."
+def say_result(args: argparse.Namespace, result: object, plain: Callable[..., object]) -> None: # plain: for JSON
+    "The table, or JSON; rank 0 alone."
+    if os.environ.get("RANK", "0") == "0": print(json.dumps(plain(result), indent=1) if args.json else result)
+
+def ask_turns(args: argparse.Namespace, settings: Settings, how: dict) -> None: # how: who is asked, and how long
+    "The held-out turns."
     from proxy_sft.evaluate import evaluate
-    from proxy_sft.evaluation.predictions import evaluate_leaderboard, evaluation_dict
+    from proxy_sft.evaluation.predictions import evaluation_dict
+    found = evaluate(settings, max_turns=args.max_turns, batch_size=args.batch_size, max_chat_rows=args.max_chat_rows,
+                     **how)
+    say_result(args, found, evaluation_dict)
+
+def ask_rollouts(args: argparse.Namespace, settings: Settings, how: dict) -> None:
+    "Held-out conversations that the models go through alone."
+    from proxy_sft.evaluation.rollouts import evaluate_rollouts
+    found = evaluate_rollouts(settings, args.rollouts, **how)
+    say_result(args, found, lambda r: {name: [vars(one) for one in rollouts] for name, rollouts in r.found.items()})
+
+def ask_harness(args: argparse.Namespace, settings: Settings, how: dict) -> None:
+    "Tasks of lm-eval."
+    from proxy_sft.evaluation.harness import evaluate_harness, harness_dict
+    tasks = [name.strip() for name in args.harness.split(",") if name.strip()]
+    more = args.harness_tasks and Path(args.harness_tasks)
+    found = evaluate_harness(settings, tasks, how["tuned"], args.base_only, args.harness_limit, more)
+    say_result(args, found, harness_dict)
+
+
+# %% ../nbs/05_commands.ipynb #ask-leaderboard
+def ask_leaderboard(args: argparse.Namespace, settings: Settings, how: dict, folder: Path) -> None: # of its files
+    "The Berkeley leaderboard's questions, and its conversations where their package is installed."
     from proxy_sft.evaluation.bfcl import leaderboard_dict
     from proxy_sft.evaluation.bfcl_multi_turn import (
         BFCL, bfcl_package, evaluate_multi_turn, multi_turn_dict, split_categories
     )
-    from proxy_sft.evaluation.servers import servers_from
-    settings = load_settings(args.parameters.pop("profile", "") or "", **args.parameters)
-    servers = servers_from(
-        settings,
-        args.server,
-        args.base_server,
-        model=args.server_model,
-        concurrency=args.concurrency,
-        timeout=args.timeout,
-    )
-    tuned, leaderboard = (
-        args.tuned and Path(args.tuned),
-        args.bfcl or settings.bfcl and settings.root / Path(settings.bfcl).expanduser(),
-    )
-    def say(result, plain):
-        if os.environ.get("RANK", "0") == "0": print(json.dumps(plain(result), indent=1) if args.json else result)
-    if args.rollouts:
-        from proxy_sft.evaluation.rollouts import evaluate_rollouts
-        found = evaluate_rollouts(settings, args.rollouts, tuned, args.base_only, args.max_new_tokens, servers)
-        say(found, lambda r: {name: [vars(one) for one in rollouts] for name, rollouts in r.found.items()})
-        return 0
-    if args.harness:
-        from proxy_sft.evaluation.harness import evaluate_harness, harness_dict
-        tasks = [name.strip() for name in args.harness.split(",") if name.strip()]
-        more = args.harness_tasks and Path(args.harness_tasks)
-        say(evaluate_harness(settings, tasks, tuned, args.base_only, args.harness_limit, more), harness_dict)
-        return 0
-    if not args.bfcl:
-        say(
-            evaluate(
-                settings,
-                tuned,
-                args.base_only,
-                args.max_turns,
-                args.max_new_tokens,
-                args.batch_size,
-                max_chat_rows=args.max_chat_rows,
-                servers=servers,
-            ),
-            evaluation_dict,
-        )
-    if not leaderboard: return 0
+    from proxy_sft.evaluation.predictions import evaluate_leaderboard
     single, conversations = split_categories(args.bfcl_categories)
     if conversations and not args.bfcl_categories and not find_spec("bfcl_eval"):
         print(f"The multi-turn categories are left out: pip install --no-deps {BFCL} brings them.", file=sys.stderr)
         conversations = []
     if conversations: bfcl_package()  # what is missing is said before a model works
-    how = dict(tuned=tuned, base_only=args.base_only, max_new_tokens=args.max_new_tokens, servers=servers)
     if single is not None:
-        how_many = dict(most=args.bfcl_most, batch_size=args.batch_size)
-        found = evaluate_leaderboard(settings, Path(leaderboard), single, **how_many, **how)
-        say(found, leaderboard_dict)
+        found = evaluate_leaderboard(settings, folder, single, args.bfcl_most, batch_size=args.batch_size, **how)
+        say_result(args, found, leaderboard_dict)
     if conversations:
-        found = evaluate_multi_turn(settings, conversations, args.bfcl_most, folder=Path(leaderboard), **how)
-        say(found, multi_turn_dict)
+        found = evaluate_multi_turn(settings, conversations, args.bfcl_most, folder=folder, **how)
+        say_result(args, found, multi_turn_dict)
+
+
+# %% ../nbs/05_commands.ipynb #evaluate-command-2
+def evaluate_command(args: argparse.Namespace) -> int: # exit code
+    "`proxy-sft evaluate`: the table on the terminal, everything in evaluation.json or the file of what was asked."
+    from proxy_sft.evaluation.servers import servers_from
+    settings = load_settings(args.parameters.pop("profile", "") or "", **args.parameters)
+    servers = servers_from(settings, args.server, args.base_server, model=args.server_model,
+                           concurrency=args.concurrency, timeout=args.timeout)
+    how = dict(tuned=args.tuned and Path(args.tuned), base_only=args.base_only, max_new_tokens=args.max_new_tokens,
+               servers=servers)
+    leaderboard = args.bfcl or settings.bfcl and settings.root / Path(settings.bfcl).expanduser()
+    if args.rollouts: ask_rollouts(args, settings, how)
+    elif args.harness: ask_harness(args, settings, how)
+    else:
+        if not args.bfcl: ask_turns(args, settings, how)
+        if leaderboard: ask_leaderboard(args, settings, how, Path(leaderboard))
     return 0
+
 
 # %% ../nbs/05_commands.ipynb #completion
 def completion_command(args: argparse.Namespace) -> int: # exit code

@@ -39,7 +39,8 @@ def test_two_ranks_went_on_from_nothing_and_wrote_a_notebook_each():
 
 
 @pytest.mark.parametrize("words", [
-    ("inspect", "-p", "profile", "demo", "--row", "3"), ("status", "demo"), ("report", "demo", "--output", "{}/demo.html"),
+    ("inspect", "-p", "profile", "demo", "--row", "3"), ("status", "demo"),
+    ("report", "demo", "--output", "{}/demo.html"),
 ], ids=lambda w: w[0])
 def test_the_commands_of_the_readme_show_it(words, tmp_path):
     done = subprocess.run(
