@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -235,7 +236,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 # %% ../nbs/05_commands.ipynb #evaluate-command
 def say_result(args: argparse.Namespace, result: object, plain: Callable[..., object]) -> None: # plain: for JSON
     "The table, or JSON; rank 0 alone."
-    if os.environ.get("RANK", "0") == "0": print(json.dumps(plain(result), indent=1) if args.json else result)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(plain(result), indent=1) if args.json else result, file=args.out)
 
 def ask_turns(args: argparse.Namespace, settings: Settings, how: dict) -> None: # how: who is asked, and how long
     "The held-out turns."
@@ -291,11 +293,13 @@ def evaluate_command(args: argparse.Namespace) -> int: # exit code
     how = dict(tuned=args.tuned and Path(args.tuned), base_only=args.base_only, max_new_tokens=args.max_new_tokens,
                servers=servers)
     leaderboard = args.bfcl or settings.bfcl and settings.root / Path(settings.bfcl).expanduser()
-    if args.rollouts: ask_rollouts(args, settings, how)
-    elif args.harness: ask_harness(args, settings, how)
-    else:
-        if not args.bfcl: ask_turns(args, settings, how)
-        if leaderboard: ask_leaderboard(args, settings, how, Path(leaderboard))
+    args.out = sys.stdout
+    with redirect_stdout(sys.stderr) if args.json else nullcontext():  # what is said on the way is no JSON
+        if args.rollouts: ask_rollouts(args, settings, how)
+        elif args.harness: ask_harness(args, settings, how)
+        else:
+            if not args.bfcl: ask_turns(args, settings, how)
+            if leaderboard: ask_leaderboard(args, settings, how, Path(leaderboard))
     return 0
 
 

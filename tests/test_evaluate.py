@@ -27,10 +27,11 @@ from proxy_sft.evaluation.answers import (
     Answer, as_it_was_meant, as_server_reads, choose_turns, EvaluateError, expected_text, HeldoutTurn, METRICS,
     read_answer, Reply, score_turn, turns_of
 )
+from proxy_sft.commands import main
 from proxy_sft.evaluation.bfcl import tool_of
 from proxy_sft.evaluation.answers import wilson
 from proxy_sft.evaluate import evaluate
-from proxy_sft.evaluation.predictions import evaluate_leaderboard, model_folders
+from proxy_sft.evaluation.predictions import evaluate_leaderboard, evaluation_dict, model_folders
 from proxy_sft.evaluation.failures import browse_failures, show_turn
 from proxy_sft.evaluation.rollouts import evaluate_rollouts
 from proxy_sft.evaluation.scores import Evaluation, evaluation_html, judge, rate_figure, table_rows
@@ -561,6 +562,22 @@ def test_leaderboard(world, berkeley):
         == 2
     )
     with pytest.raises(EvaluateError, match="BFCL_v4_simple_java"): evaluate_leaderboard(settings, berkeley)
+
+
+def test_the_command_asks_what_its_options_say(world, berkeley, tmp_path, capsys):
+    settings = world[0].model_copy(update={"output_dir": str(tmp_path / "run")})
+    given = [word for name in ("workspace", "output_dir") for word in ("-p", name, str(getattr(settings, name)))]
+    def said(*words): # what is said on the way is not among the JSON
+        capsys.readouterr()
+        options = ["--tuned", str(world[0].run_dir), "--max-new-tokens", "64", "--json", *words]
+        assert main(["evaluate", "-p", "profile", "demo", *given, *options]) == 0
+        return json.loads(capsys.readouterr().out)
+    turns = said("--max-turns", "7", "--batch-size", "2")
+    found = evaluate(settings, tuned=world[0].run_dir, max_turns=7, max_new_tokens=64)
+    assert turns == json.loads(json.dumps(evaluation_dict(found))) and turns["measured"] == 7
+    assert {name: len(one) for name, one in said("--rollouts", "2").items()} == {"base": 2, "tuned": 2}
+    board = said("--bfcl", str(berkeley), "--bfcl-categories", "simple_python", "--bfcl-most", "2", "--base-only")
+    assert list(board["categories"]) == ["simple_python"] and not (tmp_path / "run" / "bfcl.json").exists()
 
 
 def test_asking_in_training_is_bounded(world):

@@ -109,9 +109,10 @@ def left_padded(prompts: list[list[int]], pad: int, device: Any) -> tuple[torch.
 def only_open(out: Any, mask: torch.Tensor, rows: list[int]) -> dict[str, Any]: # the inputs of the next stretch
     "The rows of a batch whose answers have not ended, with what the cache knows of them."
     kept, ids = torch.tensor(rows, dtype=torch.long, device=mask.device), out.sequences
-    if len(rows) < len(mask): out.past_key_values.batch_select_indices(kept)
+    name = "cache" if "cache" in out else "past_key_values"  # in transformers before 5.24
+    if len(rows) < len(mask): out[name].batch_select_indices(kept)
     mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
-    return {"input_ids": ids[kept], "attention_mask": mask[kept], "past_key_values": out.past_key_values}
+    return {"input_ids": ids[kept], "attention_mask": mask[kept], name: out[name]}
 
 
 # %% ../../nbs/evaluation/02_generation.ipynb #read-tokens
