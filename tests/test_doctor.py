@@ -61,7 +61,7 @@ def test_what_no_command_would_mend_is_no_warning(name, value, said, tmp_path, c
     assert code == 1 and said in text and "Cannot start" in text, text
 
 
-@pytest.mark.parametrize("place, said", [("/proc/nowhere", "no folder that can be written"), ("{}", "has room for")])
+@pytest.mark.parametrize("place, said", [("/proc/nowhere", "no folder that can be written"), ("{}", "has space for")])
 def test_where_saves_go_is_looked_at_before_the_model_is_there(place, said, tmp_path, capsys):
     words = ["-p", "profile", "demo", "-p", "workspace", str(tmp_path), "-p", "save_through", place.format(tmp_path)]
     commands.main(["doctor", *words])

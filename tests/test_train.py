@@ -457,13 +457,13 @@ def test_a_save_that_fails_beside_the_training_ends_it(folder, tmp_path):
     assert not (run_dir / "model.safetensors").exists()
 
 
-def test_without_room_on_the_machine_a_save_goes_straight_to_the_run(folder, tmp_path):
+def test_without_space_on_the_machine_a_save_goes_straight_to_the_run(folder, tmp_path):
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(tmp_path)], capture_output=True)
     if mounted.returncode: pytest.skip("no small file system can be mounted here")
-    try: said = run(folder, "no room", **STRAIGHT, save_through=str(tmp_path))
+    try: said = run(folder, "no space", **STRAIGHT, save_through=str(tmp_path))
     finally: subprocess.run(["umount", str(tmp_path)], check=True)
     assert "it is written straight to the run's folder" in said
-    assert saved(folder / "runs" / "no room" / "checkpoint-3") == saved(folder / "runs" / "straight" / "checkpoint-3")
+    assert saved(folder / "runs" / "no space" / "checkpoint-3") == saved(folder / "runs" / "straight" / "checkpoint-3")
 
 
 def test_saves_beside_the_training_need_one_machine_and_a_folder(folder, tmp_path, monkeypatch):

@@ -492,9 +492,9 @@ class Soak:
             for mode in ("stop", "go_on", "race"):
                 run_dir = small / mode
                 ballast = small / "ballast"
-                def fill(room):
+                def fill(space):
                     free = shutil.disk_usage(small).free
-                    ballast.write_bytes(b"x" * max(0, int(free - room)))
+                    ballast.write_bytes(b"x" * max(0, int(free - space)))
                 hook = at_step(run_dir, 3, lambda: fill(0 if mode == "go_on" else size * 0.5))
                 if mode == "race": hook = fill_inside_save(run_dir, small, ballast)
                 codes = self.run(
@@ -510,14 +510,14 @@ class Soak:
                     in_child(lambda: [f.name for f in complete_checkpoints(run_dir)]),
                 )
                 ballast.unlink(missing_ok=True)
-                plain = ("There is no room" in text or "could not be" in text) and kept[:1] == ["checkpoint-2"]
+                plain = ("There is no space" in text or "could not be" in text) and kept[:1] == ["checkpoint-2"]
                 again = (
                     self.finish(f"full-{mode}", 1, output_dir=str(run_dir)) == self.reference()
                     if mode != "go_on"
                     else True
                 )
                 if mode == "go_on":
-                    plain = "going on without it" in text and codes == [1]  # no room for the last one either
+                    plain = "going on without it" in text and codes == [1]  # no space for the last one either
                 lines.append(
                     (mode, codes, kept, plain, in_child(lambda: hashes(run_dir)) if mode == "go_on" else again)
                 )

@@ -206,7 +206,7 @@ class Heartbeat:
 # %% ../../nbs/core/05_build_once.ipynb #heartbeat-beat
 @patch
 def _beat(self: Heartbeat):
-    "Until everybody was heard and has taken its word away again; a rank that sees another disk is never heard."
+    "Until all ranks were heard and have taken their words away again; a rank that sees another disk is never heard."
     while self.record["state"] == "building" or self.record["heard"] or self.ever_heard != set(self.ranks):
         with self.lock:
             if not self.ranks or time.monotonic() - self.ended > self.afterwards: return

@@ -58,7 +58,7 @@ def acquire(
     return False
 
 @patch
-def has_lease(self: Lock, seconds: float) -> bool: # also where there is no room for one
+def has_lease(self: Lock, seconds: float) -> bool: # also where there is no space for one
     "Wait for the lease of an owner on another machine to end, and take it."
     self.remove_dead_lease()
     try: self.lease.acquire(timeout=seconds)

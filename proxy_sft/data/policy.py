@@ -51,7 +51,7 @@ CALL_POLICIES = PolicyTable((
     Policy("undeclared_function", "call of a function that is not offered",
            "rejected", "rejected", "cut", "It trains inventing tools."),
     Policy("schema_violation", "arguments that break the tool's schema",
-           "rejected", "rejected", "kept", "It contradicts what the model was told."),
+           "rejected", "rejected", "kept", "It contradicts the tools that the model was given."),
     Policy("count_mismatch", "results and calls differ in number",
            "rejected", "rejected", "cut", "No result can be given to its call safely."),
     Policy("unsplittable_results", "a bundle for several calls that is not whole JSON values",

@@ -159,7 +159,7 @@ def as_source(declared: dict, language: str) -> dict: # a string, its type in wo
 def tool_of(
     function: dict, # as the file declares it
     language: str = "Python",
-) -> dict: # as a server is told
+) -> dict: # as a server gets it
     "A function as a tool."
     parameters = function["parameters"]
     if language != "Python":

@@ -48,7 +48,7 @@ class SamplesWhileTraining(TrainerCallback):
         self,
         model: Any, # in the middle of training
     ) -> dict[int, Reply]: # by turn, the same on every rank; turns for which there was no time are left out
-        "This rank's share, then everybody's."
+        "This rank's share, then that of all ranks."
         (rank, size), end, made = place(), time.monotonic() + self.settings.eval_tool_calls_seconds, {}
         stop = stop_token_ids(self.tokenizer, model.generation_config.to_dict())
         for i in range(rank, len(self.prompts), size):

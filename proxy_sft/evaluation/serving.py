@@ -173,7 +173,7 @@ def serving_text(settings: Settings) -> str: # Markdown
         f"## {server}\n\n```bash\n{command}\n```" for server, command in serving_commands(settings).items()
     )
     switch = (
-        'This template thinks unless told otherwise: send `chat_template_kwargs: {"enable_thinking": false}` with '
+        'This template thinks unless a request says no: send `chat_template_kwargs: {"enable_thinking": false}` with '
         'every request, as the smoke test does.'
         if serving_options(settings.template)
         else "This template has no switch for thinking, and none is needed."

@@ -224,7 +224,7 @@ class LiveLog:
     def put_file(self, text: str) -> None:
         try:
             if text and self.file: self.file.write(text.encode("utf-8", errors="replace"))
-        except (OSError, ValueError) as error: self.give_up(error) # the next line may find room again
+        except (OSError, ValueError) as error: self.give_up(error) # the next line may find space again
 
     def put_terminal(self, text: str) -> None:
         try:

@@ -213,7 +213,7 @@ class RankSession(SessionHooks):
 
 # %% ../../nbs/launch/04_ranks.ipynb #private
 def short_private_folder() -> Path: # only its owner can look inside
-    "A temporary folder whose path leaves room for a socket's name: Linux allows 107 bytes for both."
+    "A temporary folder whose path leaves space for a socket's name: Linux allows 107 bytes for both."
     for parent in (tempfile.gettempdir(), "/tmp", "/dev/shm"):
         if len(os.fsencode(parent)) <= 80 and os.access(parent, os.W_OK):
             return Path(tempfile.mkdtemp(prefix="sft-", dir=parent))
@@ -343,7 +343,7 @@ def run_rank(session: RankSession) -> int: # 0 done, 1 failed, 75 stopped
     except StoppedBetweenCells: state = "stopped"
     except DeadKernelError: fail("DeadKernel", kernel_words(session.kernel_exit), "")
     except LaunchError as error: fail("LaunchError", str(error), "") # written for people
-    except Exception as error:  # whatever else ends a rank must be told to the others and to the person
+    except Exception as error:  # whatever else ends a rank must be said to the others and to the person
         fail(type(error).__name__, str(error), traceback.format_exc())
     session.status.update(state=state, failure=session.failure)
     return {"done": 0, "failed": 1, "stopped": STOPPED}[state]
@@ -368,7 +368,7 @@ def kernel_words(exit_code: Optional[int]) -> str: # a sentence
     if exit_code >= 0: return f"the kernel ended itself with exit code {exit_code}, in the middle of a cell"
     hint = {
         -signal.SIGKILL: "; the system kills a process that uses too much memory this way",
-        -signal.SIGBUS: ("; the system says so that a file in memory has no room (is /dev/shm full?) or cannot be read "
+        -signal.SIGBUS: ("; the system says so that a file in memory has no space (/dev/shm full?) or cannot be read "
                          "(a failing disk, a file that was cut)"),
     }.get(exit_code, "")
     return f"the kernel was killed by {signal.Signals(-exit_code).name}{hint}"

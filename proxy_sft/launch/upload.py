@@ -109,7 +109,7 @@ def add_upload_arguments(parser: argparse.ArgumentParser) -> None:
     "Which run, and where to."
     parser.add_argument("run", help="name of a run in workspace/runs, or the folder of a finished model")
     parser.add_argument("repo", metavar="OWNER/NAME", help="repository on the hub; made when it is not there")
-    parser.add_argument("--public", action="store_true", help="a repository that is made now can be read by everybody "
+    parser.add_argument("--public", action="store_true", help="a repository that is made now can be read by anyone "
                                                               "(default: private)")
     parser.add_argument("--dry-run", action="store_true", help="check the model and list the files, upload nothing")
 

@@ -290,34 +290,34 @@ def packed_rows(
 def _fill_blocks(sizes: list, counts: list, max_length: int) -> array: # the block of every row, longest rows first
     "Blocks for so many rows of each length; `sizes` descend."
     shift, made, places = (max_length.bit_length() + 1) // 2, 0, array("i")
-    # bits of the rooms, some 200 in a word; a bit for each word that is not 0
+    # bits of the spaces, some 200 in a word; a bit for each word that is not 0
     words, some = [0] * ((max_length >> shift) + 1), 0
-    by_room, low = [[] for _ in range(max_length + 1)], (1 << shift) - 1
+    by_space, low = [[] for _ in range(max_length + 1)], (1 << shift) - 1
     for length, count in zip(sizes, counts):
         while count:
             high = length >> shift
-            if fitting := words[high] >> (length & low): room = length + (fitting & -fitting).bit_length() - 1
+            if fitting := words[high] >> (length & low): space = length + (fitting & -fitting).bit_length() - 1
             elif above := some >> (high + 1):
                 high += (above & -above).bit_length()
-                room = (high << shift) + (words[high] & -words[high]).bit_length() - 1
-            else: room = max_length
-            # so many rows enter a block one after the other: no other has less room for them
-            each = room // length if length else count
+                space = (high << shift) + (words[high] & -words[high]).bit_length() - 1
+            else: space = max_length
+            # so many rows enter a block one after the other: no other has less space for them
+            each = space // length if length else count
             need = -(-count // each)
-            if not (known := by_room[room]):
+            if not (known := by_space[space]):
                 taken, made = list(range(made, made + need)), made + need
             else:
                 taken = known[:-need - 1:-1]
                 del known[-need:]
                 if not known:
-                    words[high] ^= 1 << (room & low)
+                    words[high] ^= 1 << (space & low)
                     if not words[high]: some ^= 1 << high
             full, left = divmod(min(count, each * len(taken)), each)
             for here, rows in ((taken[:full], each), (taken[full:], left)):
                 if not here: continue
                 places.extend(here if rows == 1 else np.repeat(here, rows).tolist())
-                after = room - rows * length
-                by_room[after].extend(here)
+                after = space - rows * length
+                by_space[after].extend(here)
                 words[after >> shift] |= 1 << (after & low)
                 some |= 1 << (after >> shift)
             count -= full * each + left

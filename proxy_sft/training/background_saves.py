@@ -84,11 +84,11 @@ class SavesThroughMachine:
     saving: Optional[BackgroundSave] = None # on the process that publishes: the save that is not done yet
 
     def _choose_aside(self, target: Path) -> None:
-        "Through the machine's folder where it has room for this save; else straight to the run's folder, with a word."
+        "Through the machine's folder where it has space for this save; else straight to the run's folder, with a word."
         lack = ""
         if self.through is not None and self.publishes:
             free, size = free_bytes(self.through), last_bytes(self.run_dir) or self.expected
-            if free < size: lack = (f"{self.through} has room for {free / 1e9:,.2f} GB, {target.name} needs "
+            if free < size: lack = (f"{self.through} has space for {free / 1e9:,.2f} GB, {target.name} needs "
                                     f"{size / 1e9:,.2f} GB")
         lack = first_found(lack)
         if lack and self.args.process_index == 0:

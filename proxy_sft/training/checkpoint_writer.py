@@ -31,7 +31,7 @@ from ..core.distributed import any_rank, first_found
 from ..core.stop_requests import log_line, stop_reason, working
 from .background_saves import BackgroundSave, SavesThroughMachine
 from proxy_sft.training.checkpoints import (
-    CheckpointError, lack_of_room, last_bytes, matters_for_training, prune, random_state_files
+    CheckpointError, lack_of_space, last_bytes, matters_for_training, prune, random_state_files
 )
 
 # %% ../../nbs/training/07_checkpoint_writer.ipynb #finite
@@ -76,7 +76,7 @@ class CompleteCheckpoints(SavesThroughMachine):
     separate = False            # whether each machine has a run folder of its own
     on_full_disk = "stop"       # or go_on
     weights_every: Optional[int] = None # steps between weights-only saves
-    left_out = 0                # saves for which there was no room
+    left_out = 0                # saves for which there was no space
     written: tuple[Path, ...] = () # checkpoints that this training has completed, in order
     stop: Optional["StopOnRequest"] = None
     began_at = 0                # the step that was loaded
@@ -132,7 +132,7 @@ class CompleteCheckpoints(SavesThroughMachine):
             self.stop.request_save(self.control, evaluation_due=True)
             return {}
 
-# %% ../../nbs/training/07_checkpoint_writer.ipynb #room
+# %% ../../nbs/training/07_checkpoint_writer.ipynb #space
 @patch
 def _refuse(self: CompleteCheckpoints, problem: str, advice: str = "The earlier checkpoints are untouched.") -> None:
     "`CheckpointError` on every rank when there is a problem on one."
@@ -140,16 +140,16 @@ def _refuse(self: CompleteCheckpoints, problem: str, advice: str = "The earlier 
 
 @patch
 def _has_room_for(self: CompleteCheckpoints, target: Path) -> bool: # False: go on without this one
-    "Whether there is room for one more; `CheckpointError` where going on would be pointless or was not asked for."
-    self._refuse("" if self.run_dir.is_dir() or not self.publishes else lack_of_room(self.run_dir, 0, target.name),
+    "Whether there is space for one more; `CheckpointError` where going on would be pointless or was not asked for."
+    self._refuse("" if self.run_dir.is_dir() or not self.publishes else lack_of_space(self.run_dir, 0, target.name),
                  "Nothing can be saved.")
-    problem = first_found(lack_of_room(self.run_dir, last_bytes(self.run_dir),
+    problem = first_found(lack_of_space(self.run_dir, last_bytes(self.run_dir),
                                        target.name) if self.publishes else "")
     if not problem: return True
     kept = f"The complete checkpoints stay: {', '.join(f.name for f in complete_checkpoints(self.run_dir))}."
     last = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
     if self.on_full_disk == "stop" or last:
-        raise CheckpointError(f"There is no room for {target.name}: {problem} {kept} Free space and start the run "
+        raise CheckpointError(f"There is no space for {target.name}: {problem} {kept} Free space and start the run "
                               "again.")
     self._leave_out(target, f"{problem} {kept}")
     return False
@@ -159,7 +159,7 @@ def _leave_out(self: CompleteCheckpoints, target: Path, problem: str) -> None:
     "Go on without a checkpoint, and say so."
     self.left_out += 1
     if self.args.process_index == 0:
-        log_line(f"Warning: no room for {target.name}, going on without it ({self.left_out} left out). {problem}",
+        log_line(f"Warning: no space for {target.name}, going on without it ({self.left_out} left out). {problem}",
                  sys.stdout)
 
 # %% ../../nbs/training/07_checkpoint_writer.ipynb #write-aside
@@ -183,10 +183,10 @@ def _write_aside(self: CompleteCheckpoints, target: Path, write: Callable[[], No
     try: write()
     except (OSError, RuntimeError, SafetensorError) as error:
         place = self.aside or self.run_dir
-        room = lack_of_room(place, 0, target.name) or f"{shutil.disk_usage(place).free / 1e9:,.2f} GB were free."
+        space = lack_of_space(place, 0, target.name) or f"{shutil.disk_usage(place).free / 1e9:,.2f} GB were free."
         shutil.rmtree(self._get_output_dir(None), ignore_errors=True)
         raise CheckpointError(
-            f"{target.name} could not be written: {error} ({room}) The earlier checkpoints are untouched; "
+            f"{target.name} could not be written: {error} ({space}) The earlier checkpoints are untouched; "
             "free space and start the run again."
         ) from error
     self.accelerator.wait_for_everyone()

@@ -9,7 +9,7 @@ __all__ = ['FREE_TO_CHANGE', 'HARMLESS', 'NO_PICKLES', 'REQUIRED_FACTS', 'BEGUN'
            'weights_only', 'named_object', 'checkpoint_to_resume', 'require_own_name', 'require_fitting',
            'random_state_files', 'world_size_words', 'set_aside', 'is_repetition', 'start_word', 'resume_of',
            'convert_world', 'sees_other_disk', 'agreed_checkpoint', 'delete_beyond', 'lock_run', 'last_bytes',
-           'expected_bytes', 'checkpoints_to_come', 'lack_of_room', 'require_room']
+           'expected_bytes', 'checkpoints_to_come', 'lack_of_space', 'require_space']
 
 # %% ../../nbs/training/06_checkpoints.ipynb #imports
 import os
@@ -447,7 +447,7 @@ def resume_of(settings: Settings) -> str: # auto, never, or a path
 def convert_world(checkpoint: Path, run_dir: Path) -> Path: # `.converted/checkpoint-N`
     "A checkpoint of another number of ranks in the form that any number reads; `CheckpointError` when it fails."
     target, step = run_dir / ".converted" / checkpoint.name, next(checkpoint.glob("global_step*"))
-    if problem := lack_of_room(
+    if problem := lack_of_space(
         run_dir, 2 * folder_bytes(checkpoint), "converting a checkpoint to another number of ranks"
     ):
         raise CheckpointError(problem)
@@ -540,11 +540,11 @@ def expected_bytes(
     return last_bytes(run_dir) or parameters * (bytes_each + states + (bytes_each + 4 if deepspeed else 0))
 
 def checkpoints_to_come(run_dir: Path, keep: int, anew: bool = False) -> int: # anew: those that are there stay aside
-    "How many must find room at the same time: what is missing of the last `keep`, and one more."
+    "How many must find space at the same time: what is missing of the last `keep`, and one more."
     return max(1, keep + 1 - (0 if anew else len(complete_checkpoints(run_dir))))
 
-# %% ../../nbs/training/06_checkpoints.ipynb #lack-of-room
-def lack_of_room(run_dir: Path, wanted: int, what: str) -> str: # empty when there is room
+# %% ../../nbs/training/06_checkpoints.ipynb #lack-of-space
+def lack_of_space(run_dir: Path, wanted: int, what: str) -> str: # empty when there is space
     "How much is missing, in a sentence."
     try: free = shutil.disk_usage(run_dir).free
     except OSError as error: return (f"{run_dir} cannot be used any more: {error}. Was it deleted or moved while the "
@@ -552,18 +552,18 @@ def lack_of_room(run_dir: Path, wanted: int, what: str) -> str: # empty when the
     if free >= wanted: return ""
     return f"{run_dir} has {free / 1e9:,.2f} GB free; {what} needs {wanted / 1e9:,.2f} GB."
 
-# %% ../../nbs/training/06_checkpoints.ipynb #require-room
-def require_room(
+# %% ../../nbs/training/06_checkpoints.ipynb #require-space
+def require_space(
     run_dir: Path,
     size: int,
     keep: int,
     on_full_disk: str,
     anew: bool = False, # `resume: never`
 ) -> None: # raises CheckpointError, or prints for go_on
-    "Before training: room for what is missing of the last `keep` checkpoints, and one more."
+    "Before training: space for what is missing of the last `keep` checkpoints, and one more."
     count = checkpoints_to_come(run_dir, keep, anew)
     if not (
-        problem := lack_of_room(
+        problem := lack_of_space(
             run_dir,
             size * count,
             f"the last {keep} checkpoints and one more ({count} to come, {size / 1e9:,.2f} GB each)",

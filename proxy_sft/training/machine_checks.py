@@ -59,9 +59,9 @@ def check_save_through(
                                     "Set save_through to null.")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return Finding("saves", "fail", f"save_through: {folder} is no folder that can be written.", advice)
-    room = f"{folder} has room for {free / 1e9:,.1f} GB."
-    if needed is None: return Finding("saves", "ok", f"What a checkpoint takes is not known yet; {room}")
-    text = f"A checkpoint takes {needed / 1e9:,.1f} GB; {room}"
+    space = f"{folder} has space for {free / 1e9:,.1f} GB."
+    if needed is None: return Finding("saves", "ok", f"What a checkpoint takes is not known yet; {space}")
+    text = f"A checkpoint takes {needed / 1e9:,.1f} GB; {space}"
     return Finding("saves", "ok" if needed <= free else "warn", text,
                    "" if needed <= free else f"Training would wait for each save. {advice}")
 

@@ -36,7 +36,7 @@ from .background_saves import folder_on_machine, make_folder_on_machine
 from .checkpoint_writer import publish_final, StopEvaluation
 from proxy_sft.training.checkpoints import (
     agreed_checkpoint, checkpoint_facts, checkpoint_to_resume, CheckpointError, convert_world, delete_beyond,
-    expected_bytes, lock_run, require_room, resume_of, sees_other_disk, set_aside, lost_checkpoints_message, sweep,
+    expected_bytes, lock_run, require_space, resume_of, sees_other_disk, set_aside, lost_checkpoints_message, sweep,
     weights_only
 )
 from .cost import saved_bytes
@@ -109,7 +109,7 @@ def begin_writing(
     if start.separate and start.resume == "auto" and start.checkpoint:
         delete_beyond(settings.run_dir, checkpoint_step(start.checkpoint))
     anew = start.resume == "never"
-    require_room(settings.run_dir, needed, settings.save_total_limit, settings.on_full_disk, anew)
+    require_space(settings.run_dir, needed, settings.save_total_limit, settings.on_full_disk, anew)
     if anew: set_aside(settings.run_dir)
     if settings.save_through: make_folder_on_machine(folder_on_machine(Path(settings.save_through), settings.run_dir))
     save_settings(settings, settings.run_dir)
