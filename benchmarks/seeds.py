@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from proxy_sft.evaluation.answers import METRICS
+from proxy_sft.evaluation.answers import METRICS, wilson
 from proxy_sft.evaluation.scores import drawn_sums, middle
 
 CATEGORY = "source: "
@@ -40,6 +40,12 @@ def right(metric: str) -> Callable[[dict], tuple]:
     return of
 
 
+def share_of(runs: list[list[dict]], metric: str) -> np.ndarray: # share, lower, upper
+    "How often all trainings are right; where they all are or none is, draws are all alike: Wilson's of the questions."
+    found, (right_, of) = together(runs, right(metric)), counts(runs, metric, "tuned").sum(0)
+    return found if 0 < right_ < of else np.array([found[0], *wilson(int(right_ // len(runs)), int(of // len(runs)))])
+
+
 def loss(model: str, call: bool) -> Callable[[dict], tuple]:
     "Loss and tokens of the data's own answer, where it is a call or where it is none."
     return lambda turn: turn[model]["loss"] if bool(turn["expected"]) == call else (0, 0)
@@ -50,7 +56,7 @@ def metric_lines(runs: list[list[dict]]) -> list[str]:
     lines = ["| right of all | base | tuned, all seeds | each seed |", "|---|---|---|---|"]
     for metric, words in METRICS.items():
         base, tuned = (counts(runs, metric, model) for model in ("base", "tuned"))
-        share, low, high = 100 * together(runs, right(metric))
+        share, low, high = 100 * share_of(runs, metric)
         lines.append(f"| {words} | {base[0, 0]}/{base[0, 1]} | {tuned[:, 0].sum()}/{tuned[:, 1].sum()} = {share:.0f} % "
                      f"[{low:.0f}, {high:.0f}] | {', '.join(map(str, tuned[:, 0]))} of {tuned[0, 1]} |")
     for call, words in ((True, "calls"), (False, "text answers")):

@@ -40,7 +40,9 @@ def arithmetic() -> dict[str, bool]:
     "32 bits where bfloat16 would be emulated, and slower."
     import torch
     native = (torch.cuda.is_available(), torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported())
-    return {} if any(native) else {"bf16": False}
+    if any(native): return {}
+    say("This processor has no bfloat16: 32 bits take twice as long. -p max_steps 24 fits an hour.")
+    return {"bf16": False}
 
 
 def given_parameters(words: list[str]) -> dict[str, Any]: # parameter -> value
@@ -52,11 +54,11 @@ def given_parameters(words: list[str]) -> dict[str, Any]: # parameter -> value
     return found
 
 
-def page_parameters(page: str, given: dict[str, Any]) -> dict[str, Any]: # parameter -> value
+def page_parameters(page: str, given: dict[str, Any]) -> dict[str, Any]: # parameter -> value; given: with `arithmetic`
     "The profile, what the machine asks for, and what was given; the evaluation alone has those of `FEW`."
     settings = {name: value for name, value in given.items() if name not in FEW}
     few = {name: given.get(name, usual) for name, usual in FEW.items()} if page == "03_evaluate" else {}
-    return {"profile": "smollm2", **arithmetic(), **settings, **few}
+    return {"profile": "smollm2", **settings, **few}
 
 
 def execute(page: str, parameters: dict[str, Any]) -> None:
@@ -71,7 +73,7 @@ def execute(page: str, parameters: dict[str, Any]) -> None:
 
 def main(words: list[str]) -> None:
     "Model and questions, the four pages, and the table."
-    began, given = time.monotonic(), given_parameters(words)
+    began, given = time.monotonic(), {**arithmetic(), **given_parameters(words)}
     fetch()
     execute("real", {})
     for page in PAGES: execute(page, page_parameters(page, given))
