@@ -62,13 +62,19 @@ def run_states(folder: Path) -> list[dict]: # by rank; empty when no launcher st
         if state["state"] not in FINAL and not state["alive"]: state["state"] = "lost"
     return states
 
+# %% ../../nbs/launch/07_status.ipynb #record-kind
+def record_kind(record: dict[str, Any]) -> str:
+    "What a record tells: the training's loss, the held-out one, the end, or else the names that it has values for."
+    values = sorted(name for name, value in record.items() if value is not None)
+    return next((name for name in ("loss", "eval_loss", "train_runtime") if name in values), " ".join(values))
+
 # %% ../../nbs/launch/07_status.ipynb #progress
 def read_progress(folder: Path) -> list[dict[str, Any]]: # in the order they were written; one for each step and kind
-    "The log of a run: a training line and a held-out line per step, as far as there are any."
+    "The log of a run; of a step that was trained twice, what was written last."
     path, found = folder / "logs" / "progress.jsonl", {}
     for record in json_objects(path.read_bytes().splitlines() if path.is_file() else []):
         if not isinstance(record.get("step"), int): continue
-        key = record["step"], *(record.get(name) is not None for name in ("eval_loss", "train_runtime"))
+        key = record["step"], record_kind(record)
         found.pop(key, None)
         found[key] = record
     return list(found.values())
