@@ -144,7 +144,8 @@ class Renderer(Coder):
         self.controls = np.array(sorted(control_tokens(tokenizer).values()))
         if not fast: return
         try: self._load(direct)
-        except Exception as error: self.fallback = f"{type(error).__name__}: {error}"[:200]  # users print it
+        except Exception as error: # users print its first line
+            self.fallback = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:200]
 
     def _load(self, direct: bool):
         import minijinja
