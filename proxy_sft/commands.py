@@ -137,7 +137,7 @@ def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
 def prepare_command(args: argparse.Namespace) -> int: # exit code
     "`proxy-sft prepare`: what training would do first, as a job without a GPU; rank 0's words are on the terminal."
     from proxy_sft.pipeline import ensure_prepared
-    print(ensure_prepared(load_settings(args.parameters.pop("profile", "") or "", **args.parameters)))
+    print(ensure_prepared(load_settings(**args.parameters)))
     return 0
 
 # %% ../nbs/05_commands.ipynb #new-command
@@ -170,9 +170,7 @@ def own_page(page: dict, parameters: dict) -> dict: # a notebook as JSON
 # %% ../nbs/05_commands.ipynb #new-command-2
 def new_command(args: argparse.Namespace) -> int: # exit code
     "`proxy-sft new`: the pages in a folder of one's own; what lies there already is not touched."
-    settings = load_settings(
-        args.parameters.get("profile", "") or "", **{n: v for n, v in args.parameters.items() if n != "profile"}
-    )
+    settings = load_settings(**args.parameters)
     source, target = settings.root / "nbs", settings.workspace_dir / "notebooks" / args.name
     if not re.fullmatch(r"[\w][\w. -]*", args.name):
         raise SettingsError(f"{args.name!r} is no name of a folder: use letters, digits, dots and hyphens.")
@@ -287,7 +285,7 @@ def ask_leaderboard(args: argparse.Namespace, settings: Settings, how: dict, fol
 def evaluate_command(args: argparse.Namespace) -> int: # exit code
     "`proxy-sft evaluate`: the table on the terminal, everything in evaluation.json or the file of what was asked."
     from proxy_sft.evaluation.servers import servers_from
-    settings = load_settings(args.parameters.pop("profile", "") or "", **args.parameters)
+    settings = load_settings(**args.parameters)
     servers = servers_from(settings, args.server, args.base_server, model=args.server_model,
                            concurrency=args.concurrency, timeout=args.timeout)
     how = dict(tuned=args.tuned and Path(args.tuned), base_only=args.base_only, max_new_tokens=args.max_new_tokens,

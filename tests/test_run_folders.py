@@ -137,7 +137,7 @@ def test_the_command_that_a_refusal_prints_trains_the_same_in_its_own_folder(tmp
     [line] = [line for line in str(refused.value).splitlines() if "proxy-sft run" in line]
     rest, _, parameters = split_parameters(shlex.split(line)[2:])
     assert "--nproc" in rest and rest[rest.index("--nproc") + 1] == "2"
-    own = load_settings(parameters.pop("profile", "") or "", **parameters)
+    own = load_settings(**parameters)
     assert own.run_dir != run_dir and own.workspace_dir == tmp_path and own.resume == "auto"
     assert checkpoint_facts(own, "0" * 20, 2) == facts[1]
     assert checkpoint_to_resume(own, facts[1]) is None

@@ -278,8 +278,8 @@ def _state_of(args: Any) -> InspectorState:
             raise FileNotFoundError(f"no tokenizer in {args.tokenizer}: give --tokenizer, or --view messages")
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, local_files_only=True)
-    given = {**getattr(args, "parameters", {})}
-    settings = load_settings(given.pop("profile", "") or "", **given) if given or not args.file else None
+    given = getattr(args, "parameters", {})
+    settings = load_settings(**given) if given or not args.file else None
     state = open_inspector(args.file or settings, tokenizer or (False if not wanted else None), args.template,
                            args.train_on, args.raw or None, settings=settings)
     if wanted and state.tokenizer is None and not args.serve:

@@ -502,11 +502,12 @@ def read_profile(name: str) -> dict[str, Any]: # setting -> value, `extends` alr
 
 # %% ../../nbs/core/01_settings.ipynb #load
 def load_settings(
-    profile: str = "", # profile name or path to a .yaml file; empty: `qwen3_8b`, and `demo` under `nbdev_test`
+    # profile name or path to a .yaml file; empty or None: `qwen3_8b`, and `demo` under `nbdev_test`
+    profile: Optional[str] = "",
     **overrides, # settings by name; None: as the profile says; the word "null": no value
 ) -> Settings: # checked and frozen
     "Defaults, then the profile, then the overrides; `SettingsError` for anything unknown or of the wrong type."
-    if not isinstance(profile, str):
+    if not isinstance(profile, (str, type(None))):
         raise SettingsError(f"profile is {profile!r}; expected a name such as {', '.join(profile_names())}.")
     profile = profile or ("demo" if os.environ.get("IN_TEST") else "qwen3_8b")
     given = {name: (None if value == "null" else value) for name, value in overrides.items() if value is not None}

@@ -153,7 +153,7 @@ def read_request(
             raise LaunchError(f"Unknown parameter {name!r}.{did_you_mean(name, known)} Known are the parameters of "
                               f"{notebook} and the settings, which `--dry-run` lists. Nothing was started.")
     chosen = {k: v for k, v in {**declared, **parameters}.items() if k in Settings.model_fields}
-    settings = load_settings(chosen.pop("profile", "") or "", **chosen)
+    settings = load_settings(**chosen)
     places = (Path(p).absolute() if p else None for p in (output, log_dir))
     return Request(Path(notebook), parameters, settings, *places, kernel)
 

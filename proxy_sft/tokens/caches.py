@@ -74,9 +74,7 @@ def key_lines(cache: Cache, others: list[Cache]) -> list[str]: # one indented li
 # %% ../../nbs/tokens/06_caches.ipynb #caches-command-2
 def caches_command(args: argparse.Namespace) -> int: # exit code
     "`proxy-sft caches`: list prepared folders, or delete old ones."
-    settings = importlib.import_module("proxy_sft.core.settings").load_settings(
-        args.parameters.pop("profile", "") or "", **args.parameters
-    )
+    settings = importlib.import_module("proxy_sft.core.settings").load_settings(**args.parameters)
     if args.prune:
         for path in prune_caches(settings, args.days): print(f"removed {path.name}")
     found = list_caches(settings)

@@ -44,7 +44,7 @@ def show_as_found(found: Iterator[Finding]) -> list[Finding]: # all of them
 # %% ../../nbs/training/22_doctor_command.ipynb #command
 def doctor_command(args: argparse.Namespace) -> int: # exit code: 1 when something failed
     "`proxy-sft doctor`."
-    settings = load_settings(args.parameters.pop("profile", "") or "", **args.parameters)
+    settings = load_settings(**args.parameters)
     ranks = args.nproc or settings.gpus
     if not args.json: print(heading(settings, ranks), flush=True)
     from proxy_sft.training.doctor import findings, named_card  # after the first line: it loads PyTorch
